@@ -1,0 +1,176 @@
+"""Device, dtype, BLAS and memory: the only file that asks what machine this is.
+
+Import it before MLX. MLX's Linux CPU wheel carries the reference BLAS, which
+multiplies fp32 matrices at about 2 GFLOP/s; an optimised BLAS that is loaded
+first, with its symbols global, takes its place at 50 to 170.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+
+from interviewmate_mlx import __version__
+from interviewmate_mlx.errors import BackendError
+
+BLAS_VARIABLE = "INTERVIEWMATE_BLAS"
+DEVICE_VARIABLE = "INTERVIEWMATE_DEVICE"
+
+# Metal: a wired limit of the whole recommended working set is unstable.
+_WIRED_SHARE = 0.85
+# Share of the memory that training may plan with; the rest is the system's and the user's.
+_MEMORY_SHARE = 0.75
+
+
+def _load_blas() -> str | None:
+    """Load the first BLAS found, symbols global, and return its path or name."""
+    if sys.platform != "linux":
+        return None  # Accelerate on macOS
+    if explicit := os.environ.get(BLAS_VARIABLE):
+        candidates = [explicit]
+    else:
+        candidates = ["libopenblas.so.0", *_mkl_paths()]
+    for candidate in candidates:
+        try:
+            library = ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            if explicit:
+                raise BackendError(
+                    f"{BLAS_VARIABLE}={explicit} cannot be loaded: {error}\n"
+                    "Unset it, or name the path of a shared library with the cblas interface."
+                ) from error
+            continue
+        if hasattr(library, "cblas_sgemm"):
+            return candidate
+    return None
+
+
+def _mkl_paths() -> list[str]:
+    """Where PyPI's `mkl` put its libraries, if it is installed."""
+    try:
+        listed = metadata.files("mkl") or []
+    except metadata.PackageNotFoundError:
+        return []
+    return [str(file.locate()) for file in listed if file.name.startswith("libmkl_rt.so")]
+
+
+BLAS = _load_blas()
+
+import mlx.core as mx  # noqa: E402  after the BLAS, see above
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this process runs on."""
+
+    device: str  # cpu, metal or cuda
+    device_name: str
+    dtype: str  # the default for weights and activations
+    blas: str | None  # where the CPU's matrix products come from
+    memory_bytes: int  # what training may plan with
+    mlx_version: str
+
+
+def machine() -> Machine:
+    """Ask MLX and the system. Changes nothing, prints nothing."""
+    device = _device()
+    info = mx.device_info()
+    total = int(info.get("max_recommended_working_set_size", 0)) or int(info.get("total_memory", 0))
+    total = total or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(
+        device=device,
+        device_name=str(info.get("device_name", platform.machine())),
+        dtype="float32" if device == "cpu" else "bfloat16",
+        blas="Accelerate" if sys.platform == "darwin" else BLAS,
+        memory_bytes=int(total * _MEMORY_SHARE),
+        mlx_version=metadata.version("mlx"),
+    )
+
+
+def _device() -> str:
+    if mx.default_device() == mx.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def prepare() -> Machine:
+    """Choose the device, warn once of what makes it slow, and return the machine.
+
+    `INTERVIEWMATE_DEVICE=cpu` keeps a Mac or a CUDA machine on its CPU.
+
+    Raises:
+        BackendError: the variable names a device that is not here.
+    """
+    wanted = os.environ.get(DEVICE_VARIABLE, "")
+    if wanted not in ("", "cpu", "gpu"):
+        raise BackendError(f"{DEVICE_VARIABLE}: got {wanted!r}, expected cpu or gpu.")
+    if wanted == "gpu" and not mx.is_available(mx.gpu):
+        raise BackendError(
+            f"{DEVICE_VARIABLE}=gpu, but MLX sees no GPU here.\n"
+            "Install the extra for it (cuda12 or cuda13 on Linux), or unset the variable."
+        )
+    if wanted:
+        mx.set_default_device(mx.cpu if wanted == "cpu" else mx.gpu)
+    here = machine()
+    if here.device == "cpu" and here.blas is None:
+        warnings.warn(
+            "no optimised BLAS found: matrix products run 20 to 80 times slower than this CPU can. "
+            "Install one: pip install mkl, or your system's OpenBLAS (Debian: libopenblas0).",
+            stacklevel=2,
+        )
+    return here
+
+
+@contextmanager
+def memory_limits() -> Iterator[None]:
+    """Wire most of a Mac's recommended working set while training, and restore it after."""
+    if _device() != "metal":
+        yield
+        return
+    recommended = int(mx.device_info()["max_recommended_working_set_size"])
+    previous = mx.set_wired_limit(int(recommended * _WIRED_SHARE))
+    try:
+        yield
+    finally:
+        mx.set_wired_limit(previous)
+
+
+def resolve_dtype(name: str) -> mx.Dtype:
+    """`auto`, `float32`, `bfloat16` or `float16` -> the MLX dtype."""
+    return getattr(mx, machine().dtype if name == "auto" else name)
+
+
+def matmul_gflops(size: int = 1024, repeats: int = 3) -> float:
+    """The best measured speed of a square matrix product in the default dtype."""
+    dtype = resolve_dtype("auto")
+    a, b = mx.random.normal((2, size, size)).astype(dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        mx.eval(a, b)
+        start = time.perf_counter()
+        mx.eval(a @ b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def describe() -> dict[str, str | float | int | None]:
+    """Facts about the machine for people and bug reports."""
+    here = machine()
+    return {
+        "interviewmate-mlx": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "mlx": here.mlx_version,
+        "device": here.device,
+        "device_name": here.device_name,
+        "dtype": here.dtype,
+        "blas": here.blas,
+        "matmul_gflops": round(matmul_gflops(), 1),
+        "planned_memory_gb": round(here.memory_bytes / 1e9, 1),
+    }

@@ -1,0 +1,484 @@
+"""The `imate-mlx` command: parse, call one function, print.
+
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a
+user's mistake or a missing thing, 2 wrong usage, 130 interrupted.
+
+Imports stand inside the commands, so that `--help` answers at once and
+`backend` acts before MLX is loaded.
+"""
+
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from interviewmate_mlx import __version__
+from interviewmate_mlx.errors import ConfigError, InterviewMateError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130
+
+
+class _Commands(click.Group):
+    """Turns this package's errors into one message and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InterviewMateError as error:
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except BrokenPipeError:
+            # Whoever read our output has gone; what is buffered has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+
+
+@click.group(
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Each command has its own --help, with an example.",
+)
+@click.option("--version", is_flag=True, help="Print the version.")
+@click.option(
+    "--verbose", is_flag=True, help="With --version: this machine's device, BLAS, memory."
+)
+@click.pass_context
+def main(ctx: click.Context, version: bool, verbose: bool) -> None:
+    """Turn Falcon-RW-1B into an interview coach on your own machine.
+
+    \b
+    imate-mlx convert tiiuae/falcon-rw-1b
+    imate-mlx train --run A
+    imate-mlx generate "What is overfitting?" --adapter adapters/run_A
+    imate-mlx export adapters/run_A --push you/interview-coach
+    """
+    if version:
+        _print_version(verbose)
+        ctx.exit()
+    if verbose:
+        raise click.UsageError("--verbose goes with --version.")
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+        ctx.exit(2)
+
+
+_model_option = click.option(
+    "--model",
+    metavar="BASE",
+    help="The base: a folder or a Hub id. By default the one that the run or adapter names.",
+)
+_dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of weights and activations; auto is float32 on a CPU, bfloat16 on a GPU.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+_run_option = click.option(
+    "--run",
+    "run_name",
+    default="A",
+    show_default=True,
+    metavar="A|B|C|FILE",
+    help="A shipped run, or the path of a .toml file.",
+)
+_set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override one key of the run, as in lora.rank=16. Can be given several times.",
+)
+
+
+@main.command()
+@click.argument("source")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; models/SOURCE.")
+@click.option("--revision", help="Branch, tag or commit of a Hub id.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the weights written; by default the checkpoint's own.",
+)
+@click.option("--trim-vocab", is_flag=True, help="Cut the embedding to the tokenizer's size.")
+@click.option("--force", is_flag=True, help="Convert again, replacing what is there.")
+@_json_option
+def convert(
+    source: str,
+    out: Path | None,
+    revision: str | None,
+    dtype: str | None,
+    trim_vocab: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Convert a Falcon-RW of the Hub, or a folder in its layout, to MLX.
+
+    The folder that comes out serves this package, the stock mlx-lm commands
+    (with --trust-remote-code) and transformers.
+
+    \b
+    Example: imate-mlx convert tiiuae/falcon-rw-1b --dtype bfloat16
+    """
+    with _backend():
+        from interviewmate_mlx.results.progress import byte_bar
+        from interviewmate_mlx.weights.base import models_folder
+        from interviewmate_mlx.weights.convert import convert as convert_folder
+        from interviewmate_mlx.weights.hub import pull
+
+        console = _console()
+        folder, name = Path(source).expanduser(), source
+        if not folder.exists():
+            out = out or models_folder(source)
+            with byte_bar(f"pulling {source}", console) as progress:
+                pulled = pull(source, revision, progress=progress)
+            folder, revision = pulled.path, pulled.revision
+        elif revision:
+            raise ConfigError(f"--revision is for Hub ids, and {source} is a folder.")
+        else:
+            out, name = out or models_folder(folder.resolve().name), str(folder.resolve())
+        with byte_bar(f"converting to {out}", console) as progress:
+            converted = convert_folder(
+                folder,
+                out,
+                dtype=dtype,
+                trim_vocab=trim_vocab,
+                force=force,
+                source_name=name,
+                revision=revision,
+                progress=progress,
+            )
+    if as_json:
+        click.echo(json.dumps(asdict(converted), default=str))
+    elif converted.already_there:
+        click.echo(f"{out} holds this conversion already; --force does it again")
+    else:
+        click.echo(
+            f"{out}: {converted.num_parameters:,} parameters, {converted.dtype}, "
+            f"{converted.nbytes / 1e9:.2f} GB"
+        )
+
+
+@main.command()
+@_run_option
+@_set_option
+@_model_option
+@click.option("--out", type=click.Path(path_type=Path), help="Adapter folder; adapters/run_A.")
+@click.option("--resume", is_flag=True, help="Go on with the run in the adapter folder.")
+@click.option("--force", is_flag=True, help="Replace the run in the adapter folder.")
+@_json_option
+def train(
+    run_name: str,
+    overrides: tuple[str, ...],
+    model: str | None,
+    out: Path | None,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Train a run's LoRA adapter and write it as a PEFT folder.
+
+    Ctrl-C ends the step, saves, and says how to go on.
+
+    \b
+    Example: imate-mlx train --run A --set data.path=my_questions --out adapters/mine
+    """
+    if resume and force:
+        raise click.UsageError("--resume goes on with a run, --force replaces it: choose one.")
+    with _backend():
+        from interviewmate_mlx.results.log import Summary, record, remove_run
+        from interviewmate_mlx.results.progress import byte_bar, show, summary_table
+        from interviewmate_mlx.training.loop import Finished
+        from interviewmate_mlx.training.loop import train as train_run
+
+        run = _load_run(run_name, overrides, model)
+        out = out or Path("adapters") / run.name
+        if force:
+            remove_run(out)
+        console, stop = _console(), _StopOnSignal()
+        with byte_bar(f"fetching {run.model.base}", console) as progress, stop:
+            events = train_run(run, out, resume=resume, stop=lambda: stop.wanted, progress=progress)
+            for event in show(record(events, run, out), console):
+                if isinstance(event, Finished) and event.interrupted:
+                    console.print(f"interrupted after step {event.step}; everything is saved.")
+                    console.print(f"Go on with: {_resume_command()}", soft_wrap=True)
+                    sys.exit(INTERRUPTED)
+                if isinstance(event, Summary):
+                    summary = event
+    if as_json:
+        click.echo(json.dumps({**asdict(summary), "adapter": str(out)}))
+    else:
+        _console(sys.stdout).print(summary_table(summary))
+        click.echo(f"adapter: {out}")
+
+
+@main.command()
+@click.argument("question")
+@_model_option
+@click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT folder.")
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Sample from the likeliest tokens that make up this share.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@_dtype_option
+def generate(
+    question: str,
+    model: str | None,
+    adapter: Path | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    dtype: str,
+) -> None:
+    """Answer an interview question.
+
+    \b
+    Example: imate-mlx generate "What is overfitting?" --adapter adapters/run_A
+    """
+    if not question.strip():
+        raise click.UsageError("The question is empty.")
+    with _backend():
+        from interviewmate_mlx.coach.generate import Sampling, load_coach, stream_answer
+        from interviewmate_mlx.results.progress import byte_bar
+
+        with byte_bar("fetching the base", _console()) as progress:
+            coach, tokenizer = load_coach(model, adapter, dtype, progress)
+        sampling = Sampling(max_tokens, temperature, top_p, seed)
+        is_first = True
+        for piece in stream_answer(coach, tokenizer, question, sampling):
+            piece = piece.lstrip() if is_first else piece
+            is_first = is_first and not piece
+            click.echo(piece, nl=False)
+        click.echo()
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to copy the adapter to.")
+@click.option("--push", metavar="REPO", help="Hub id to upload to; made when it is not there.")
+@click.option("--private", is_flag=True, help="Make a new Hub repository private.")
+@click.option("--force", is_flag=True, help="Replace the folder --out.")
+def export(adapter: Path, out: Path | None, push: str | None, private: bool, force: bool) -> None:
+    """Copy an adapter with its model card to a folder, to the Hub, or both.
+
+    Checkpoints stay at home.
+
+    \b
+    Example: imate-mlx export adapters/run_A --push you/interview-coach --private
+    """
+    if not out and not push:
+        raise click.UsageError("Give --out FOLDER, --push REPO, or both.")
+    if private and not push:
+        raise click.UsageError("--private is for --push.")
+    if force and not out:
+        raise click.UsageError("--force is for --out.")
+    with _backend():
+        from interviewmate_mlx.weights.hub import push as push_folder
+        from interviewmate_mlx.weights.peft import export_adapter
+
+        if out:
+            click.echo(export_adapter(adapter, out, replace=force))
+        if push:
+            click.echo(push_folder(adapter, push, private=private))
+
+
+@main.command()
+@_run_option
+@_set_option
+@_model_option
+@click.option("--steps", type=click.IntRange(1), default=10, show_default=True)
+@click.option(
+    "--warmup", type=click.IntRange(0), default=3, show_default=True, help="Steps not timed."
+)
+@_json_option
+def bench(
+    run_name: str,
+    overrides: tuple[str, ...],
+    model: str | None,
+    steps: int,
+    warmup: int,
+    as_json: bool,
+) -> None:
+    """Time some training steps of a run on this machine. Writes nothing.
+
+    \b
+    Example: imate-mlx bench --run A --steps 20
+    """
+    with _backend():
+        from interviewmate_mlx.results.bench import bench as bench_run
+        from interviewmate_mlx.results.progress import byte_bar
+
+        run = _load_run(run_name, overrides, model)
+        with byte_bar(f"fetching {run.model.base}", _console()) as progress:
+            result = bench_run(run, steps, warmup, progress)
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+    else:
+        click.echo(
+            f"{result.run} on {result.base}, {result.device}, {result.dtype}\n"
+            f"{result.steps} steps ({result.rows} rows, {result.tokens} tokens) "
+            f"in {result.seconds:.2f} s\n"
+            f"{result.samples_per_s:.3f} samples/s, {result.tokens_per_s:.0f} tokens/s, "
+            f"peak {result.peak_gb:.2f} GB"
+        )
+
+
+@main.group()
+def data() -> None:
+    """Look at rows before training on them."""
+
+
+@data.command()
+@click.argument("path")
+@_json_option
+def check(path: str, as_json: bool) -> None:
+    """Check every row of a file or folder; all faults at once, with file and line.
+
+    \b
+    Example: imate-mlx data check my_questions/
+    """
+    with _backend():
+        from interviewmate_mlx.data.records import load_splits
+        from interviewmate_mlx.training.loop import find_data
+
+        splits = load_splits(find_data(path))
+    counts = {split: len(records) for split, records in splits.items()}
+    if as_json:
+        click.echo(json.dumps({"rows": counts}))
+    else:
+        rows = ", ".join(f"{count} {split}" for split, count in counts.items())
+        click.echo(f"{path}: every row can be read: {rows}")
+
+
+@data.command()
+@click.argument("path")
+@_model_option
+@click.option("--row", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--split", type=click.Choice(["train", "valid", "test"]), default="train")
+@click.option("--max-length", type=click.IntRange(8), default=512, show_default=True)
+@click.option("--train-on", type=click.Choice(["answer", "all"]), default="answer")
+def preview(
+    path: str, model: str | None, row: int, split: str, max_length: int, train_on: str
+) -> None:
+    """Show a row's tokens, and which of them carry loss.
+
+    \b
+    Example: imate-mlx data preview my_questions/ --row 3
+    """
+    with _backend():
+        from interviewmate_mlx.config import BaseModel
+        from interviewmate_mlx.data.prompts import encode_record
+        from interviewmate_mlx.data.records import load_splits
+        from interviewmate_mlx.results.progress import byte_bar, preview_text
+        from interviewmate_mlx.training.loop import find_data
+        from interviewmate_mlx.weights.base import find_base, load_base_tokenizer
+
+        records = load_splits(find_data(path)).get(split, [])
+        if row > len(records):
+            raise ConfigError(f"--row: got {row}, expected at most {len(records)} ({split}).")
+        with byte_bar("fetching the base", _console()) as progress:
+            tokenizer = load_base_tokenizer(find_base(model or BaseModel().base, progress))
+        example = encode_record(tokenizer, records[row - 1], max_length, train_on)
+        _console(sys.stdout).print(preview_text(tokenizer, example))
+
+
+def _print_version(verbose: bool) -> None:
+    if not verbose:
+        click.echo(f"imate-mlx {__version__}")
+        return
+    with _backend():
+        from interviewmate_mlx import backend
+
+        facts = backend.describe()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def _load_run(name: str, overrides: tuple[str, ...], model: str | None) -> Any:
+    from interviewmate_mlx.config import load_run
+
+    base = [f"model.base={json.dumps(model)}"] if model else []
+    return load_run(name, [*overrides, *base])
+
+
+@contextmanager
+def _backend() -> Iterator[None]:
+    """Prepare the machine; warnings become one line on stderr."""
+    # mlx-lm says through transformers that torch is missing; nothing here needs it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        click.echo(f"warning: {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        from interviewmate_mlx import backend
+
+        backend.prepare()
+        yield
+
+
+def _console(file: Any = None) -> "Console":
+    from rich.console import Console
+
+    return Console(file=file or sys.stderr, highlight=False, markup=False)
+
+
+class _StopOnSignal:
+    """The first SIGINT or SIGTERM asks for a stop after the step; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def __enter__(self) -> "_StopOnSignal":
+        self._previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+        click.echo("\nfinishing this step, then saving; once more to stop at once", err=True)
+
+
+def _resume_command() -> str:
+    import shlex
+
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--force")]
+    return shlex.join(["imate-mlx", *words, "--resume"])

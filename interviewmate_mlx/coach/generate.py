@@ -1,0 +1,73 @@
+"""Answers from a base and an adapter."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.generate import stream_generate
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from interviewmate_mlx import backend
+from interviewmate_mlx.data.prompts import encode_question
+from interviewmate_mlx.errors import ConfigError
+from interviewmate_mlx.model.falcon import Model
+from interviewmate_mlx.weights.base import Progress, find_base, load_base
+from interviewmate_mlx.weights.peft import load_adapter, read_adapter_config
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 takes the likeliest."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def load_coach(
+    base: str | None,
+    adapter: Path | None,
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> tuple[Model, TokenizerWrapper]:
+    """Load a base and, if given, an adapter onto it.
+
+    Args:
+        base: a folder or a Hub id; by default the one that the adapter names.
+        adapter: a PEFT folder.
+        dtype: of the weights.
+        progress: bytes done and in all, while a base is pulled and converted.
+
+    Raises:
+        InterviewMateError: one of them is missing or does not fit.
+    """
+    name = base or (read_adapter_config(adapter).base if adapter else "")
+    if not name:
+        raise ConfigError("No base: give --model, or an adapter that names its base.")
+    model, tokenizer = load_base(find_base(name, progress), backend.resolve_dtype(dtype))
+    if adapter:
+        load_adapter(model, adapter)
+    model.eval()
+    return model, tokenizer
+
+
+def stream_answer(
+    model: Model, tokenizer: TokenizerWrapper, question: str, sampling: Sampling
+) -> Iterator[str]:
+    """Yield the answer to a question piece by piece, until the end token or `max_tokens`."""
+    if sampling.temperature > 0:
+        mx.random.seed(sampling.seed)
+    prompt = encode_question(tokenizer, question)
+    sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
+    for piece in stream_generate(
+        model, tokenizer, prompt, max_tokens=sampling.max_tokens, sampler=sampler
+    ):
+        yield piece.text
+
+
+def answer(model: Model, tokenizer: TokenizerWrapper, question: str, sampling: Sampling) -> str:
+    """The whole answer to a question, without the space that the template puts before it."""
+    return "".join(stream_answer(model, tokenizer, question, sampling)).strip()

@@ -1,0 +1,285 @@
+"""A run: frozen dataclasses, read from TOML, every key checked.
+
+The defaults stand here and nowhere else. They are Run A.
+"""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from interviewmate_mlx.errors import ConfigError, list_faults
+
+
+def _option(default: Any, holds: Callable[[Any], bool], expected: str) -> Any:
+    """A key with its default, and the range its value must lie in."""
+    return field(default=default, metadata={"holds": holds, "expected": expected})
+
+
+def _at_least(default: Any, least: float) -> Any:
+    return _option(default, lambda v: least <= v < math.inf, f"at least {least}")
+
+
+def _above_zero(default: Any) -> Any:
+    return _option(default, lambda v: 0 < v < math.inf, "above 0")
+
+
+def _one_of(*names: str) -> Any:
+    """The first is the default."""
+    return _option(names[0], lambda v: v in names, f"one of {', '.join(names)}")
+
+
+def _name(default: str) -> Any:
+    return _option(default, lambda v: bool(v.strip()), "a name or a path")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """[model]"""
+
+    base: str = _name("tiiuae/falcon-rw-1b")  # a folder or a Hub id
+    # auto: float32 on a CPU, bfloat16 on a GPU
+    dtype: str = _one_of("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """[lora]"""
+
+    rank: int = _at_least(8, 1)
+    alpha: float = _above_zero(16.0)
+    dropout: float = _option(0.05, lambda v: 0 <= v < 1, "from 0 to below 1")
+    targets: tuple[str, ...] = ("query_key_value",)
+    rslora: bool = False  # scale by alpha / sqrt(rank)
+
+
+@dataclass(frozen=True)
+class Data:
+    """[data]"""
+
+    path: str = _name("interview")  # the shipped questions, a folder, a file, or a Hub data set
+    max_length: int = _at_least(512, 8)  # tokens a row; longer answers are cut
+    train_on: str = _one_of("answer", "all")  # the answer and its end, or every token
+
+
+@dataclass(frozen=True)
+class Train:
+    """[train]"""
+
+    epochs: int = _at_least(3, 1)
+    batch_size: int = _at_least(1, 1)
+    grad_accumulation: int = _at_least(4, 1)
+    learning_rate: float = _above_zero(2e-4)
+    schedule: str = _one_of("linear", "cosine", "constant")
+    warmup_ratio: float = _option(0.03, lambda v: 0 <= v <= 1, "from 0 to 1")  # share of the steps
+    weight_decay: float = _at_least(0.0, 0)
+    max_grad_norm: float = _at_least(1.0, 0)  # 0: no clipping
+    save_every: int = _at_least(50, 0)  # steps; 0: only when validating
+    seed: int = _option(42, lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1")
+
+    @property
+    def effective_batch(self) -> int:
+        """Rows in one step."""
+        return self.batch_size * self.grad_accumulation
+
+
+@dataclass(frozen=True)
+class Validate:
+    """[validate]"""
+
+    every: int = _at_least(0, 0)  # steps; 0: at the end of each epoch
+    early_stop_patience: int = _at_least(0, 0)  # validations without a new best; 0: never
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run, and the name its adapter folder bears.
+
+    Raises:
+        ConfigError: values out of range, all of them named.
+    """
+
+    name: str = "custom"
+    model: BaseModel = field(default_factory=BaseModel)
+    lora: Lora = field(default_factory=Lora)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    validate: Validate = field(default_factory=Validate)
+
+    def __post_init__(self) -> None:
+        _refuse(self.name, [f for t in _TABLES for f in _range_faults(t, getattr(self, t))])
+
+
+_TABLES: dict[str, type] = {
+    "model": BaseModel,
+    "lora": Lora,
+    "data": Data,
+    "train": Train,
+    "validate": Validate,
+}
+
+
+def load_run(run: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a shipped run (`A`, `B`, `C`) or a TOML file, and override single keys.
+
+    Args:
+        run: a shipped run's letter, or the path of a TOML file.
+        overrides: `table.key=value` each, the value as TOML would write it;
+            quotes may be left out.
+
+    Raises:
+        ConfigError: no such file, broken TOML, an unknown key (the nearest one
+            is named), a value of the wrong type or out of range. All faults at
+            once.
+    """
+    name, text = _find_run(run)
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{run} is not TOML: {error}\nMend that place and run again.") from error
+    faults: list[str] = []
+    for override in overrides:
+        _apply_override(tables, override, faults)
+    return _from_tables(name, tables, faults, where=run)
+
+
+def parse_run(name: str, text: str) -> RunConfig:
+    """The run that `to_toml` wrote."""
+    return _from_tables(name, tomllib.loads(text), [], where=name)
+
+
+def to_toml(run: RunConfig) -> str:
+    """The run as TOML that `load_run` reads back to an equal run."""
+    lines = [f"# {run.name}, every key resolved"]
+    for table in _TABLES:
+        lines += ["", f"[{table}]"]
+        lines += [f"{key} = {_toml(value)}" for key, value in asdict(getattr(run, table)).items()]
+    return "\n".join(lines) + "\n"
+
+
+def shipped(name: str) -> Path:
+    """A file or folder that comes with the package, in a wheel and in a checkout alike."""
+    package = Path(__file__).parent
+    return package / name if (package / name).exists() else package.parent / name
+
+
+def shipped_runs() -> list[str]:
+    """Letters of the runs that come with the package."""
+    return sorted(
+        path.stem.removeprefix("run_").upper() for path in shipped("configs").glob("run_*")
+    )
+
+
+def _find_run(run: str) -> tuple[str, str]:
+    path = Path(run)
+    if path.suffix != ".toml":
+        if run.upper() not in shipped_runs():
+            raise ConfigError(
+                f"No run {run!r}: expected {', '.join(shipped_runs())}, or the path of a .toml file."
+            )
+        path = shipped("configs") / f"run_{run.lower()}.toml"
+        return f"run_{run.upper()}", path.read_text(encoding="utf-8")
+    try:
+        return path.stem, path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Cannot read the run {run}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{run} is not UTF-8 at byte {error.start}.\nSave it as UTF-8."
+        ) from error
+
+
+def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    table, dot, name = key.strip().partition(".")
+    if not (equals and dot and name):
+        faults.append(f"{override}: expected table.key=value, as in lora.rank=16")
+        return
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    content = tables.setdefault(table, {})
+    if isinstance(content, dict):
+        content[name] = value
+
+
+def _from_tables(name: str, tables: dict[str, Any], faults: list[str], where: str) -> RunConfig:
+    parts = {}
+    for table, content in tables.items():
+        if table not in _TABLES:
+            faults.append(f"unknown table [{table}]{_nearest(table, _TABLES)}")
+        elif not isinstance(content, dict):
+            faults.append(f"{table}: got {content!r}, expected a table")
+        else:
+            parts[table] = _read_table(table, content, faults)
+    for table, values in parts.items():
+        faults += _range_faults(table, values)
+    _refuse(where, faults)
+    return RunConfig(name=name, **parts)
+
+
+def _read_table(table: str, content: dict[str, Any], faults: list[str]) -> Any:
+    types = get_type_hints(_TABLES[table])
+    values = {}
+    for key, value in content.items():
+        if key not in types:
+            faults.append(f"unknown key {table}.{key}{_nearest(key, types)}")
+            continue
+        try:
+            values[key] = _coerce(value, types[key])
+        except TypeError as error:
+            faults.append(f"{table}.{key}: got {value!r}, expected {error}")
+    return _TABLES[table](**values)
+
+
+def _coerce(value: Any, expected: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if expected is float and is_number:
+        return float(value)
+    if expected is int and is_number and isinstance(value, int):
+        return value
+    if expected in (str, bool) and isinstance(value, expected):
+        return value
+    if expected == tuple[str, ...]:
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list) and names and all(isinstance(n, str) and n for n in names):
+            return tuple(names)
+        raise TypeError('a list of names, as in ["query_key_value"]')
+    kinds = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    raise TypeError(kinds[expected])
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+
+
+def _range_faults(table: str, values: Any) -> list[str]:
+    rules = [(f.name, f.metadata) for f in fields(values) if f.metadata]
+    return [
+        f"{table}.{key}: got {getattr(values, key)!r}, expected {rule['expected']}"
+        for key, rule in rules
+        if not rule["holds"](getattr(values, key))
+    ]
+
+
+def _refuse(run: str, faults: list[str]) -> None:
+    if faults:
+        raise ConfigError(f"The run {run} cannot be trained:\n{list_faults(faults, most=20)}")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        escaped = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped)
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return repr(value)

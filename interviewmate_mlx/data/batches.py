@@ -1,0 +1,139 @@
+"""Rows become microbatches of a few fixed widths.
+
+A *step* is one optimizer update over an effective batch of rows. A *microbatch*
+is what goes through the network at once: part of a step, or all of it. How a
+step is split changes speed and memory, never the update.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from interviewmate_mlx.data.prompts import Example
+
+# Rows are padded to a multiple of this: few widths, so few compiled variants, and
+# little padding.
+WIDTH_STEP = 32
+# Rows of similar length are grouped within pools of so many steps: long enough a
+# pool to find them, short enough that the order of an epoch stays random.
+POOL_STEPS = 16
+# The number of predicted tokens is rounded up to so many parts of a microbatch.
+PREDICTED_PARTS = 8
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Rows of one width, padded on the right, and the tokens to predict.
+
+    Attributes:
+        inputs: (B, L) int32 token ids.
+        positions: (N,) int32, indices into the B * L flattened hidden states
+            that predict a token. N is rounded up; the surplus points at 0.
+        targets: (N,) int32, the tokens to predict.
+        mask: (N,) bool, false on the surplus.
+        num_rows: B.
+        num_tokens: real tokens, without padding.
+        num_predicted: tokens with a loss.
+    """
+
+    inputs: mx.array
+    positions: mx.array
+    targets: mx.array
+    mask: mx.array
+    num_rows: int
+    num_tokens: int
+    num_predicted: int
+
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """What the compiled step takes."""
+        return self.inputs, self.positions, self.targets, self.mask
+
+
+def steps_per_epoch(num_rows: int, effective_batch: int) -> int:
+    """The last step of an epoch may be smaller; no row is dropped."""
+    return math.ceil(num_rows / effective_batch)
+
+
+def epoch_steps(
+    lengths: Sequence[int], effective_batch: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """The rows of each step of an epoch: every row once, in an order of seed and epoch alone.
+
+    Args:
+        lengths: tokens of each row.
+        effective_batch: rows in a step; the rest of the division is one smaller step.
+        seed: of the run.
+        epoch: from 0; each has its own order.
+
+    Returns:
+        Row numbers, a list for each step.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    steps: list[list[int]] = []
+    pool_rows = POOL_STEPS * effective_batch
+    for start in range(0, len(order), pool_rows):
+        pool = sorted(order[start : start + pool_rows].tolist(), key=lambda row: lengths[row])
+        # The smaller step takes the pool's shortest rows, so it is the cheapest one.
+        first = len(pool) % effective_batch
+        cuts = [0, *range(first or effective_batch, len(pool) + 1, effective_batch)]
+        steps += [pool[a:b] for a, b in itertools.pairwise(cuts)]
+    return [steps[i] for i in rng.permutation(len(steps))]
+
+
+def padded_width(num_inputs: int) -> int:
+    """The width that a row of so many input tokens is padded to."""
+    return WIDTH_STEP * math.ceil(num_inputs / WIDTH_STEP)
+
+
+def split_step(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
+    """Fit a step into as few microbatches as the budget of padded tokens allows.
+
+    Rows of like length share a microbatch. A single row is always allowed.
+    """
+    groups: list[list[Example]] = []
+    for example in sorted(examples, key=len, reverse=True):
+        width = padded_width(len(groups[-1][0]) - 1) if groups else 0
+        if groups and width * (len(groups[-1]) + 1) <= token_budget:
+            groups[-1].append(example)
+        else:
+            groups.append([example])
+    return groups
+
+
+def collate(examples: Sequence[Example], width: int | None = None) -> Microbatch:
+    """Pad rows to one width.
+
+    Args:
+        examples: the rows; their last token is only ever a target.
+        width: of the padded inputs; by default the smallest allowed one.
+    """
+    width = width or padded_width(max(len(example) for example in examples) - 1)
+    inputs = np.zeros((len(examples), width), dtype=np.int32)
+    positions, targets = [], []
+    for row, example in enumerate(examples):
+        inputs[row, : len(example) - 1] = example.tokens[:-1]
+        predicted = np.flatnonzero(example.learn)
+        positions.append(row * width + predicted - 1)
+        targets.append(example.tokens[predicted])
+    num_predicted = sum(map(len, targets))
+    part = math.ceil(inputs.size / PREDICTED_PARTS)
+    surplus = -num_predicted % part
+    return Microbatch(
+        inputs=mx.array(inputs),
+        positions=mx.array(np.pad(np.concatenate(positions), (0, surplus)).astype(np.int32)),
+        targets=mx.array(np.pad(np.concatenate(targets), (0, surplus)).astype(np.int32)),
+        mask=mx.array(np.arange(num_predicted + surplus) < num_predicted),
+        num_rows=len(examples),
+        num_tokens=sum(map(len, examples)),
+        num_predicted=num_predicted,
+    )
+
+
+def in_order(examples: Sequence[Example], token_budget: int) -> list[Microbatch]:
+    """Microbatches over all rows, by length: for validation, where nothing is random."""
+    return [collate(group) for group in split_step(examples, token_budget)]

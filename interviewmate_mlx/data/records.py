@@ -1,0 +1,230 @@
+"""Rows of every accepted format, checked.
+
+A row is a JSON object in one of these formats; the first whose keys are all
+there is taken:
+
+    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}
+    {"question": ..., "answer": ...}
+    {"prompt": ..., "completion": ...}               verbatim, no template
+    {"instruction": ..., "input": ..., "output": ...}  Alpaca; input may be absent
+    {"text": ...}                                    verbatim, learned as a whole
+
+`id`, `category` and `difficulty` may stand beside them; other keys are ignored.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from interviewmate_mlx.config import shipped
+from interviewmate_mlx.errors import DataError, list_faults
+
+ROLES = ("system", "user", "assistant")
+SPLIT_NAMES = {
+    "train": ("train",),
+    "valid": ("valid", "validation", "val", "dev"),
+    "test": ("test",),
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A checked row: a conversation, or a verbatim prompt and its completion."""
+
+    source: str  # file and line, for messages to the user
+    messages: tuple[Message, ...] = ()
+    prompt: str = ""
+    completion: str = ""
+    id: str = ""
+    category: str = ""
+    difficulty: str = ""
+
+
+def load_splits(path: Path) -> dict[str, list[Record]]:
+    """The rows of a folder's train, valid and test files, or of one file as `train`.
+
+    Raises:
+        DataError: nothing to read, or faulty rows: all of them, with file and line.
+    """
+    if not path.exists():
+        raise DataError(
+            f"No data at {path}.\n"
+            "Give a .jsonl or .json file, a folder with train.jsonl (and valid.jsonl, test.jsonl), "
+            "or `interview` for the shipped questions."
+        )
+    if path.is_file():
+        return {"train": read_records(path)}
+    found = {split: _split_file(path, split) for split in SPLIT_NAMES}
+    if found["train"] is None:
+        raise DataError(f"{path} holds no train.jsonl and no train.json.\nAdd one.")
+    splits, faults = {}, []
+    for split, file in found.items():
+        if file:
+            try:
+                splits[split] = read_records(file)
+            except DataError as error:
+                faults.append(str(error))
+    if faults:
+        raise DataError("\n".join(faults))
+    return splits
+
+
+def shipped_data(name: str) -> Path | None:
+    """The folder of a data set that comes with the package, or None."""
+    folder = shipped(f"data/{name}")
+    return folder if name.isidentifier() and (folder / "train.jsonl").is_file() else None
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read and check one .jsonl or .json file.
+
+    Raises:
+        DataError: the file or some of its rows cannot be read; every faulty row
+            is named with its line.
+    """
+    records: list[Record] = []
+    faults: list[str] = []
+    lines_of_ids: dict[str, str] = {}
+    for place, row in _rows(path):
+        try:
+            record = _read_row(row() if callable(row) else row, f"{path.name} {place}")
+        except (ValueError, RecursionError) as error:
+            faults.append(f"{place}: {error or 'nested too deeply'}")
+            continue
+        if record.id and record.id in lines_of_ids:
+            first = lines_of_ids[record.id]
+            faults.append(f"{place}: id {record.id!r} is taken by {first}; expected each id once")
+        lines_of_ids.setdefault(record.id, place)
+        records.append(record)
+    if faults:
+        count = f"{len(faults)} faulty row{'s' if len(faults) > 1 else ''}"
+        raise DataError(
+            f"{path}: {count}:\n{list_faults(faults, most=20)}\nMend them and run again."
+        )
+    if not records:
+        raise DataError(f"{path}: no rows.\nAdd rows, one JSON object a line.")
+    return records
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    names = [f"{name}{suffix}" for name in SPLIT_NAMES[split] for suffix in (".jsonl", ".json")]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each row's place and its parser (.jsonl) or value (.json)."""
+    if path.suffix not in (".jsonl", ".json"):
+        raise DataError(
+            f"{path}: got a {path.suffix or 'nameless'} file, expected .jsonl or .json."
+        )
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(data.split(b"\n"), start=1):
+            if line.strip():
+                yield f"line {number}", _parser(line)
+        return
+    try:
+        rows = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}.\nSave it as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {error}\nMend that place and run again.") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: got a JSON {type(rows).__name__}, expected a list of rows.")
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _parser(line: bytes) -> Callable[[], Any]:
+    def parse() -> Any:
+        try:
+            return json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 at byte {error.start} of the line") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+
+    return parse
+
+
+def _read_row(row: Any, source: str) -> Record:
+    if not isinstance(row, dict):
+        raise ValueError(f"got {_brief(row)}, expected a JSON object")
+    labels: dict[str, Any] = {key: _label(row, key) for key in ("id", "category", "difficulty")}
+    if "messages" in row:
+        return Record(source, messages=_read_messages(row["messages"]), **labels)
+    if {"question", "answer"} <= row.keys():
+        pair = _text(row, "question").strip(), _text(row, "answer").strip()
+        return Record(source, messages=_dialogue(*pair), **labels)
+    if {"prompt", "completion"} <= row.keys():
+        prompt, completion = _text(row, "prompt"), _text(row, "completion")
+        return Record(source, prompt=prompt, completion=completion, **labels)
+    if {"instruction", "output"} <= row.keys():
+        extra = _text(row, "input").strip() if row.get("input") else ""
+        question = "\n\n".join(filter(None, [_text(row, "instruction").strip(), extra]))
+        return Record(source, messages=_dialogue(question, _text(row, "output").strip()), **labels)
+    if "text" in row:
+        return Record(source, completion=_text(row, "text"), **labels)
+    raise ValueError(
+        f"got the keys {', '.join(map(repr, row)) or '(none)'}, expected 'question' and 'answer' "
+        "(or messages, prompt and completion, instruction and output, text)"
+    )
+
+
+def _dialogue(question: str, answer: str) -> tuple[Message, ...]:
+    return Message("user", question), Message("assistant", answer)
+
+
+def _read_messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
+        raise ValueError("messages: expected a list of objects with role and content")
+    messages = tuple(Message(_text(m, "role"), _text(m, "content").strip()) for m in value)
+    roles = [message.role for message in messages]
+    if unknown := set(roles) - set(ROLES):
+        raise ValueError(f"messages: got the role {unknown.pop()!r}, expected {', '.join(ROLES)}")
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    expected = ["user", "assistant"] * (len(turns) // 2)
+    if not turns or turns != expected:
+        raise ValueError(
+            f"messages: got the roles {', '.join(roles) or '(none)'}, "
+            "expected user and assistant in turn, ending with assistant"
+        )
+    return messages
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"{key}: got {_brief(value)}, expected a text")
+    if not value.strip():
+        raise ValueError(f"{key}: got an empty text")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError(f"{key}: got half a surrogate pair, expected valid Unicode")
+    return value
+
+
+def _label(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else _text(row, key)
+
+
+def _brief(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

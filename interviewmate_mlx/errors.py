@@ -1,0 +1,62 @@
+"""The errors a user can meet.
+
+    InterviewMateError
+    ├── ConfigError      a run's TOML, or an option, is wrong
+    ├── BackendError     this machine cannot do what was asked
+    ├── ModelError       a model folder is missing, or is no Falcon-RW
+    │   └── WeightsError a weights file is damaged, unsafe, or does not fit
+    ├── DataError        rows that cannot be trained on
+    ├── AdapterError     an adapter folder that does not fit
+    ├── HubError         the Hugging Face Hub did not give or take what was asked
+    └── TrainingError    a run that cannot start, go on, or resume
+
+A message says what is wrong, where, what was got and what was expected, and
+in its last line what to do. The command line prints it and exits with 1;
+anything that is not an InterviewMateError is a bug.
+"""
+
+from collections.abc import Sequence
+
+
+class InterviewMateError(Exception):
+    """The root: catch this to catch everything this package raises on purpose."""
+
+
+class ConfigError(InterviewMateError):
+    """A run's TOML, or an option, is wrong."""
+
+
+class BackendError(InterviewMateError):
+    """This machine cannot do what was asked."""
+
+
+class ModelError(InterviewMateError):
+    """A model folder is missing, or is no Falcon-RW."""
+
+
+class WeightsError(ModelError):
+    """A weights file is damaged, unsafe, or does not fit its model."""
+
+
+class DataError(InterviewMateError):
+    """Rows that cannot be trained on."""
+
+
+class AdapterError(InterviewMateError):
+    """An adapter folder that cannot be read, or does not fit the model."""
+
+
+class HubError(InterviewMateError):
+    """The Hugging Face Hub did not give or take what was asked."""
+
+
+class TrainingError(InterviewMateError):
+    """A run that cannot start, go on, or resume."""
+
+
+def list_faults(faults: Sequence[str], most: int = 10) -> str:
+    """Lay out several faults of one kind, one an indented line, the rest counted."""
+    lines = [f"  {fault}" for fault in faults[:most]]
+    if len(faults) > most:
+        lines.append(f"  ... and {len(faults) - most} more")
+    return "\n".join(lines)

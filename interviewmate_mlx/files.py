@@ -1,0 +1,151 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written inside a hidden sibling, `.NAME.tmp-XXXX/`, and moved to
+its name when it is complete and on the disk. The sibling is held by a lock
+that dies with its process, so what a killed process left behind is known for
+certain, and cleared by the next one that writes to the same name.
+"""
+
+import ctypes
+import fcntl
+import glob
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path, with the same file name; it becomes `path` when the block ends.
+
+    An existing file is replaced. If the block raises, `path` is as it was.
+    A symbolic link is followed. Missing parents are made.
+
+    Raises:
+        OSError: the folder cannot be written to, or the block wrote no file.
+    """
+    path = Path(os.path.realpath(path))
+    with _workspace(path) as workspace:
+        temporary = workspace / path.name
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Give an empty temporary folder of the same name; it becomes `path` when the block ends.
+
+    If the block raises, `path` is as it was. With `replace`, an existing folder
+    changes place with the new one in one step where the system can do that
+    (Linux, macOS), in two otherwise. A symbolic link is followed. Missing
+    parents are made.
+
+    Raises:
+        FileExistsError: `path` is there, is no empty folder, and `replace` is false.
+        OSError: the folder cannot be written to.
+    """
+    path = Path(os.path.realpath(path))
+    if not replace:
+        _refuse_existing(path)
+    with _workspace(path) as workspace:
+        temporary = workspace / path.name
+        temporary.mkdir()
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        if replace and path.exists():
+            _swap(temporary, path)
+        else:
+            _refuse_existing(path)
+            os.rename(temporary, path)
+        _sync(path.parent)
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} is already there")
+
+
+@contextmanager
+def _workspace(path: Path) -> Iterator[Path]:
+    """A locked folder beside `path`, on the same file system, gone when the block ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}.tmp-"
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
+        _clear_if_stale(leftover, path)
+    with ExitStack() as stack:
+        workspace, lock = _make_locked_folder(prefix, path.parent)
+        stack.callback(os.close, lock)
+        stack.callback(shutil.rmtree, workspace, ignore_errors=True)
+        yield workspace
+
+
+def _make_locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        descriptor = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks: there nothing is cleared either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if folder.exists():  # nobody cleared it before the lock was ours
+            return folder, descriptor
+        os.close(descriptor)
+
+
+def _clear_if_stale(workspace: Path, path: Path) -> None:
+    """Remove the workspace of a process that is gone; put back what it was replacing."""
+    with suppress(OSError), ExitStack() as stack:
+        descriptor = os.open(workspace, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        aside = workspace / _aside_name(path)
+        if aside.exists() and not path.exists():
+            os.rename(aside, path)
+        shutil.rmtree(workspace)
+
+
+def _aside_name(path: Path) -> str:
+    return f"{path.name}.replaced"
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put `new` at `path`, and what was there beside or at `new`."""
+    if _exchange(new, path):
+        return
+    aside = new.parent / _aside_name(path)
+    os.rename(path, aside)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(aside, path)
+        raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step: renameat2(2) on Linux, renamex_np(2) on macOS."""
+    libc = ctypes.CDLL(None)
+    first, second, exchange = os.fsencode(one), os.fsencode(other), ctypes.c_uint(2)
+    try:
+        if sys.platform == "darwin":
+            result = libc.renamex_np(first, second, exchange)
+        else:
+            at_cwd = -100
+            result = libc.renameat2(at_cwd, first, at_cwd, second, exchange)
+    except AttributeError:  # an older libc
+        return False
+    return bool(result == 0)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,168 @@
+"""LoRA by hand (https://arxiv.org/abs/2106.09685).
+
+Module and parameter names are PEFT's, so that an adapter's keys are this
+model's own parameter paths behind the prefix `base_model.model.`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from interviewmate_mlx.errors import AdapterError
+
+Projection: TypeAlias = nn.Linear | nn.QuantizedLinear
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its low-rank update: `y = Wx + b + scale * B A dropout(x)`.
+
+    A and B are float32 whatever the base's dtype; the sum is cast back to it.
+    B starts at zero, so that the first forward is the base's own.
+    """
+
+    def __init__(self, base_layer: Projection, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        out_features, in_features = shape_of(base_layer)
+        self.base_layer = base_layer
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        self.lora_A = nn.Linear(in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, out_features, bias=False)
+        # Kaiming uniform with a = sqrt(5), as in PEFT: the bound is 1 / sqrt(fan in).
+        bound = 1 / math.sqrt(in_features)
+        self.lora_A.weight = mx.random.uniform(-bound, bound, (rank, in_features))
+        self.lora_B.weight = mx.zeros((out_features, rank))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.base_layer(x)
+        update = self.lora_B(self.lora_A(self.dropout(x).astype(mx.float32)))
+        return (y + self.scale * update).astype(y.dtype)
+
+    def merged(self) -> nn.Linear:
+        """A plain layer whose weight is `W + scale * B A`, in the base's dtype.
+
+        A quantised base comes out dequantised: quantising it again would round
+        the update away.
+        """
+        base, weight = self.base_layer, self.base_layer.weight
+        if isinstance(base, nn.QuantizedLinear):
+            weight = mx.dequantize(
+                weight, base.scales, base.get("biases"), base.group_size, base.bits, base.mode
+            )
+        update = self.scale * (self.lora_B.weight @ self.lora_A.weight)
+        linear = nn.Linear(1, 1, bias="bias" in base)
+        linear.weight = (weight.astype(mx.float32) + update).astype(weight.dtype)
+        if "bias" in base:
+            linear.bias = base.bias
+        return linear
+
+
+def shape_of(linear: Projection) -> tuple[int, int]:
+    """(out, in) of a linear layer, unpacked where it is quantised."""
+    out_features, in_features = linear.weight.shape
+    if isinstance(linear, nn.QuantizedLinear):
+        in_features = in_features * 32 // linear.bits
+    return out_features, in_features
+
+
+def lora_scale(rank: int, alpha: float, rslora: bool = False) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with rsLoRA (https://arxiv.org/abs/2312.03732)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """The LoRA layers of a model with their paths, in no particular order."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield path, module
+
+
+def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Paths of the linear layers whose path ends in one of `targets`, in the model's order.
+
+    A target is the last name of a path (`query_key_value`) or several
+    (`h.0.self_attention.dense`), as in PEFT's `target_modules`.
+
+    Raises:
+        AdapterError: a target matches no linear layer, or there is none.
+    """
+    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    linears = [path for path, module in leaves if isinstance(module, Projection)]
+    found = {t: [p for p in linears if p == t or p.endswith("." + t)] for t in targets}
+    missing = [target for target, paths in found.items() if not paths]
+    if missing or not targets:
+        names = sorted({path.rsplit(".", 1)[-1] for path in linears} - {"lm_head"})
+        raise AdapterError(
+            f"LoRA targets that match no linear layer: {', '.join(missing) or '(none given)'}\n"
+            f"Choose from: {', '.join(names)}."
+        )
+    wanted = set().union(*found.values())
+    return [path for path in linears if path in wanted]
+
+
+def add_lora(
+    model: nn.Module,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    *,
+    rslora: bool = False,
+) -> None:
+    """Freeze the model and put a fresh `LoRALinear` around each target, in place.
+
+    Args:
+        model: any module with linear layers; left frozen but for the LoRA matrices.
+        targets: names of linear layers, see `find_targets`.
+        rank: inner size r of the update.
+        alpha: numerator of the scale, see `lora_scale`.
+        dropout: probability of dropping an input of the update while training.
+        rslora: scale by alpha / sqrt(rank).
+
+    Raises:
+        AdapterError: a target matches nothing, or the model has LoRA layers already.
+    """
+    layers = dict.fromkeys(find_targets(model, targets), (rank, alpha))
+    place_lora(model, layers, dropout, rslora=rslora)
+
+
+def place_lora(
+    model: nn.Module,
+    rank_and_alpha: dict[str, tuple[int, float]],
+    dropout: float = 0.0,
+    *,
+    rslora: bool = False,
+) -> None:
+    """`add_lora` with a rank and an alpha for each path (PEFT's rank and alpha patterns)."""
+    if any(True for _ in lora_layers(model)):
+        raise AdapterError(
+            "The model has LoRA layers already.\nMerge them (merge_lora) or load the base anew."
+        )
+    model.freeze()
+    modules = dict(model.named_modules())
+    layers = [
+        (path, LoRALinear(modules[path], rank, lora_scale(rank, alpha, rslora), dropout))
+        for path, (rank, alpha) in rank_and_alpha.items()
+    ]
+    for _, layer in layers:
+        layer.lora_A.unfreeze()
+        layer.lora_B.unfreeze()
+    model.update_modules(tree_unflatten(layers))
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Replace each LoRA layer by the plain layer that computes the same, in place."""
+    model.update_modules(tree_unflatten([(p, layer.merged()) for p, layer in lora_layers(model)]))
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many numbers can be trained, and how many there are in all."""
+
+    def count(tree: dict) -> int:
+        return sum(array.size for _, array in tree_flatten(tree))
+
+    return count(model.trainable_parameters()), count(model.parameters())

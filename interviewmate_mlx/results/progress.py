@@ -1,0 +1,161 @@
+"""A run on the terminal: a bar on stderr, plain lines where stderr is no terminal."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.results.log import Summary
+from interviewmate_mlx.training.loop import Event, Finished, Started, Stepped, Validated
+from interviewmate_mlx.weights.base import Progress as ByteProgress
+
+# Without a terminal: a line each time so many parts of the run are done.
+_PLAIN_LINES = 20
+
+
+def show(events: Iterator[Event | Summary], console: Console) -> Iterator[Event | Summary]:
+    """Pass a run's events on while showing them."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[numbers]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        total, task, so_far = 1, None, _Speed()
+        for event in events:
+            if isinstance(event, Started):
+                total = event.total_steps
+                _print_start(event, console)
+                task = bar.add_task(
+                    "training", total=total, completed=event.step, numbers="compiling"
+                )
+            elif isinstance(event, Stepped) and task is not None:
+                so_far.add(event)
+                numbers = _numbers(event, so_far)
+                bar.update(task, completed=event.step, numbers=numbers)
+                is_plain_line = event.step % max(1, total // _PLAIN_LINES) == 0
+                if not console.is_terminal and (is_plain_line or event.step == total):
+                    console.print(f"step {event.step}/{total}  {numbers}")
+            elif isinstance(event, Validated):
+                mark = "  best so far" if event.is_best else ""
+                console.print(f"step {event.step}/{total}  validation loss {event.loss:.4f}{mark}")
+            elif isinstance(event, Finished) and event.stopped_early:
+                console.print(f"stopped early: no better validation loss since {event.best_step}")
+            yield event
+
+
+@contextmanager
+def byte_bar(description: str, console: Console) -> Iterator[ByteProgress]:
+    """A bar over bytes, shown from the first call on."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(description, total=None, visible=False)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+
+        yield update
+
+
+def summary_table(summary: Summary) -> Table:
+    """The closing table of a run."""
+    table = Table(title=f"{summary.run} on {summary.base}", show_header=False, title_justify="left")
+    window = summary.loss_window_steps
+    steps = f"{window} steps" if window > 1 else "step"
+    rows = [
+        (f"training loss, first {steps}", f"{summary.first_loss:.4f}"),
+        (f"training loss, last {steps}", f"{summary.final_loss:.4f}"),
+        ("reduction", f"{summary.reduction:.1%}"),
+    ]
+    if summary.base_valid_loss is not None and summary.best_valid_loss is not None:
+        rows += [
+            ("validation loss, base", f"{summary.base_valid_loss:.4f}"),
+            ("validation loss, best", f"{summary.best_valid_loss:.4f} (step {summary.best_step})"),
+        ]
+    minutes, seconds = divmod(round(summary.training_s), 60)
+    rows += [
+        ("training time", f"{minutes}m {seconds:02d}s"),
+        ("samples/s", f"{summary.samples_per_s:.3f}"),
+        ("tokens/s", f"{summary.tokens_per_s:.0f}"),
+        (
+            "trainable",
+            f"{summary.trainable_parameters:,} of {summary.total_parameters:,} "
+            f"({summary.trainable_share:.2%})",
+        ),
+        ("peak memory", f"{summary.peak_gb:.2f} GB"),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def preview_text(tokenizer: Any, example: Example) -> Text:
+    """A row's tokens, one after the other, those that carry loss marked; then their counts."""
+    text = Text()
+    for token, learn in zip(example.tokens.tolist(), example.learn.tolist(), strict=True):
+        piece = tokenizer.decode([token]).replace("\n", "\\n\n")
+        text.append(f"[{piece}]" if learn else piece, style="green" if learn else "dim")
+    num_learned = int(example.learn.sum())
+    text.append(f"\n\n{len(example)} tokens, {num_learned} of them [with loss]")
+    if example.num_cut:
+        text.append(f"; {example.num_cut} more were cut")
+    return text
+
+
+def _print_start(event: Started, console: Console) -> None:
+    rows = f"{event.num_train_rows} rows to train on, {event.num_valid_rows} to validate on"
+    console.print(f"{rows}; {event.total_steps} steps, {event.steps_per_epoch} an epoch")
+    if event.num_cut_rows:
+        console.print(f"{event.num_cut_rows} rows are longer than data.max_length and were cut")
+    if event.num_dropped_rows:
+        console.print(f"{event.num_dropped_rows} rows had nothing left to learn and were dropped")
+    if event.step:
+        console.print(f"going on after step {event.step}")
+
+
+class _Speed:
+    """Rows and tokens a second over all steps so far; a single step's time is noisy."""
+
+    rows = tokens = 0
+    seconds = 0.0
+
+    def add(self, event: Stepped) -> None:
+        self.rows += event.num_rows
+        self.tokens += event.num_tokens
+        self.seconds += event.elapsed_s
+
+
+def _numbers(event: Stepped, so_far: _Speed) -> str:
+    return (
+        f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  "
+        f"{so_far.rows / so_far.seconds:.2f} samples/s  "
+        f"{so_far.tokens / so_far.seconds:.0f} tokens/s  "
+        f"{mx.get_peak_memory() / 1e9:.1f} GB"
+    )

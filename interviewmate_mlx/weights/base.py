@@ -1,0 +1,108 @@
+"""The name of a base becomes a folder, and the folder a model and its tokenizer."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+from mlx_lm.utils import load_model
+
+from interviewmate_mlx.errors import ModelError
+from interviewmate_mlx.model import falcon
+from interviewmate_mlx.weights.convert import convert
+from interviewmate_mlx.weights.hub import pull
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def find_base(name: str, progress: Progress | None = None) -> Path:
+    """The folder of a base: a folder as it is, a Hub id pulled and converted once into `models/`.
+
+    Raises:
+        ModelError: no such folder, or what was pulled cannot be converted.
+        HubError: the Hub did not give it.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"No model at {name}: no folder with a config.json, and no Hub id like owner/name.\n"
+            "Give a folder, or a Hub id such as tiiuae/falcon-rw-1b."
+        )
+    out = models_folder(name)
+    if (out / "config.json").is_file():
+        return out
+    pulled = pull(name, progress=progress)
+    convert(pulled.path, out, source_name=name, revision=pulled.revision, progress=progress)
+    return out
+
+
+def models_folder(name: str) -> Path:
+    """Where a Hub id is converted to, below the current folder."""
+    return Path("models") / name
+
+
+def load_base(folder: Path, dtype: mx.Dtype) -> tuple[falcon.Model, TokenizerWrapper]:
+    """Load a Falcon-RW folder, quantised or not, and its tokenizer. No code of the folder is run.
+
+    Args:
+        folder: Hub layout with safetensors, as `convert` writes it.
+        dtype: for the weights that are floats.
+
+    Raises:
+        ModelError: the folder is no Falcon-RW's, or its weights do not fit.
+    """
+    if not list(folder.glob("model*.safetensors")):
+        raise ModelError(
+            f"{folder} holds no model*.safetensors.\n"
+            f"Convert it first: imate-mlx convert {folder} --out models/{folder.name}"
+        )
+    try:
+        model, _ = load_model(
+            folder,
+            lazy=True,
+            # Without its model_file, which would be run, the folder is ours to build.
+            model_config={"model_file": None},
+            get_model_classes=lambda config: (falcon.Model, falcon.ModelArgs),
+        )
+        model.set_dtype(dtype)
+        mx.eval(model.parameters())
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise ModelError(
+            f"Cannot load {folder}: {error}\nConvert it anew, or choose another base."
+        ) from error
+    return model, load_base_tokenizer(folder)
+
+
+def load_base_tokenizer(folder: Path) -> TokenizerWrapper:
+    """Load a folder's tokenizer. It stops on its own end token, whatever config.json says.
+
+    Raises:
+        ModelError: it cannot be read, or has no end token.
+    """
+    try:
+        tokenizer = load_tokenizer(folder, {"trust_remote_code": False})
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise ModelError(f"Cannot load the tokenizer in {folder}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"The tokenizer in {folder} has no end token.\nConvert the model anew.")
+    return tokenizer
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash that changes with a model's config, tokenizer and the layout of its weights."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        path = folder / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    for path in sorted(folder.glob("model*.safetensors")):
+        digest.update(json.dumps([path.name, path.stat().st_size]).encode())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(length, 1 << 24)))
+            digest.update(file.read(1 << 20))  # the start of the numbers themselves
+    return digest.hexdigest()

@@ -1,0 +1,247 @@
+"""A model folder as it lies on the Hub: its configuration, its tokenizer, where its tensors lie.
+
+Nothing is loaded and nothing is run. The names of old configurations follow
+transformers' `models/falcon/convert_custom_code_checkpoint.py`.
+"""
+
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from interviewmate_mlx.errors import ModelError, WeightsError, list_faults
+from interviewmate_mlx.weights.safetensors_file import TensorEntry, read_safetensors_header
+from interviewmate_mlx.weights.torch_file import read_torch_file
+
+_OLD_NAMES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_kv_heads",
+    "n_embed": "hidden_size",
+}
+_OLD_MODEL_TYPES = ("RefinedWebModel", "RefinedWeb")
+
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+]
+
+# As one file, and as shards. The first that is there is taken.
+_WEIGHTS = [
+    ("model.safetensors", "model-*-of-*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
+]
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files of a checkpoint, and the file of each tensor where an index says it."""
+
+    paths: list[Path]
+    index: dict[str, str] | None
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What a tokenizer's files say of its tokens.
+
+    Attributes:
+        size: one more than the largest id.
+        special: `eos_token`, and `bos_token`, `unk_token`, `pad_token` where it has them.
+        ids: the ids of those.
+    """
+
+    size: int
+    special: dict[str, str]
+    ids: dict[str, int]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: it is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is no JSON: {error}\nDownload it again.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is no JSON object, but a {type(value).__name__}")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` in the names that transformers uses today.
+
+    Raises:
+        ModelError: there is none, it describes quantised weights, or an old
+            name in it contradicts the new one.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        adapter = (
+            " It is an adapter: convert its base." * (folder / "adapter_config.json").is_file()
+        )
+        raise ModelError(f"{folder} holds no config.json.{adapter}\nGive a model's folder.")
+    config = read_json(path)
+    for key in ("quantization", "quantization_config"):
+        if config.get(key):
+            raise ModelError(
+                f"{path} describes quantised weights ({key}).\nConvert the model it came from."
+            )
+    if config.get("model_type") in _OLD_MODEL_TYPES:
+        config["model_type"] = "falcon"
+        config.setdefault("new_decoder_architecture", "n_head_kv" in config)
+    faults = []
+    for old, new in _OLD_NAMES.items():
+        value = config.pop(old, None)
+        if value is not None and config.setdefault(new, value) != value:
+            faults.append(f"{old} is {value!r}, {new} is {config[new]!r}")
+    if faults:
+        raise ModelError(f"{path} contradicts itself:\n{list_faults(faults)}\nRemove one of each.")
+    return config
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The special tokens of a folder's tokenizer and their ids.
+
+    Raises:
+        ModelError: there is no tokenizer, it names no end token, or one that it
+            does not have.
+    """
+    files = {name: read_json(folder / name) for name in TOKENIZER_FILES if _is_json(folder, name)}
+    ids = _token_ids(files)
+    if not ids:
+        raise ModelError(
+            f"{folder} holds no tokenizer, so its true end token is unknown.\n"
+            "Put tokenizer.json and tokenizer_config.json beside the weights."
+        )
+    special = {}
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            value = files.get(name, {}).get(key)
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                special[key] = text
+    if "eos_token" not in special:
+        raise ModelError(
+            f"The tokenizer in {folder} names no end token.\n"
+            'Add "eos_token" to its tokenizer_config.json.'
+        )
+    unknown = [f"{key}: {text!r}" for key, text in special.items() if text not in ids]
+    if unknown:
+        raise ModelError(
+            f"The tokenizer in {folder} names tokens that it does not have:\n"
+            f"{list_faults(unknown)}\nDownload tokenizer.json and tokenizer_config.json again."
+        )
+    return Tokenizer(
+        size=max(ids.values()) + 1,
+        special=special,
+        ids={key: ids[text] for key, text in special.items()},
+    )
+
+
+def _is_json(folder: Path, name: str) -> bool:
+    return name.endswith(".json") and (folder / name).is_file()
+
+
+def _token_ids(files: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Every token's id. Where two files name a token, tokenizer.json is right."""
+    try:
+        ids = dict(files.get("added_tokens.json", {}))
+        decoder = files.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
+        ids |= {token["content"]: int(number) for number, token in decoder.items()}
+        if whole := files.get("tokenizer.json"):
+            ids |= whole["model"]["vocab"]
+            ids |= {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+        elif "vocab.json" in files:
+            ids |= files["vocab.json"]
+        else:
+            return {}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"The tokenizer's files are damaged: {error!r}\nDownload them.") from error
+    return ids
+
+
+def find_weights(folder: Path) -> WeightFiles:
+    """The files that hold a folder's tensors: safetensors before `pytorch_model.bin`.
+
+    Raises:
+        WeightsError: there are none, shards are missing or surplus, or the index
+            points outside the folder.
+    """
+    for single, shards in _WEIGHTS:
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            found = WeightFiles([folder / single], None)
+        elif index.is_file():
+            found = _read_index(index, shards)
+        elif any(folder.glob(shards)):
+            raise WeightsError(f"{folder} holds shards, but no {index.name}.\nDownload that too.")
+        else:
+            continue
+        for path in found.paths:
+            with path.open("rb") as file:
+                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    raise WeightsError(f"{path} is only a pointer of Git LFS.\nRun git lfs pull.")
+        return found
+    known = " or ".join(single for single, _ in _WEIGHTS)
+    raise WeightsError(
+        f"{folder} holds no weights: expected {known}, or shards of one with their index.\n"
+        "Download the weights into it."
+    )
+
+
+def _read_index(index: Path, shards: str) -> WeightFiles:
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(n, str) for n in shard_of.values()):
+        raise WeightsError(f"{index} has no weight_map.\nDownload it again.")
+    folder = index.parent
+    faults = []
+    names = sorted(set(shard_of.values()))
+    for name in names:
+        if not fnmatchcase(name, shards) or "/" in name or "\\" in name:
+            faults.append(f"{name[:80]!r}: expected a file name like {shards}")
+        elif not (folder / name).is_file():
+            faults.append(f"{name}: in the index, but not in the folder")
+    surplus = {path.name for path in folder.glob(shards)} - set(names)
+    faults += [f"{name}: in the folder, but not in the index" for name in sorted(surplus)]
+    if faults:
+        raise WeightsError(
+            f"{index} does not fit its folder:\n{list_faults(faults)}\nDownload the model again."
+        )
+    return WeightFiles([folder / name for name in names], shard_of)
+
+
+def read_tensors(weights: WeightFiles) -> dict[str, TensorEntry]:
+    """Where each tensor lies. Only headers are read.
+
+    Raises:
+        WeightsError: a file is damaged or unsafe, or does not hold what the index says.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    faults = []
+    for path in weights.paths:
+        read = read_safetensors_header if path.suffix == ".safetensors" else read_torch_file
+        for name, entry in read(path).items():
+            if name in tensors:
+                faults.append(f"{name}: in {tensors[name].path.name} and in {path.name}")
+            elif weights.index is not None and weights.index.get(name) != path.name:
+                said = weights.index.get(name, "no file")
+                faults.append(f"{name}: in {path.name}, in {said} by the index")
+            tensors[name] = entry
+    absent = set(weights.index or ()) - set(tensors)
+    faults += [f"{name}: in the index, but in no file" for name in sorted(absent)]
+    if faults:
+        raise WeightsError(
+            f"The shards in {weights.paths[0].parent} do not fit their index:\n"
+            f"{list_faults(faults)}\nDownload the model again."
+        )
+    return tensors
