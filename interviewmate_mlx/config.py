@@ -7,6 +7,7 @@ import difflib
 import math
 import tomllib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -33,7 +34,12 @@ def _one_of(*names: str) -> Any:
 
 
 def _name(default: str) -> Any:
-    return _option(default, lambda v: bool(v.strip()), "a name or a path")
+    return _option(default, _is_name, "a name or a path, in Unicode")
+
+
+def _is_name(value: str) -> bool:
+    # A path that is not UTF-8 reaches Python with lone surrogates; TOML cannot hold those.
+    return bool(value.strip()) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ def parse_run(name: str, text: str) -> RunConfig:
 
 def to_toml(run: RunConfig) -> str:
     """The run as TOML that `load_run` reads back to an equal run."""
-    lines = [f"# {run.name}, every key resolved"]
+    lines = [f"# {_escape(run.name)}, every key resolved"]
     for table in _TABLES:
         lines += ["", f"[{table}]"]
         lines += [f"{key} = {_toml(value)}" for key, value in asdict(getattr(run, table)).items()]
@@ -178,12 +184,13 @@ def _find_run(run: str) -> tuple[str, str]:
     if path.suffix != ".toml":
         if run.upper() not in shipped_runs():
             raise ConfigError(
-                f"No run {run!r}: expected {', '.join(shipped_runs())}, or the path of a .toml file."
+                f"No run {run!r}: expected {', '.join(shipped_runs())}, or a .toml file's path."
             )
-        path = shipped("configs") / f"run_{run.lower()}.toml"
+        letter = run.lower()
+        path = shipped("configs") / f"run_{letter}.toml"
         return f"run_{run.upper()}", path.read_text(encoding="utf-8")
     try:
-        return path.stem, path.read_text(encoding="utf-8")
+        return path.stem, path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"Cannot read the run {run}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -198,10 +205,13 @@ def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) ->
     if not (equals and dot and name):
         faults.append(f"{override}: expected table.key=value, as in lora.rank=16")
         return
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
+    value = text.strip()
+    with suppress(tomllib.TOMLDecodeError):
+        parsed = tomllib.loads(f"value = {text}")
+        expected = get_type_hints(_TABLES[table]).get(name) if table in _TABLES else None
+        # A folder may be called 2024, and a line break would begin another key.
+        if len(parsed) == 1 and (expected is not str or isinstance(parsed["value"], str)):
+            value = parsed["value"]
     content = tables.setdefault(table, {})
     if isinstance(content, dict):
         content[name] = value
@@ -277,9 +287,12 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        escaped = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped)
-        return f'"{escaped}"'
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{_escape(quoted)}"'
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return repr(value)
+
+
+def _escape(text: str) -> str:
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)

@@ -11,7 +11,6 @@ import fcntl
 import glob
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -51,9 +50,9 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         OSError: the folder cannot be written to.
     """
     path = Path(os.path.realpath(path))
-    if not replace:
-        _refuse_existing(path)
     with _workspace(path) as workspace:
+        if not replace:
+            _refuse_existing(path)
         temporary = workspace / path.name
         temporary.mkdir()
         yield temporary
@@ -79,7 +78,8 @@ def _workspace(path: Path) -> Iterator[Path]:
     """A locked folder beside `path`, on the same file system, gone when the block ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.tmp-"
-    for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
+    random_part = "?" * 8  # what mkdtemp adds
+    for leftover in path.parent.glob(glob.escape(prefix) + random_part):
         _clear_if_stale(leftover, path)
     with ExitStack() as stack:
         workspace, lock = _make_locked_folder(prefix, path.parent)
@@ -91,12 +91,13 @@ def _workspace(path: Path) -> Iterator[Path]:
 def _make_locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        descriptor = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks: there nothing is cleared either
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if folder.exists():  # nobody cleared it before the lock was ours
-            return folder, descriptor
-        os.close(descriptor)
+        with suppress(FileNotFoundError):  # another process cleared it before it was locked
+            descriptor = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # no locks on this file system: then nothing is cleared either
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, descriptor
+            os.close(descriptor)
 
 
 def _clear_if_stale(workspace: Path, path: Path) -> None:
@@ -132,15 +133,12 @@ def _exchange(one: Path, other: Path) -> bool:
     """Swap two paths in one step: renameat2(2) on Linux, renamex_np(2) on macOS."""
     libc = ctypes.CDLL(None)
     first, second, exchange = os.fsencode(one), os.fsencode(other), ctypes.c_uint(2)
-    try:
-        if sys.platform == "darwin":
-            result = libc.renamex_np(first, second, exchange)
-        else:
-            at_cwd = -100
-            result = libc.renameat2(at_cwd, first, at_cwd, second, exchange)
-    except AttributeError:  # an older libc
-        return False
-    return bool(result == 0)
+    at_cwd = -100
+    if hasattr(libc, "renameat2"):
+        return bool(libc.renameat2(at_cwd, first, at_cwd, second, exchange) == 0)
+    if hasattr(libc, "renamex_np"):
+        return bool(libc.renamex_np(first, second, exchange) == 0)
+    return False  # an older libc
 
 
 def _sync(path: Path) -> None:

@@ -263,12 +263,13 @@ STORAGE_ROUTES = [
 ]
 
 
-class _Refusal(Exception):
+class _RefusalError(Exception):
     """An answer other than 2xx or 3xx: status, the Hub's code for it, and a message."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     timeout = 10
 
     def handle_any(self) -> None:
@@ -285,21 +286,21 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             for fault in hub._failures:
                 if fault.strikes(line):
-                    raise _Refusal(fault.status, fault.code, fault.message or "Fault by order")
+                    raise _RefusalError(fault.status, fault.code, fault.message or "Fault by order")
             for methods, pattern, name in STORAGE_ROUTES if storage else ROUTES:
                 if self.command in methods.split("|") and (found := re.fullmatch(pattern, path)):
                     groups = {key: unquote(value) for key, value in found.groupdict().items()}
                     getattr(self, f"answer_{name}")(**groups)
                     return
-            raise _Refusal(404, "", f"No such page: {line}")
-        except _Refusal as refusal:
+            raise _RefusalError(404, "", f"No such page: {line}")
+        except _RefusalError as refusal:
             status, code, message = refusal.args
             headers = {"X-Error-Code": code, "X-Error-Message": message}
             self.send({"error": message}, status, {k: v for k, v in headers.items() if v})
         except ConnectionError:
             self.close_connection = True
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815
 
     def send(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         body = json.dumps(value).encode()
@@ -319,34 +320,34 @@ class _Handler(BaseHTTPRequestHandler):
     def find_repo(self, key: str, *, files: bool = False) -> Repo:
         """The repo, if this request may see it. Only users are told that there is none."""
         if self.token and self.token not in (TOKEN, READ_TOKEN):
-            raise _Refusal(401, "", "Invalid credentials in Authorization header")
+            raise _RefusalError(401, "", "Invalid credentials in Authorization header")
         repo = self.hub.repos.get(key)
         if repo is None or (repo.private and not self.token):
             if not self.token:
-                raise _Refusal(401, "", "Invalid username or password.")
-            raise _Refusal(404, "RepoNotFound", "Repository not found")
+                raise _RefusalError(401, "", "Invalid username or password.")
+            raise _RefusalError(404, "RepoNotFound", "Repository not found")
         if files and repo.gated:
             status = 403 if self.token else 401
-            raise _Refusal(status, "GatedRepo", f"Access to {key} is restricted.")
+            raise _RefusalError(status, "GatedRepo", f"Access to {key} is restricted.")
         return repo
 
     def find_branch(self, repo: Repo, revision: str) -> str:
         branch = repo.find(revision)
         if branch is None:
-            raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise _RefusalError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return branch
 
     def want_writer(self) -> None:
         if self.token == READ_TOKEN:
-            raise _Refusal(403, "", "You don't have the rights to write here")
+            raise _RefusalError(403, "", "You don't have the rights to write here")
         if self.token != TOKEN:
-            raise _Refusal(401, "", "Invalid credentials in Authorization header")
+            raise _RefusalError(401, "", "Invalid credentials in Authorization header")
 
     # reading
 
     def answer_whoami(self) -> None:
         if self.token not in (TOKEN, READ_TOKEN):
-            raise _Refusal(401, "", "Invalid credentials in Authorization header")
+            raise _RefusalError(401, "", "Invalid credentials in Authorization header")
         self.send({"type": "user", "name": USER, "orgs": []})
 
     def answer_info(self, kind: str, id: str, rev: str = "main") -> None:
@@ -387,7 +388,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit = {"X-Repo-Commit": repo.sha(branch)}
         file = repo.revisions[branch].get(name)
         if file is None:
-            raise _Refusal(404, "EntryNotFound", f"Entry not found: {name}")
+            raise _RefusalError(404, "EntryNotFound", f"Entry not found: {name}")
         if not file.large:
             self.send_file(file, commit)
             return
@@ -404,7 +405,7 @@ class _Handler(BaseHTTPRequestHandler):
         start = int(asked[1]) if asked else 0
         stop = int(asked[2]) + 1 if asked and asked[2] else file.size
         if asked and start >= file.size:
-            raise _Refusal(416, "", "Range Not Satisfiable")
+            raise _RefusalError(416, "", "Range Not Satisfiable")
         self.send_response(206 if asked else 200)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -476,7 +477,7 @@ class _Handler(BaseHTTPRequestHandler):
     def answer_store(self, oid: str) -> None:
         file = File("upload.bin", self.body)
         if file.sha256 != oid:
-            raise _Refusal(400, "", "The bytes are not those of the object id")
+            raise _RefusalError(400, "", "The bytes are not those of the object id")
         self.hub.objects[oid] = file
         self.send({})
 

@@ -98,8 +98,11 @@ def read_records(path: Path) -> list[Record]:
     for place, row in _rows(path):
         try:
             record = _read_row(row() if callable(row) else row, f"{path.name} {place}")
-        except (ValueError, RecursionError) as error:
-            faults.append(f"{place}: {error or 'nested too deeply'}")
+        except RecursionError:
+            faults.append(f"{place}: nested too deeply")
+            continue
+        except ValueError as error:
+            faults.append(f"{place}: {error}")
             continue
         if record.id and record.id in lines_of_ids:
             first = lines_of_ids[record.id]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -236,9 +237,9 @@ def run_steps(
         return Stepped(
             step=step + 1,
             epoch=step // task.steps_per_epoch + 1,
-            loss=float(numbers["loss"].item()),
+            loss=_number(numbers["loss"]),
             learning_rate=learning_rate,
-            grad_norm=float(numbers["grad_norm"].item()),
+            grad_norm=_number(numbers["grad_norm"]),
             num_rows=len(rows),
             num_tokens=sum(map(len, rows)),
             num_predicted=sum(int(example.learn.sum()) for example in rows),
@@ -424,3 +425,8 @@ def _hash_examples(examples: Sequence[Example]) -> str:
     for example in examples:
         digest.update(example.tokens.tobytes() + example.learn.tobytes())
     return digest.hexdigest()
+
+
+def _number(scalar: mx.array) -> float:
+    value: Any = scalar.item()  # waits for the device
+    return float(value)

@@ -10,12 +10,12 @@ import hashlib
 import math
 import shutil
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mlx.utils import tree_flatten
 
+from interviewmate_mlx import __version__
 from interviewmate_mlx.errors import BackendError, ModelError, WeightsError, list_faults
 from interviewmate_mlx.files import atomic_folder
 from interviewmate_mlx.model import falcon
@@ -114,7 +114,7 @@ def convert(
             "revision": revision,
             "fingerprint": _fingerprint(source, weights),
             "trim_vocab": trim_vocab,
-            "interviewmate_mlx": _version(),
+            "interviewmate_mlx": __version__,
         }
         if found := _find_earlier(source, out, record, dtype, force):
             return found
@@ -162,13 +162,6 @@ def _fingerprint(source: Path, weights: WeightFiles) -> str:
         content = path.read_bytes() if path.is_file() else b""
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
-
-
-def _version() -> str:
-    try:
-        return metadata.version("interviewmate-mlx")
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _find_earlier(

@@ -86,10 +86,8 @@ def explain(
                 "expected owner/name.\nCheck the spelling."
             )
         case OfflineModeIsEnabled():
-            return (
-                f"HF_HUB_OFFLINE is set: no way to the {what}.\n"
-                "The cache does not hold all of it. Unset HF_HUB_OFFLINE to pull it."
-            )
+            then = "push" if writes else "pull it: the cache does not hold all of it"
+            return f"HF_HUB_OFFLINE is set: no way to the {what}.\nUnset it to {then}."
         case httpx2.LocalProtocolError() | UnicodeError():
             return f"The token for the Hub holds characters that no token has.\nNow {_LOG_IN} anew."
         case httpx2.UnsupportedProtocol() | httpx2.InvalidURL():
@@ -125,7 +123,7 @@ def explain(
 def _explain_answer(
     error: HfHubHTTPError, what: str, page: str, revision: str | None, writes: bool
 ) -> str:
-    status = error.response.status_code
+    status, url = error.response.status_code, error.response.url
     logged_in = "authorization" in error.response.request.headers
     tokens = f"{constants.ENDPOINT}/settings/tokens"
     if isinstance(error, RevisionNotFoundError):
@@ -137,30 +135,31 @@ def _explain_answer(
         return f"The {what} has been disabled on the Hub.\nChoose another."
     if isinstance(error, EntryNotFoundError):
         return f"A file of the {what} is not on the Hub.\nChoose another revision."
-    if status == 401 and logged_in:
-        return (
-            "The Hub refuses your token (401): it is mistyped, expired or revoked.\n"
-            f"Make one at {tokens} and {_LOG_IN}."
-        )
-    if status == 403:
-        right = "write there" if writes else "read it"
-        return (
-            f"Your token may not open the {what} (403): it lacks the right to {right}.\n"
-            f"Change it at {tokens}, or {_LOG_IN} to another."
-        )
-    if status in (401, 404):
-        mind = "or your token may not see it" if logged_in else "that is open to all"
-        then = "" if logged_in else f"; if it is private, {_LOG_IN}"
-        return f"There is no {what} {mind} ({status}).\nCheck the spelling{then}."
     if status == 429:
         return "The Hub has had too many requests from here (429).\nWait some minutes, or log in."
     if status >= 500:
         return (
-            f"The Hub at {constants.ENDPOINT} has failed ({status}).\n"
+            f"The Hub at {url.host} has failed ({status}).\n"
             "Run the command again later; https://status.huggingface.co tells more."
         )
+    if str(url).startswith(constants.ENDPOINT):  # and not the storage, which knows no tokens
+        if status == 401 and logged_in:
+            return (
+                "The Hub refuses your token (401): it is mistyped, expired or revoked.\n"
+                f"Make one at {tokens} and {_LOG_IN}."
+            )
+        if status == 403:
+            right = "write there" if writes else "read it"
+            return (
+                f"Your token may not open the {what} (403): it lacks the right to {right}.\n"
+                f"Change it at {tokens}, or {_LOG_IN} to another."
+            )
+        if status in (401, 404):
+            seen = "or your token may not see it" if logged_in else "that is open to all"
+            then = "" if logged_in else f"; if it is private, {_LOG_IN}"
+            return f"There is no {what} {seen} ({status}).\nCheck the spelling{then}."
     said = _without_tokens(error.server_message or "no reason given")
-    return f"The Hub does not accept this for {what} ({status}): {said}\nSee {page}."
+    return f"{url.host} does not accept this for the {what} ({status}): {said}\nSee {page}."
 
 
 def _without_tokens(text: str) -> str:

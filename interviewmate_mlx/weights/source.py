@@ -116,8 +116,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         ModelError: there is no tokenizer, it names no end token, or one that it
             does not have.
     """
-    files = {name: read_json(folder / name) for name in TOKENIZER_FILES if _is_json(folder, name)}
-    ids = _token_ids(files)
+    paths = [folder / name for name in TOKENIZER_FILES if name.endswith(".json")]
+    files = {path.name: read_json(path) for path in paths if path.is_file()}
+    try:
+        ids = _token_ids(files)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"The tokenizer's files in {folder} are damaged: {error!r}\nDownload them again."
+        ) from error
     if not ids:
         raise ModelError(
             f"{folder} holds no tokenizer, so its true end token is unknown.\n"
@@ -148,25 +154,21 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-def _is_json(folder: Path, name: str) -> bool:
-    return name.endswith(".json") and (folder / name).is_file()
-
-
 def _token_ids(files: dict[str, dict[str, Any]]) -> dict[str, int]:
     """Every token's id. Where two files name a token, tokenizer.json is right."""
-    try:
-        ids = dict(files.get("added_tokens.json", {}))
-        decoder = files.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
-        ids |= {token["content"]: int(number) for number, token in decoder.items()}
-        if whole := files.get("tokenizer.json"):
-            ids |= whole["model"]["vocab"]
-            ids |= {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
-        elif "vocab.json" in files:
-            ids |= files["vocab.json"]
-        else:
-            return {}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"The tokenizer's files are damaged: {error!r}\nDownload them.") from error
+    ids: dict[str, Any] = dict(files.get("added_tokens.json", {}))
+    decoder = files.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
+    ids |= {token["content"]: int(number) for number, token in decoder.items()}
+    if "tokenizer.json" in files:
+        whole = files["tokenizer.json"]
+        ids |= whole["model"]["vocab"]
+        ids |= {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+    elif "vocab.json" in files:
+        ids |= files["vocab.json"]
+    else:
+        return {}
+    if odd := [token for token, number in ids.items() if type(number) is not int]:
+        raise ValueError(f"the id of {odd[0]!r} is {ids[odd[0]]!r}")
     return ids
 
 

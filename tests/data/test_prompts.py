@@ -1,0 +1,120 @@
+"""Rows to tokens: the template, the mask, the cut."""
+
+import jinja2
+import numpy as np
+import pytest
+from checkpoints import write_tokenizer
+from transformers import AutoTokenizer
+
+from interviewmate_mlx.data.prompts import (
+    CHAT_TEMPLATE,
+    encode_question,
+    encode_record,
+    encode_records,
+)
+from interviewmate_mlx.data.records import Message, Record
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return AutoTokenizer.from_pretrained(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def pair(question: str, answer: str) -> Record:
+    return Record("row", messages=(Message("user", question), Message("assistant", answer)))
+
+
+def test_row_is_the_template_and_the_end_token(tokenizer):
+    example = encode_record(tokenizer, pair("Why?", "Because."), 512, "answer")
+    assert tokenizer.decode(example.tokens) == "Question: Why?\nAnswer: Because.<|endoftext|>"
+    assert example.tokens[-1] == tokenizer.eos_token_id
+
+
+def test_loss_is_on_the_answer_and_the_end_token_alone(tokenizer):
+    example = encode_record(tokenizer, pair("Why?", "Because."), 512, "answer")
+    learned = example.tokens[example.learn]
+    assert tokenizer.decode(learned) == " Because.<|endoftext|>"
+    assert not example.learn[: len(example) - len(learned)].any()
+
+
+def test_train_on_all_learns_every_token_but_the_first(tokenizer):
+    example = encode_record(tokenizer, pair("Why?", "Because."), 512, "all")
+    assert not example.learn[0]
+    assert example.learn[1:].all()
+
+
+def test_prompt_for_generation_is_what_a_training_row_begins_with(tokenizer):
+    example = encode_record(tokenizer, pair("Why  so?", "Because."), 512, "answer")
+    prompt = encode_question(tokenizer, " Why  so?\n")
+    assert example.tokens[: len(prompt)].tolist() == prompt
+    assert example.learn[: len(prompt)].any() == False  # noqa: E712
+    assert example.learn[len(prompt) :].all()
+
+
+def test_mask_is_exact_where_the_tokenizer_would_merge_across_the_boundary(tokenizer):
+    prompt, completion = "the tr", "aining set"
+    joint = tokenizer.encode(prompt + completion, add_special_tokens=False)
+    apart = tokenizer.encode(prompt, add_special_tokens=False)
+    assert joint[: len(apart)] != apart  # the trap is there
+    example = encode_record(
+        tokenizer, Record("row", prompt=prompt, completion=completion), 99, "answer"
+    )
+    assert tokenizer.decode(example.tokens[~example.learn]) == prompt
+    assert tokenizer.decode(example.tokens[example.learn]) == completion + "<|endoftext|>"
+
+
+def test_end_token_that_a_user_wrote_stays_text(tokenizer):
+    example = encode_record(tokenizer, pair("What is <|endoftext|>?", "A token."), 512, "answer")
+    assert (example.tokens == tokenizer.eos_token_id).sum() == 1
+    assert "What is <|endoftext|>?" in tokenizer.decode(example.tokens)
+
+
+def test_conversation_learns_every_answer(tokenizer):
+    messages = (
+        Message("system", "Be brief."),
+        Message("user", "One?"),
+        Message("assistant", "1."),
+        Message("user", "Two?"),
+        Message("assistant", "2."),
+    )
+    example = encode_record(tokenizer, Record("row", messages=messages), 512, "answer")
+    assert tokenizer.decode(example.tokens) == (
+        "Be brief.\n\nQuestion: One?\nAnswer: 1.<|endoftext|>"
+        "Question: Two?\nAnswer: 2.<|endoftext|>"
+    )
+    assert tokenizer.decode(example.tokens[example.learn]) == " 1.<|endoftext|> 2.<|endoftext|>"
+
+
+def test_chat_template_renders_the_same_tokens(tokenizer):
+    messages = (Message("system", "S"), Message("user", "Why? {}"), Message("assistant", "{B}."))
+    template = jinja2.Environment().from_string(CHAT_TEMPLATE)
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    text = template.render(messages=turns, eos_token="<|endoftext|>", add_generation_prompt=False)
+    example = encode_record(tokenizer, Record("row", messages=messages), 512, "answer")
+    assert tokenizer.encode(text, add_special_tokens=False) == example.tokens.tolist()
+    prompt = template.render(messages=turns[1:2], eos_token="", add_generation_prompt=True)
+    assert tokenizer.encode(prompt, add_special_tokens=False) == encode_question(
+        tokenizer, "Why? {}"
+    )
+
+
+def test_cut_answer_keeps_its_beginning_and_gets_no_end_token(tokenizer):
+    whole = encode_record(tokenizer, pair("Why?", "Because it is so."), 512, "answer")
+    cut = encode_record(tokenizer, pair("Why?", "Because it is so."), len(whole) - 3, "answer")
+    np.testing.assert_array_equal(cut.tokens, whole.tokens[:-3])
+    assert cut.num_cut == 3
+    assert whole.num_cut == 0
+    assert tokenizer.eos_token_id not in cut.tokens
+
+
+def test_rows_with_nothing_left_to_learn_are_set_apart(tokenizer):
+    records = [pair("Why?", "So."), pair("Why " * 50, "So.")]
+    kept, dropped = encode_records(tokenizer, records, 32, "answer")
+    assert [example.record for example in kept] == records[:1]
+    assert [example.record for example in dropped] == records[1:]
+
+
+def test_verbatim_text_is_learned_whole(tokenizer):
+    example = encode_record(tokenizer, Record("row", completion="Once upon"), 512, "answer")
+    assert tokenizer.decode(example.tokens) == "Once upon<|endoftext|>"
+    assert example.learn.tolist() == [False] + [True] * (len(example) - 1)

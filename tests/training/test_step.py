@@ -1,0 +1,162 @@
+"""The compiled step: any split gives the same update; nothing bad is applied."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from checkpoints import tiny_falcon
+from mlx.utils import tree_flatten
+
+from interviewmate_mlx.data.batches import collate
+from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.data.records import Record
+from interviewmate_mlx.model.falcon import Model, ModelArgs
+from interviewmate_mlx.model.lora import add_lora
+from interviewmate_mlx.training.loss import masked_cross_entropy
+from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
+from interviewmate_mlx.training.step import compile_loss, compile_step
+from interviewmate_mlx.weights.peft import adapter_weights
+
+
+def tiny_model(seed: int = 0) -> Model:
+    reference = tiny_falcon()
+    model = Model(ModelArgs.from_dict(reference.config.to_dict()))
+    state = {name: mx.array(t.numpy()) for name, t in reference.state_dict().items()}
+    model.load_weights(list(model.sanitize(state).items()))
+    mx.random.seed(seed)
+    add_lora(model, ["query_key_value", "dense"], rank=4, alpha=8)
+    return model.train()
+
+
+def rows_of_unequal_length() -> list[Example]:
+    rng = np.random.default_rng(0)
+    return [
+        Example(Record("row"), rng.integers(0, 384, n).astype(np.int32), np.arange(n) >= prompt)
+        for n, prompt in ((50, 40), (9, 2), (70, 5), (20, 19))
+    ]
+
+
+def one_update(groups: list[list[int]], width: int | None = None) -> tuple[dict, dict]:
+    """Two updates, so that moments count too, over the four rows in the given microbatches."""
+    rows, model = rows_of_unequal_length(), tiny_model()
+    add_microbatch, update = compile_step(model, adamw(0.01), max_grad_norm=1.0)
+    for _ in range(2):
+        for group in groups:
+            add_microbatch(*collate([rows[i] for i in group], width).arrays())
+        numbers = update(mx.array(1e-2))
+    return adapter_weights(model), numbers
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[3, 0, 2], [1]], [[2], [0, 1, 3]]],
+)
+def test_accumulation_equals_one_large_batch(groups):
+    expected, numbers = one_update([[0, 1, 2, 3]])
+    weights, split_numbers = one_update(groups)
+    for name in expected:
+        np.testing.assert_allclose(np.array(weights[name]), np.array(expected[name]), atol=2e-6)
+    for name in ("loss", "grad_norm"):
+        assert split_numbers[name].item() == pytest.approx(numbers[name].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("width", [69, 96, 200])
+def test_padding_never_matters(width):
+    expected, _ = one_update([[0, 1, 2, 3]])
+    weights, _ = one_update([[0, 1, 2, 3]], width)
+    for name in expected:
+        np.testing.assert_allclose(np.array(weights[name]), np.array(expected[name]), atol=2e-6)
+
+
+def test_update_that_is_not_finite_is_not_applied_and_neither_is_what_follows():
+    model, rows = tiny_model(), rows_of_unequal_length()
+    optimizer = adamw()
+    add_microbatch, update = compile_step(model, optimizer, max_grad_norm=1.0)
+    batch = collate(rows).arrays()
+    add_microbatch(*batch)
+    assert update(mx.array(1e-2))["is_finite"].item()
+    before = [np.array(a) for _, a in tree_flatten([adapter_weights(model), optimizer.state])]
+    embedding = model.transformer.word_embeddings
+    good = embedding.weight
+    embedding.weight = good * math.nan
+    add_microbatch(*batch)
+    assert not update(mx.array(1e-2))["is_finite"].item()
+    embedding.weight = good
+    add_microbatch(*batch)
+    assert not update(mx.array(1e-2))["is_finite"].item()
+    after = [np.array(a) for _, a in tree_flatten([adapter_weights(model), optimizer.state])]
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_frozen_weights_stay_as_they_were():
+    model = tiny_model()
+    frozen = {n: np.array(a) for n, a in tree_flatten(model.parameters()) if "lora" not in n}
+    add_microbatch, update = compile_step(model, adamw(0.1), max_grad_norm=0.0)
+    add_microbatch(*collate(rows_of_unequal_length()).arrays())
+    mx.eval(update(mx.array(1e-2)), model.parameters())
+    now = dict(tree_flatten(model.parameters()))
+    for name, array in frozen.items():
+        np.testing.assert_array_equal(np.array(now[name]), array)
+
+
+def test_loss_is_the_reference_s_sum_and_count():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 50)).astype(np.float32) * 5
+    targets, mask = rng.integers(0, 50, 6), np.array([1, 0, 1, 1, 0, 1], dtype=bool)
+    total, count = masked_cross_entropy(
+        mx.array(logits), mx.array(targets.astype(np.int32)), mx.array(mask)
+    )
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(logits[mask]), torch.tensor(targets[mask]), reduction="sum"
+    )
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert count.item() == 4
+    halved = masked_cross_entropy(
+        mx.array(logits).astype(mx.bfloat16), mx.array(targets.astype(np.int32)), mx.array(mask)
+    )
+    assert halved[0].dtype == mx.float32
+
+
+def test_validation_loss_is_the_training_loss_before_the_update():
+    model, rows = tiny_model(), rows_of_unequal_length()
+    batch = collate(rows).arrays()
+    loss_sum, num_tokens = compile_loss(model)(*batch)
+    add_microbatch, update = compile_step(model, adamw(), 1.0)
+    add_microbatch(*batch)
+    loss = update(mx.array(1e-3))["loss"].item()
+    assert loss_sum.item() / num_tokens.item() == pytest.approx(loss, rel=1e-6)
+
+
+def test_adamw_equals_torch_s_from_the_first_step_on():
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=(5, 7)).astype(np.float32)
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    reference = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
+    ours, optimizer = {"w": mx.array(start)}, adamw(0.1)
+    optimizer.learning_rate = 1e-2
+    for _ in range(20):
+        gradient = rng.normal(size=(5, 7)).astype(np.float32)
+        theirs.grad = torch.tensor(gradient)
+        reference.step()
+        ours = optimizer.apply_gradients({"w": mx.array(gradient)}, ours)
+        np.testing.assert_allclose(np.array(ours["w"]), theirs.detach().numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("total", "ratio"), [(159, 0.03), (10, 0.0), (1, 0.5), (7, 1.0)])
+def test_learning_rate_equals_transformers(schedule, total, ratio):
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    reference = get_scheduler(
+        name, optimizer, num_warmup_steps=math.ceil(total * ratio), num_training_steps=total
+    )
+    for step in range(total):
+        rate = learning_rate_at(step, total, 3e-4, schedule, ratio)
+        assert rate == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        reference.step()
