@@ -46,6 +46,11 @@ class _Commands(click.Group):
             # Whoever read our output has gone; what is buffered has nowhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
+        except OSError as error:
+            # A path that cannot be written to, a full disk: the user's to mend.
+            where = f" {error.filename}" if error.filename else ""
+            click.echo(f"Cannot write or read{where}: {error.strerror or error}", err=True)
+            ctx.exit(1)
 
 
 @click.group(
@@ -74,7 +79,7 @@ def main(ctx: click.Context, version: bool, verbose: bool) -> None:
     if verbose:
         raise click.UsageError("--verbose goes with --version.")
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        click.echo(ctx.get_help(), err=True)
         ctx.exit(2)
 
 
@@ -203,18 +208,23 @@ def train(
     if resume and force:
         raise click.UsageError("--resume goes on with a run, --force replaces it: choose one.")
     with _backend():
-        from interviewmate_mlx.results.log import Summary, record, remove_run
+        from interviewmate_mlx.results.log import Summary, record
         from interviewmate_mlx.results.progress import byte_bar, show, summary_table
         from interviewmate_mlx.training.loop import Finished
         from interviewmate_mlx.training.loop import train as train_run
 
         run = _load_run(run_name, overrides, model)
         out = out or Path("adapters") / run.name
-        if force:
-            remove_run(out)
         console, stop = _console(), _StopOnSignal()
         with byte_bar(f"fetching {run.model.base}", console) as progress, stop:
-            events = train_run(run, out, resume=resume, stop=lambda: stop.wanted, progress=progress)
+            events = train_run(
+                run,
+                out,
+                resume=resume,
+                replace=force,
+                stop=lambda: stop.wanted,
+                progress=progress,
+            )
             for event in show(record(events, run, out), console):
                 if isinstance(event, Finished) and event.interrupted:
                     console.print(f"interrupted after step {event.step}; everything is saved.")
@@ -409,7 +419,7 @@ def preview(
         with byte_bar("fetching the base", _console()) as progress:
             tokenizer = load_base_tokenizer(find_base(model or BaseModel().base, progress))
         example = encode_record(tokenizer, records[row - 1], max_length, train_on)
-        _console(sys.stdout).print(preview_text(tokenizer, example))
+        _console(sys.stdout).print(preview_text(tokenizer, example), soft_wrap=True)
 
 
 def _print_version(verbose: bool) -> None:
@@ -428,7 +438,7 @@ def _print_version(verbose: bool) -> None:
 def _load_run(name: str, overrides: tuple[str, ...], model: str | None) -> Any:
     from interviewmate_mlx.config import load_run
 
-    base = [f"model.base={json.dumps(model)}"] if model else []
+    base = [] if model is None else [f"model.base={json.dumps(model, ensure_ascii=False)}"]
     return load_run(name, [*overrides, *base])
 
 

@@ -152,6 +152,7 @@ class HubServer:
         self.uploaded: dict[str, dict[str, bytes]] = {}
         self.objects: dict[str, File] = {}
         self.ignores_ranges = False
+        self.hides_checksums = False
         self._failures: list[Fault] = []
         self._cuts: list[Fault] = []
         self._damages: list[Fault] = []
@@ -357,7 +358,7 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = []
         for file in repo.revisions[branch].values():
             sibling: dict[str, Any] = {"rfilename": file.name}
-            if blobs:
+            if blobs and not self.hub.hides_checksums:
                 sibling |= {"size": file.size, "blobId": file.blob_id}
                 if file.large:
                     sibling["lfs"] = {"size": file.size, "sha256": file.sha256, "pointerSize": 134}
@@ -430,8 +431,7 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(0.2)  # a reset takes away what the other side has not read
                 linger = struct.pack("ii", 1, 0)
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                self.rfile.close()
-                self.wfile.close()
+                self.rfile.close()  # the socket closes once nothing reads from it
                 self.connection.close()
             self.close_connection = True
 

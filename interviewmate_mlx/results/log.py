@@ -5,7 +5,6 @@ the clock stands under `timing`, so that the rest of two equal runs is equal.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 from interviewmate_mlx import __version__
 from interviewmate_mlx.config import RunConfig
-from interviewmate_mlx.errors import TrainingError
 from interviewmate_mlx.files import atomic_file
 from interviewmate_mlx.training.loop import Event, Finished, Started, Stepped, Validated
 
@@ -86,22 +84,6 @@ def record(events: Iterator[Event], run: RunConfig, out: Path) -> Iterator[Event
                 temporary.write_text(json.dumps(asdict(summary), indent=2) + "\n", "utf-8")
             write_card(out, run, summary)
             yield summary
-
-
-def remove_run(out: Path) -> None:
-    """Remove a run's folder, if it is one.
-
-    Raises:
-        TrainingError: it holds something else.
-    """
-    if not out.exists():
-        return
-    if not (out / "run.toml").is_file():
-        raise TrainingError(
-            f"{out} holds no run of this package, so it is not replaced.\n"
-            "Remove it yourself, or choose another --out."
-        )
-    shutil.rmtree(out)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ whoever iterates over it prints, logs or draws.
 """
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from interviewmate_mlx import backend
 from interviewmate_mlx.config import RunConfig, to_toml
@@ -126,6 +127,7 @@ def train(
     out: Path,
     *,
     resume: bool = False,
+    replace: bool = False,
     stop: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
 ) -> Iterator[Event]:
@@ -135,6 +137,7 @@ def train(
         run: what to train.
         out: the adapter's folder, made here.
         resume: go on from the newest checkpoint in `out`.
+        replace: remove the run in `out`, once all that the new one needs is there.
         stop: asked after each step; true saves the state and ends.
         progress: bytes done and in all, while a base is pulled and converted.
 
@@ -144,8 +147,10 @@ def train(
     Raises:
         InterviewMateError: the run cannot start or go on. What was saved stays.
     """
-    check_out(out, resume)
+    check_out(out, resume, replace)
     task = prepare(run, progress)
+    if replace and not resume and out.exists():
+        shutil.rmtree(out)
     model, patience = task.model, run.validate.early_stop_patience
     optimizer = adamw(run.train.weight_decay)
     compiled_step = compile_step(model, optimizer, run.train.max_grad_norm)
@@ -155,6 +160,9 @@ def train(
     if resume:
         state, best = restore(out, task, optimizer)
     yield started(task, state.step)
+
+    def is_over() -> bool:
+        return state.step == task.total_steps or 0 < patience <= state.bad_validations
 
     def save() -> None:
         adapter = adapter_weights(model)
@@ -168,16 +176,14 @@ def train(
             if task.valid:
                 loss, elapsed_s = validate(task, compiled_loss, state.token_budget)
                 yield Validated(0, loss, is_best=False, elapsed_s=elapsed_s)
-        interrupted = False
-        while state.step < task.total_steps and not (0 < patience <= state.bad_validations):
+        while not is_over():
             until = next_pause(task, state.step)
             for event in run_steps(
                 task, compiled_step, state.step, until, state.token_budget, stop
             ):
                 state.step = event.step
                 yield event
-            interrupted = state.step < until
-            if task.valid and not interrupted and is_validation(task, state.step):
+            if task.valid and state.step == until and is_validation(task, until):
                 loss, elapsed_s = validate(task, compiled_loss, state.token_budget)
                 is_best = state.best_loss is None or loss < state.best_loss
                 if is_best:
@@ -187,13 +193,13 @@ def train(
                     state.bad_validations += 1
                 yield Validated(state.step, loss, is_best, elapsed_s)
             save()
-            if interrupted:
+            if stop():
                 break
     yield Finished(
         step=state.step,
         best_step=state.best_step if best else None,
-        interrupted=interrupted,
-        stopped_early=state.step < task.total_steps and not interrupted,
+        interrupted=not is_over(),
+        stopped_early=is_over() and state.step < task.total_steps,
         peak_bytes=mx.get_peak_memory(),
     )
 
@@ -383,18 +389,25 @@ def write_run(run: RunConfig, out: Path) -> None:
         temporary.write_text(to_toml(run), encoding="utf-8")
 
 
-def check_out(out: Path, resume: bool) -> None:
-    """Refuse to mix a new run with an old one.
+def check_out(out: Path, resume: bool, replace: bool = False) -> None:
+    """Refuse to mix a new run with an old one, and to replace what is no run.
 
     Raises:
-        TrainingError: `out` holds a run already, or, to resume, none.
+        TrainingError: `out` holds something already, or, to resume, nothing.
     """
     if resume and not checkpoints(out):
         raise TrainingError(f"Nothing to resume in {out}: it holds no checkpoint.\nTrain anew.")
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if resume or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not replace:
         raise TrainingError(
             f"{out} is not empty.\n"
             "Go on with --resume, replace it with --force, or choose another --out."
+        )
+    if not (out / "run.toml").is_file():
+        raise TrainingError(
+            f"{out} holds no run of this package, so it is not replaced.\n"
+            "Remove it yourself, or choose another --out."
         )
 
 
@@ -416,7 +429,8 @@ def restore(out: Path, task: Task, optimizer: optim.Optimizer) -> tuple[State, d
             "Restore it, or train anew with another --out."
         )
     task.model.load_weights(list(tensors["adapter"].items()), strict=False)
-    optimizer.state.update(tree_unflatten(list(tensors["optimizer"].items())))
+    moments = tensors["optimizer"]
+    optimizer.state.update(tree_map_with_path(lambda name, _: moments[name], optimizer.state))
     return state, tensors["best"]
 
 

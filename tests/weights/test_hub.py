@@ -492,6 +492,13 @@ def test_a_page_that_is_no_hub_is_said_to_be_none(serve, falcon, monkeypatch):
         pull(FALCON)
 
 
+def test_a_hub_without_checksums_is_not_trusted(serve, falcon):
+    hub = serve({FALCON: falcon})
+    hub.hides_checksums = True
+    with pytest.raises(HubError, match=r"gives no checksum of config\.json.*\nCheck HF_ENDPOINT"):
+        pull(FALCON)
+
+
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(serve, falcon, monkeypatch):
     hub = serve({FALCON: falcon})
     usage = namedtuple("usage", "total used free")
@@ -499,6 +506,17 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(serve, f
     with pytest.raises(HubError, match=r"Not enough disk for .*: 0\.3 MB to come, 0\.2 MB free"):
         pull(FALCON)
     assert len(hub.requests) == 1
+
+
+def test_what_is_kept_of_a_cut_download_needs_no_disk_again(serve, falcon, monkeypatch):
+    hub = serve({FALCON: falcon})
+    hub.cut("pytorch_model.bin", after=250_000)
+    hub.cut("pytorch_model.bin", after=0, times=2)
+    with pytest.raises(HubError, match="and kept"):
+        pull(FALCON)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 0, 50_000))
+    assert names_in(pull(FALCON).path) == NEEDED
 
 
 def test_a_disk_that_fills_up_keeps_what_has_arrived(serve, falcon, monkeypatch):
@@ -796,7 +814,7 @@ def test_the_token_shows_in_no_message_and_no_output(
 
 
 def test_no_bar_and_no_log_line_of_the_library_reaches_the_output(
-    serve, falcon, adapter, monkeypatch, capfd
+    serve, falcon, adapter, monkeypatch, capfd, caplog
 ):
     hub = serve({FALCON: falcon})
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -805,3 +823,4 @@ def test_no_bar_and_no_log_line_of_the_library_reaches_the_output(
     pull(FALCON)
     push(adapter, f"{USER}/coach")
     assert capfd.readouterr() == ("", "")
+    assert caplog.messages == []

@@ -1,0 +1,49 @@
+# `make demo` shows the whole job, `make test` runs the tests. Both need only Python and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Each backend is an extra of its own; macOS needs none. Override: make test BACKEND=cuda12
+ifeq ($(shell uname -s),Darwin)
+BACKEND ?=
+else ifneq ($(wildcard /proc/driver/nvidia/version),)
+BACKEND ?= cuda13
+else
+BACKEND ?= cpu
+endif
+comma := ,
+backend_and = $(if $(BACKEND),$(BACKEND)$(comma))$(1)
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
+
+# Stamps: nothing is installed again until pyproject.toml changes.
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".$(if $(BACKEND),[$(BACKEND)])"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[$(call backend_and,test)]"
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.lint: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[$(call backend_and,dev)]"
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,394 @@
+"""A run's TOML: what is shipped, what is refused and in which words, what comes back."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from interviewmate_mlx.config import (
+    BaseModel,
+    Data,
+    Lora,
+    RunConfig,
+    Train,
+    Validate,
+    load_run,
+    parse_run,
+    shipped,
+    shipped_runs,
+    to_toml,
+)
+from interviewmate_mlx.errors import ConfigError
+
+
+@pytest.fixture
+def write_run(tmp_path: Path):
+    def write(content: str | bytes, name: str = "mine.toml") -> str:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+def refusal(run: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        load_run(run, overrides)
+    return str(refused.value)
+
+
+# what is shipped
+
+
+# The seed's: learning rate, rank, alpha, and how many numbers it trained.
+SEED = {
+    "A": (2e-4, 8, 16, 1_572_864),
+    "B": (1e-4, 4, 8, 786_432),
+    "C": (5e-5, 2, 4, 393_216),
+}
+
+
+def test_shipped_runs_are_the_seeds_three():
+    assert shipped_runs() == list(SEED)
+
+
+@pytest.mark.parametrize(("letter", "seed"), SEED.items())
+def test_shipped_run_is_the_seeds(letter, seed):
+    learning_rate, rank, alpha, num_trainable = seed
+    run = load_run(letter)
+    assert run.name == f"run_{letter}"
+    assert run.model.base == "tiiuae/falcon-rw-1b"
+    assert (run.train.learning_rate, run.lora.rank, run.lora.alpha) == (learning_rate, rank, alpha)
+    assert run.lora.targets == ("query_key_value",)
+    channels, layers = 2048, 24
+    assert layers * run.lora.rank * (channels + 3 * channels) == num_trainable
+    assert (run.train.batch_size, run.train.grad_accumulation, run.train.epochs) == (1, 4, 3)
+    assert run.train.effective_batch == 4
+    assert (run.data.path, run.data.train_on) == ("interview", "answer")
+
+
+def test_shipped_runs_differ_in_rank_alpha_and_learning_rate_alone():
+    a = load_run("A")
+    for letter, (learning_rate, rank, alpha, _) in SEED.items():
+        same = replace(
+            a,
+            name=f"run_{letter}",
+            lora=replace(a.lora, rank=rank, alpha=float(alpha)),
+            train=replace(a.train, learning_rate=learning_rate),
+        )
+        assert load_run(letter) == same
+
+
+def test_defaults_are_run_a(write_run):
+    assert replace(RunConfig(), name="run_A") == load_run("A")
+    assert load_run(write_run("")) == RunConfig(name="mine")
+
+
+@pytest.mark.parametrize("letter", ["a", "A"])
+def test_shipped_run_is_found_in_either_case_under_one_name(letter):
+    assert load_run(letter) == load_run("A")
+    assert load_run(letter).name == "run_A"
+
+
+def test_file_with_a_shipped_runs_name_is_the_users(write_run):
+    path = write_run("[lora]\nrank = 3\n", name="A.toml")
+    assert load_run(path) == replace(RunConfig(), name="A", lora=Lora(rank=3))
+
+
+def test_shipped_file_is_found_without_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shipped("configs/run_a.toml").is_file()
+    assert load_run("A").lora.rank == 8
+
+
+# a user's file
+
+
+def test_every_key_of_a_file_arrives(write_run):
+    path = write_run(
+        """
+        [model]
+        base = "models/mine"
+        dtype = "bfloat16"
+        [lora]
+        rank = 16
+        alpha = 32
+        dropout = 0
+        targets = ["dense", "query_key_value"]
+        rslora = true
+        [data]
+        path = "rows"
+        max_length = 128
+        train_on = "all"
+        [train]
+        epochs = 5
+        batch_size = 2
+        grad_accumulation = 3
+        learning_rate = 1
+        schedule = "cosine"
+        warmup_ratio = 0.5
+        weight_decay = 0.01
+        max_grad_norm = 0
+        save_every = 7
+        seed = 0
+        [validate]
+        every = 10
+        early_stop_patience = 2
+        """
+    )
+    run = load_run(path)
+    assert run == RunConfig(
+        name="mine",
+        model=BaseModel("models/mine", "bfloat16"),
+        lora=Lora(16, 32.0, 0.0, ("dense", "query_key_value"), True),
+        data=Data("rows", 128, "all"),
+        train=Train(5, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 0),
+        validate=Validate(10, 2),
+    )
+    defaults = RunConfig()
+    for table in ("model", "lora", "data", "train", "validate"):
+        mine, theirs = asdict(getattr(run, table)), asdict(getattr(defaults, table))
+        assert all(mine[key] != theirs[key] for key in theirs), "a key was not tried"
+    # A whole number where any number may stand.
+    assert (type(run.lora.alpha), type(run.train.learning_rate)) == (float, float)
+
+
+def test_file_with_a_byte_order_mark_and_windows_line_ends_is_read(write_run):
+    assert load_run(write_run(b"\xef\xbb\xbf[lora]\r\nrank = 3\r\n")).lora.rank == 3
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ("nowhere/mine.toml", "Cannot read the run nowhere/mine.toml: No such file or directory."),
+        ("D", "No run 'D': expected A, B, C, or a .toml file's path."),
+        ("", "No run '': expected A, B, C, or a .toml file's path."),
+        ("../run_a", "No run '../run_a': expected A, B, C, or a .toml file's path."),
+    ],
+)
+def test_run_that_is_not_there_is_refused(run, said):
+    assert refusal(run) == said
+
+
+def test_folder_that_ends_in_toml_is_refused(tmp_path):
+    (tmp_path / "x.toml").mkdir()
+    assert refusal(str(tmp_path / "x.toml")).endswith("Is a directory.")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[lora]\nrank 8\n", "is not TOML: Expected '=' after a key in a key/value pair (at line"),
+        (b"[lora]\nrank = 8\nrank = 9\n", "is not TOML: Cannot overwrite a value (at line 3"),
+        (b"[data]\npath = '\xff'\n", "is not UTF-8 at byte 15.\nSave it as UTF-8."),
+    ],
+)
+def test_file_that_cannot_be_parsed_is_refused_with_the_place(write_run, content, said):
+    path = write_run(content)
+    assert refusal(path).startswith(f"{path} {said}")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[lora]\nrnak = 8", "unknown key lora.rnak; did you mean rank?"),
+        ("[train]\nlr = 1", "unknown key train.lr; known are epochs, batch_size, grad_accumulat"),
+        ("[lorra]\nrank = 8", "unknown table [lorra]; did you mean lora?"),
+        ("[optimizer]\nx = 8", "unknown table [optimizer]; known are model, lora, data, train"),
+        ("lora = 8", "lora: got 8, expected a table"),
+        ("[[lora]]\nrank = 8", "lora: got [{'rank': 8}], expected a table"),
+    ],
+)
+def test_unknown_name_is_refused_with_the_nearest_one(write_run, content, said):
+    path = write_run(content)
+    assert refusal(path).startswith(f"The run {path} cannot be trained:\n  {said}")
+
+
+# types and ranges
+
+
+WRONG_TYPES = [
+    ("lora.rank", "8.0", "got 8.0, expected a whole number"),
+    ("lora.rank", "true", "got True, expected a whole number"),
+    ("lora.rank", '"8"', "got '8', expected a whole number"),
+    ("lora.alpha", '"8"', "got '8', expected a number"),
+    ("lora.alpha", "true", "got True, expected a number"),
+    ("lora.rslora", "1", "got 1, expected true or false"),
+    ("lora.targets", "[]", 'got [], expected a list of names, as in ["query_key_value"]'),
+    ("lora.targets", '["dense", 1]', "got ['dense', 1], expected a list of names"),
+    ("lora.targets", '[""]', "got [''], expected a list of names"),
+    ("data.path", "8", "got 8, expected a text"),
+    ("train.seed", "1979-05-27", "got datetime.date(1979, 5, 27), expected a whole number"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "said"), WRONG_TYPES)
+def test_value_of_another_type_is_refused(write_run, key, value, said):
+    table, name = key.split(".")
+    assert f"\n  {key}: {said}" in refusal(write_run(f"[{table}]\n{name} = {value}"))
+
+
+# The last value that is allowed, and the first that is not, at each end of a range.
+RANGES = [
+    ("lora.rank", "1", "0", "at least 1"),
+    ("lora.alpha", "1e-9", "0", "above 0"),
+    ("lora.alpha", "1e9", "inf", "above 0"),
+    ("lora.alpha", "0.5", "nan", "above 0"),
+    ("lora.dropout", "0", "-0.1", "from 0 to below 1"),
+    ("lora.dropout", "0.99", "1", "from 0 to below 1"),
+    ("data.max_length", "8", "7", "at least 8"),
+    ("data.train_on", "all", "question", "one of answer, all"),
+    ("data.path", "x", "' '", "a name or a path, in Unicode"),
+    ("data.path", "x", "\udcff", "a name or a path, in Unicode"),
+    ("model.base", "x", "", "a name or a path, in Unicode"),
+    ("model.dtype", "float16", "fp16", "one of auto, float32, bfloat16, float16"),
+    ("train.epochs", "1", "0", "at least 1"),
+    ("train.batch_size", "1", "0", "at least 1"),
+    ("train.grad_accumulation", "1", "0", "at least 1"),
+    ("train.learning_rate", "1e-9", "-1e-9", "above 0"),
+    ("train.schedule", "constant", "constant2", "one of linear, cosine, constant"),
+    ("train.warmup_ratio", "0", "-0.1", "from 0 to 1"),
+    ("train.warmup_ratio", "1", "1.1", "from 0 to 1"),
+    ("train.weight_decay", "0", "-0.1", "at least 0"),
+    ("train.max_grad_norm", "0", "-0.1", "at least 0"),
+    ("train.save_every", "0", "-1", "at least 0"),
+    ("train.seed", "0", "-1", "from 0 to 2**32 - 1"),
+    ("train.seed", "4294967295", "4294967296", "from 0 to 2**32 - 1"),
+    ("validate.every", "0", "-1", "at least 0"),
+    ("validate.early_stop_patience", "0", "-1", "at least 0"),
+]
+
+
+@pytest.mark.parametrize(("key", "allowed", "refused", "expected"), RANGES)
+def test_value_out_of_range_is_refused(key, allowed, refused, expected):
+    load_run("A", [f"{key}={allowed}"])
+    said = refusal("A", f"{key}={refused}")
+    assert said.startswith(f"The run A cannot be trained:\n  {key}: got ")
+    assert said.endswith(f", expected {expected}")
+
+
+def test_every_key_has_a_refusal():
+    tried = {key for key, *_ in [*RANGES, *WRONG_TYPES]}
+    run = RunConfig()
+    tables = ("model", "lora", "data", "train", "validate")
+    assert tried == {f"{t}.{key}" for t in tables for key in asdict(getattr(run, t))}
+
+
+def test_all_faults_are_named_at_once(write_run):
+    path = write_run("[lora]\nrank = 0\nalpha = 'x'\nrnak = 1\n[trian]\n[data]\ntrain_on = 'x'\n")
+    assert refusal(path, "train.epochs=0", "train.seed=1.5", "nonsense").splitlines() == [
+        f"The run {path} cannot be trained:",
+        "  nonsense: expected table.key=value, as in lora.rank=16",
+        "  lora.alpha: got 'x', expected a number",
+        "  unknown key lora.rnak; did you mean rank?",
+        "  unknown table [trian]; did you mean train?",
+        "  train.seed: got 1.5, expected a whole number",
+        "  lora.rank: got 0, expected at least 1",
+        "  data.train_on: got 'x', expected one of answer, all",
+        "  train.epochs: got 0, expected at least 1",
+    ]
+
+
+def test_run_made_in_python_is_held_to_the_same_ranges():
+    with pytest.raises(ConfigError, match=r"lora\.rank: got 0, expected at least 1"):
+        RunConfig(lora=Lora(rank=0))
+
+
+# overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "table", "key", "value"),
+    [
+        ("lora.rank=16", "lora", "rank", 16),
+        (" lora.rank = 16 ", "lora", "rank", 16),
+        ("lora.rslora=true", "lora", "rslora", True),
+        ("lora.targets=dense", "lora", "targets", ("dense",)),
+        ('lora.targets=["dense", "h.0.mlp"]', "lora", "targets", ("dense", "h.0.mlp")),
+        ("train.schedule=cosine", "train", "schedule", "cosine"),
+        ("train.learning_rate=1e-3", "train", "learning_rate", 1e-3),
+        ("data.path=my rows/a=b#c", "data", "path", "my rows/a=b#c"),
+        ('data.path="my rows"', "data", "path", "my rows"),
+        ("data.path=2024", "data", "path", "2024"),
+        ("data.path=true", "data", "path", "true"),
+    ],
+)
+def test_override_changes_its_key_and_no_other(override, table, key, value):
+    a = load_run("A")
+    changed = replace(getattr(a, table), **{key: value})
+    assert load_run("A", [override]) == replace(a, **{table: changed})
+
+
+def test_override_beats_the_file_and_a_later_one_an_earlier(write_run):
+    path = write_run("[lora]\nrank = 3\nalpha = 5\n")
+    run = load_run(path, ["lora.rank=4", "train.epochs=2", "lora.rank=6"])
+    assert (run.lora.rank, run.lora.alpha, run.train.epochs) == (6, 5.0, 2)
+
+
+def test_override_mends_a_fault_of_the_file(write_run):
+    assert load_run(write_run("[lora]\nrank = 0\n"), ["lora.rank=4"]).lora.rank == 4
+
+
+@pytest.mark.parametrize("override", ["rank=16", "lora.rank", "=16", "lora.=16", "lora=16", ""])
+def test_override_without_table_and_key_is_refused(override):
+    said = f"{override}: expected table.key=value, as in lora.rank=16"
+    assert refusal("A", override) == f"The run A cannot be trained:\n  {said}"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("lora.rnak=16", "unknown key lora.rnak; did you mean rank?"),
+        ("lorra.rank=16", "unknown table [lorra]; did you mean lora?"),
+        ("lora.rank.x=16", "unknown key lora.rank.x; did you mean rank?"),
+        ("lora.rank=", "lora.rank: got '', expected a whole number"),
+        ("lora.rank=16\nalpha=3", "lora.rank: got '16\\nalpha=3', expected a whole number"),
+    ],
+)
+def test_override_of_what_is_not_there_is_refused(override, said):
+    assert refusal("A", override) == f"The run A cannot be trained:\n  {said}"
+
+
+# there and back
+
+
+ODD = [
+    'quotes " and \' and """',
+    "back\\slash\\n",
+    "tab\tnewline\nreturn\r",
+    "\x00\x1b\x7f",
+    "é ß 漢 \N{GRINNING FACE}",
+    "\u2028\u200b\ufeff",
+    "\U000e0001tag",
+    "= # [x]",
+]
+
+
+@pytest.mark.parametrize("letter", SEED)
+def test_shipped_run_comes_back_from_its_toml(letter, write_run):
+    run = load_run(letter)
+    assert parse_run(run.name, to_toml(run)) == run
+    assert load_run(write_run(to_toml(run), name=f"{run.name}.toml")) == run
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_run_with_odd_characters_comes_back_from_its_toml(odd):
+    run = RunConfig(
+        name=odd, model=BaseModel(odd), data=Data(path=odd), lora=Lora(targets=(odd, "dense"))
+    )
+    assert parse_run(odd, to_toml(run)) == run
+
+
+@pytest.mark.parametrize("number", [1e-5, 5e-5, 1e-300, 0.1 + 0.2, 3.0, 1e22, 123456789.125])
+def test_number_comes_back_exactly(number):
+    run = RunConfig(train=Train(learning_rate=number), lora=Lora(rslora=True))
+    assert parse_run("custom", to_toml(run)) == run
+
+
+def test_toml_names_every_key_so_that_later_defaults_change_nothing():
+    text = to_toml(RunConfig())
+    assert text.startswith("# custom, every key resolved\n\n[model]\nbase = ")
+    for table in ("model", "lora", "data", "train", "validate"):
+        body = text.split(f"[{table}]\n")[1].split("\n\n")[0]
+        keys = [line.split(" = ")[0] for line in body.splitlines()]
+        assert keys == list(asdict(getattr(RunConfig(), table)))

@@ -1,0 +1,218 @@
+"""A whole run: what it yields, what it writes, and that interrupting it changes nothing."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from interviewmate_mlx.config import load_run
+from interviewmate_mlx.errors import DataError, TrainingError
+from interviewmate_mlx.results.log import Summary, read_metrics, record
+from interviewmate_mlx.training import loop
+from interviewmate_mlx.training.checkpoint import checkpoints
+from interviewmate_mlx.training.loop import Finished, Started, Stepped, Validated, train
+
+
+@pytest.fixture
+def run(tiny_base, questions):
+    """12 rows, effective batch 5: three steps an epoch, the last one smaller."""
+    return load_run(
+        "A",
+        [
+            f"model.base={tiny_base}",
+            f"data.path={questions}",
+            "train.learning_rate=1e-2",
+            "train.grad_accumulation=5",
+            "lora.dropout=0.3",
+        ],
+    )
+
+
+def change(run, **tables):
+    return replace(run, **{t: replace(getattr(run, t), **keys) for t, keys in tables.items()})
+
+
+def test_run_yields_its_story_in_order(run, tmp_path):
+    events = list(train(run, tmp_path / "out"))
+    assert isinstance(events[0], Started)
+    assert isinstance(events[-1], Finished)
+    assert (events[0].total_steps, events[0].steps_per_epoch) == (9, 3)
+    steps = [event for event in events if isinstance(event, Stepped)]
+    assert [event.step for event in steps] == list(range(1, 10))
+    assert [event.epoch for event in steps] == [1] * 3 + [2] * 3 + [3] * 3
+    for epoch in (1, 2, 3):
+        assert sum(event.num_rows for event in steps if event.epoch == epoch) == 12
+    assert [e.step for e in events if isinstance(e, Validated)] == [0, 3, 6, 9]
+
+
+def test_loss_falls_and_the_best_adapter_is_kept(run, tmp_path):
+    out = tmp_path / "out"
+    events = list(train(run, out))
+    validated = [event for event in events if isinstance(event, Validated)]
+    best = min(validated[1:], key=lambda event: event.loss)
+    assert best.loss < validated[0].loss - 0.1
+    assert events[-1].best_step == best.step
+    # The adapter on the disk is that one: evaluated anew, it gives that loss.
+    from interviewmate_mlx.training.step import compile_loss
+    from interviewmate_mlx.weights.base import load_base
+    from interviewmate_mlx.weights.peft import load_adapter
+
+    task = loop.prepare(run)
+    model, _ = load_base(loop.find_base(run.model.base), mx.float32)
+    load_adapter(model, out)
+    loss, _ = loop.validate(replace(task, model=model), compile_loss(model), task.token_budget)
+    assert loss == pytest.approx(best.loss, rel=1e-6)
+
+
+def adapter_and_metrics(out):
+    lines = [
+        {key: value for key, value in line.items() if key != "timing"}
+        for line in read_metrics(out / "metrics.jsonl")
+    ]
+    return (out / "adapter_model.safetensors").read_bytes(), lines
+
+
+def finish(run, out, **options):
+    return list(record(train(run, out, **options), run, out))
+
+
+def last_step(out):
+    """The newest step in the metrics, which lag one step behind the training."""
+    return max(line["step"] for line in read_metrics(out / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("stop_after", [[1], [3], [4], [7], [2, 5], [1, 2]])
+def test_resume_repeats_the_uninterrupted_run(run, tmp_path, stop_after):
+    finish(run, tmp_path / "whole")
+    out, done = tmp_path / "parts", 0
+    for step in stop_after:
+        events = finish(run, out, resume=done > 0, stop=lambda s=step: last_step(out) >= s)
+        assert events[-1].interrupted
+        assert events[-1].step >= step
+        done = events[-1].step
+    events = finish(run, out, resume=True)
+    assert isinstance(events[-1], Summary)
+    assert adapter_and_metrics(out) == adapter_and_metrics(tmp_path / "whole")
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(run, tmp_path):
+    for name, seed in (("one", 42), ("two", 42), ("other", 43)):
+        finish(change(run, train={"seed": seed}), tmp_path / name)
+    one, two, other = (adapter_and_metrics(tmp_path / n) for n in ("one", "two", "other"))
+    assert one == two
+    assert one[0] != other[0]
+
+
+def test_training_does_not_depend_on_validation(run, tmp_path):
+    losses = []
+    for every in (0, 1, 2, 100):
+        events = list(train(change(run, validate={"every": every}), tmp_path / str(every)))
+        losses.append([event.loss for event in events if isinstance(event, Stepped)])
+    assert losses.count(losses[0]) == 4
+
+
+def test_effective_batch_is_the_maths_and_the_microbatch_the_machine_s(run, tmp_path, monkeypatch):
+    run = change(run, lora={"dropout": 0.0})
+    losses = []
+    for budget in (1, 64, 10**6):
+        monkeypatch.setattr(loop, "token_budget", lambda *_, budget=budget: budget)
+        events = list(train(run, tmp_path / str(budget)))
+        losses.append([event.loss for event in events if isinstance(event, Stepped)])
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5)
+    swapped = change(run, train={"batch_size": 5, "grad_accumulation": 1})
+    events = list(train(swapped, tmp_path / "swapped"))
+    assert [e.loss for e in events if isinstance(e, Stepped)] == losses[2]
+
+
+def test_early_stop_ends_after_so_many_validations_without_a_best(run, tmp_path):
+    run = change(
+        run,
+        train={"learning_rate": 3.0, "epochs": 20, "max_grad_norm": 0.0},
+        validate={"early_stop_patience": 2, "every": 1},
+    )
+    events = list(train(run, tmp_path / "out"))
+    validated = [event for event in events if isinstance(event, Validated)][1:]
+    assert events[-1].stopped_early
+    assert events[-1].step < 60
+    assert [event.is_best for event in validated[-2:]] == [False, False]
+    assert validated[-3].is_best
+    again = list(train(run, tmp_path / "out", resume=True))
+    assert [type(event) for event in again] == [Started, Finished]
+
+
+def test_run_without_validation_rows_keeps_the_last_adapter(run, tmp_path, questions):
+    run = change(run, data={"path": str(questions / "train.jsonl")})
+    events = finish(run, tmp_path / "out")
+    assert not any(isinstance(event, Validated) for event in events)
+    assert events[-1].best_step is None
+    assert events[-1].best_valid_loss is None
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_loss_that_is_not_finite_stops_with_the_step_and_its_rows(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        loop, "learning_rate_at", lambda step, *_: float("nan") if step == 3 else 1e-3
+    )
+    out = tmp_path / "out"
+    with pytest.raises(TrainingError, match=r"(?s)Step 5.*not finite.*train.jsonl line"):
+        finish(run, out)
+    (last,) = checkpoints(out)
+    assert last.name == "step-000003.safetensors"
+    assert len(read_metrics(out / "metrics.jsonl")) == 2 + 4
+
+
+def test_run_over_an_existing_one_is_refused(run, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(TrainingError, match="not empty"):
+        next(train(run, out))
+    with pytest.raises(TrainingError, match="Nothing to resume"):
+        next(train(run, out, resume=True))
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_changed_run_or_data_cannot_be_resumed(run, tmp_path, questions):
+    out = tmp_path / "out"
+    finish(run, out, stop=lambda: True)
+    with pytest.raises(TrainingError, match="changed since: run"):
+        next(train(change(run, lora={"dropout": 0.1}), out, resume=True))
+    other = tmp_path / "data"
+    other.mkdir()
+    for file in questions.iterdir():
+        (other / file.name).write_text(file.read_text().replace("loss", "cost"))
+    with pytest.raises(TrainingError, match="changed since: run, data"):
+        next(train(change(run, data={"path": str(other)}), out, resume=True))
+
+
+def test_damaged_checkpoint_is_refused(run, tmp_path):
+    out = tmp_path / "out"
+    finish(run, out, stop=lambda: True)
+    path = checkpoints(out)[-1]
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(TrainingError, match="damaged"):
+        next(train(run, out, resume=True))
+
+
+def test_rows_that_are_all_too_long_are_refused(run, tmp_path):
+    run = change(run, data={"max_length": 8})
+    with pytest.raises(DataError, match="of 12 rows none"):
+        next(train(run, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_summary_holds_what_the_metrics_say(run, tmp_path):
+    out = tmp_path / "out"
+    events = finish(run, out)
+    summary = json.loads((out / "summary.json").read_text())
+    steps = [event for event in events if isinstance(event, Stepped)]
+    assert summary["steps"] == 9
+    assert summary["epochs"] == 3.0
+    assert summary["first_loss"] == steps[0].loss
+    assert summary["final_loss"] == steps[-1].loss
+    seconds = sum(event.elapsed_s for event in steps)
+    assert summary["samples_per_s"] == pytest.approx(36 / seconds, rel=1e-3)
+    assert summary["trainable_parameters"] == 2 * (8 * 64 + 192 * 8)
+    assert "run_A" in (out / "README.md").read_text()
