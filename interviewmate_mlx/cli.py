@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -143,7 +143,7 @@ def convert(
     Example: imate-mlx convert tiiuae/falcon-rw-1b --dtype bfloat16
     """
     with _backend():
-        from interviewmate_mlx.results.progress import byte_bar
+        from interviewmate_mlx.results.terminal import byte_bar
         from interviewmate_mlx.weights.base import models_folder
         from interviewmate_mlx.weights.convert import convert as convert_folder
         from interviewmate_mlx.weights.hub import pull
@@ -209,14 +209,14 @@ def train(
         raise click.UsageError("--resume goes on with a run, --force replaces it: choose one.")
     with _backend():
         from interviewmate_mlx.results.log import Summary, record
-        from interviewmate_mlx.results.progress import byte_bar, show, summary_table
-        from interviewmate_mlx.training.loop import Finished
+        from interviewmate_mlx.results.terminal import byte_bar, show, summary_table
+        from interviewmate_mlx.training.loop import Finished, Started
         from interviewmate_mlx.training.loop import train as train_run
 
         run = _load_run(run_name, overrides, model)
         out = out or Path("adapters") / run.name
         console, stop = _console(), _StopOnSignal()
-        with byte_bar(f"fetching {run.model.base}", console) as progress, stop:
+        with byte_bar(f"fetching {run.model.base}", console) as progress, ExitStack() as stack:
             events = train_run(
                 run,
                 out,
@@ -226,6 +226,8 @@ def train(
                 progress=progress,
             )
             for event in show(record(events, run, out), console):
+                if isinstance(event, Started):  # until then there is nothing to save
+                    stack.enter_context(stop)
                 if isinstance(event, Finished) and event.interrupted:
                     console.print(f"interrupted after step {event.step}; everything is saved.")
                     console.print(f"Go on with: {_resume_command()}", soft_wrap=True)
@@ -279,7 +281,7 @@ def generate(
         raise click.UsageError("The question is empty.")
     with _backend():
         from interviewmate_mlx.coach.generate import Sampling, load_coach, stream_answer
-        from interviewmate_mlx.results.progress import byte_bar
+        from interviewmate_mlx.results.terminal import byte_bar
 
         with byte_bar("fetching the base", _console()) as progress:
             coach, tokenizer = load_coach(model, adapter, dtype, progress)
@@ -346,7 +348,7 @@ def bench(
     """
     with _backend():
         from interviewmate_mlx.results.bench import bench as bench_run
-        from interviewmate_mlx.results.progress import byte_bar
+        from interviewmate_mlx.results.terminal import byte_bar
 
         run = _load_run(run_name, overrides, model)
         with byte_bar(f"fetching {run.model.base}", _console()) as progress:
@@ -372,22 +374,53 @@ def data() -> None:
 @click.argument("path")
 @_json_option
 def check(path: str, as_json: bool) -> None:
-    """Check every row of a file or folder; all faults at once, with file and line.
+    """Check a file or folder: its rows, its ids, and near-duplicates within and between splits.
+
+    All faults come at once, with file and line.
 
     \b
     Example: imate-mlx data check my_questions/
     """
     with _backend():
-        from interviewmate_mlx.data.records import load_splits
+        from interviewmate_mlx.data.check import check_data
+        from interviewmate_mlx.results.terminal import data_tables
         from interviewmate_mlx.training.loop import find_data
 
-        splits = load_splits(find_data(path))
-    counts = {split: len(records) for split, records in splits.items()}
+        report = check_data(find_data(path))
     if as_json:
-        click.echo(json.dumps({"rows": counts}))
+        click.echo(json.dumps(asdict(report)))
     else:
-        rows = ", ".join(f"{count} {split}" for split, count in counts.items())
-        click.echo(f"{path}: every row can be read: {rows}")
+        _console(sys.stdout).print(*data_tables(report), sep="\n")
+
+
+@data.command()
+@click.argument("sources", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the splits.")
+@click.option("--seed", type=click.IntRange(0), default=42, show_default=True)
+@click.option(
+    "--shares",
+    type=click.FloatRange(0, 1),
+    nargs=3,
+    default=(0.70, 0.15, 0.15),
+    show_default=True,
+    help="Of train, valid and test.",
+)
+def split(
+    sources: tuple[Path, ...], out: Path, seed: int, shares: tuple[float, float, float]
+) -> None:
+    """Deal the rows of SOURCES out to train, valid and test.
+
+    By category and difficulty. Rows that OUT holds already stay in their split;
+    doing it again changes nothing.
+
+    \b
+    Example: imate-mlx data split rows.jsonl --out my_questions
+    """
+    with _backend():
+        from interviewmate_mlx.data.splits import split_rows
+
+        counts = split_rows(list(sources), out, seed, shares)
+    click.echo(f"{out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
 @data.command()
@@ -409,7 +442,7 @@ def preview(
         from interviewmate_mlx.config import BaseModel
         from interviewmate_mlx.data.prompts import encode_record
         from interviewmate_mlx.data.records import load_splits
-        from interviewmate_mlx.results.progress import byte_bar, preview_text
+        from interviewmate_mlx.results.terminal import byte_bar, preview_text
         from interviewmate_mlx.training.loop import find_data
         from interviewmate_mlx.weights.base import find_base, load_base_tokenizer
 

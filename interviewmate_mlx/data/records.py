@@ -9,7 +9,8 @@ there is taken:
     {"instruction": ..., "input": ..., "output": ...}  Alpaca; input may be absent
     {"text": ...}                                    verbatim, learned as a whole
 
-`id`, `category` and `difficulty` may stand beside them; other keys are ignored.
+`id`, `category`, `difficulty` and `follow_up` may stand beside them; other keys are
+ignored.
 """
 
 import json
@@ -21,6 +22,8 @@ from typing import Any
 from interviewmate_mlx.config import shipped
 from interviewmate_mlx.errors import DataError, list_faults
 
+LABELS = ("id", "category", "difficulty", "follow_up")
+DIFFICULTIES = ("beginner", "intermediate", "advanced")
 ROLES = ("system", "user", "assistant")
 SPLIT_NAMES = {
     "train": ("train",),
@@ -48,6 +51,18 @@ class Record:
     id: str = ""
     category: str = ""
     difficulty: str = ""
+    follow_up: str = ""  # what an interviewer would ask next
+
+    @property
+    def question(self) -> str:
+        """What is asked: the prompt, or the last thing that the user says."""
+        asked = [message.content for message in self.messages if message.role == "user"]
+        return asked[-1] if asked else self.prompt
+
+    @property
+    def answer(self) -> str:
+        """What is learned: the completion, or the last thing that the assistant says."""
+        return self.messages[-1].content if self.messages else self.completion
 
 
 def load_splits(path: Path) -> dict[str, list[Record]]:
@@ -166,7 +181,7 @@ def _parser(line: bytes) -> Callable[[], Any]:
 def _read_row(row: Any, source: str) -> Record:
     if not isinstance(row, dict):
         raise ValueError(f"got {_brief(row)}, expected a JSON object")
-    labels: dict[str, Any] = {key: _label(row, key) for key in ("id", "category", "difficulty")}
+    labels: dict[str, Any] = {key: _label(row, key) for key in LABELS}
     if "messages" in row:
         return Record(source, messages=_read_messages(row["messages"]), **labels)
     if {"question", "answer"} <= row.keys():

@@ -157,7 +157,7 @@ def _download(url: str, blob: Path, num_bytes: int, report: Callable[[int], None
         arrived = _size(part)
         if arrived > start:
             pauses = iter(_PAUSES_S)
-        if arrived < num_bytes:
+        if arrived < num_bytes or not part.exists():
             pause = next(pauses, None)
             state = f"{_amount(arrived)} of {_amount(num_bytes)}"
             if pause is None and failure and not arrived:

@@ -86,10 +86,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        adapter = (
-            " It is an adapter: convert its base." * (folder / "adapter_config.json").is_file()
-        )
-        raise ModelError(f"{folder} holds no config.json.{adapter}\nGive a model's folder.")
+        is_adapter = (folder / "adapter_config.json").is_file()
+        hint = "It is an adapter: give its base." if is_adapter else "Give a model's folder."
+        raise ModelError(f"{folder} holds no config.json.\n{hint}")
     config = read_json(path)
     for key in ("quantization", "quantization_config"):
         if config.get(key):
@@ -124,10 +123,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise ModelError(
             f"The tokenizer's files in {folder} are damaged: {error!r}\nDownload them again."
         ) from error
-    if not ids:
+    if not ids or not any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt")):
         raise ModelError(
             f"{folder} holds no tokenizer, so its true end token is unknown.\n"
-            "Put tokenizer.json and tokenizer_config.json beside the weights."
+            "Put tokenizer.json, or vocab.json and merges.txt, beside the weights."
         )
     special = {}
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):

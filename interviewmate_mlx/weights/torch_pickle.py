@@ -66,14 +66,14 @@ def read_state_dict(data: bytes) -> dict[str, StoredTensor]:
     except (IndexError, KeyError) as error:  # an empty stack, or nothing kept under that number
         raise ValueError("its pickle is damaged") from error
     if not isinstance(found, dict):
-        raise ValueError(f"it holds a {_kind(found)}, expected a state dict")
+        raise ValueError(f"got a {_kind(found)}, expected a state dict")
     if odd := [ascii(name[:80]) for name in found if not name.isprintable()]:
         raise ValueError("names of tensors that cannot be printed:\n" + list_faults(odd))
     others = {name: value for name, value in found.items() if not isinstance(value, StoredTensor)}
     if others:
-        faults = [f"{name[:80]}: a {_kind(value)}" for name, value in others.items()]
+        faults = [f"{name[:80]}: {_kind(value)}" for name, value in others.items()]
         raise ValueError(
-            "it is no flat state dict (a training checkpoint?); not tensors are\n"
+            "it is no flat state dict (a training checkpoint?); these are no tensors:\n"
             + list_faults(faults)
         )
     return found
@@ -179,7 +179,9 @@ def _is_sizes(value: object) -> bool:
 
 def _expect(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
-        raise ValueError(f"its pickle has a {_kind(value)} in place of a {kind.__name__}")
+        raise ValueError(
+            f"its pickle has {_kind(value)} where torch.save has {kind.__name__.lstrip('_')}"
+        )
     return value
 
 

@@ -7,6 +7,8 @@ import pytest
 from interviewmate_mlx.data.records import Message, load_splits, read_records
 from interviewmate_mlx.errors import DataError
 
+USER = {"role": "user", "content": "Q"}
+Q_AND_I = Message("user", "Q\n\nI")
 QA = (Message("user", "Q"), Message("assistant", "A"))
 
 
@@ -21,11 +23,11 @@ def write(path, rows):
     ("row", "messages", "prompt", "completion"),
     [
         ({"question": " Q ", "answer": "A\n"}, QA, "", ""),
-        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}, QA, "", ""),
+        ({"messages": [USER, {"role": "assistant", "content": "A"}]}, QA, "", ""),
         ({"prompt": "Q ", "completion": " A"}, (), "Q ", " A"),
         ({"instruction": "Q", "output": "A"}, QA, "", ""),
         ({"instruction": "Q", "input": "", "output": "A", "text": "QA"}, QA, "", ""),
-        ({"instruction": "Q", "input": "I", "output": "A"}, (Message("user", "Q\n\nI"), QA[1]), "", ""),
+        ({"instruction": "Q", "input": "I", "output": "A"}, (Q_AND_I, QA[1]), "", ""),
         ({"text": "T"}, (), "", "T"),
     ],
 )  # fmt: skip

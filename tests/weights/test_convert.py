@@ -257,9 +257,10 @@ def test_chat_template_is_seen_by_transformers_and_mlx_lm(source: Path, out: Pat
     assert settings["chat_template"] == CHAT_TEMPLATE
     chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     _, wrapper = mlx_lm_load(str(out), trust_remote_code=True)
+    plain = AutoTokenizer.from_pretrained(source)
+    expected = plain.apply_chat_template(chat, chat_template=CHAT_TEMPLATE, tokenize=False)
     for tokenizer in (AutoTokenizer.from_pretrained(out), wrapper):
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-        assert text == "Question: Why?\nAnswer: So.<|endoftext|>"
+        assert tokenizer.apply_chat_template(chat, tokenize=False) == expected
 
 
 def test_tokenizer_encodes_as_before(source: Path, out: Path) -> None:
@@ -361,6 +362,10 @@ def test_damaged_or_missing_json_is_refused(
 
 def test_folder_without_tokenizer_is_refused(source: Path, out: Path) -> None:
     write_checkpoint(source, tiny_falcon(), tokenizer_size=None)
+    assert "tokenizer.json" in refusal(source, out, ModelError)
+    write_tokenizer(source)
+    for name in ("tokenizer.json", "merges.txt"):
+        (source / name).unlink()
     assert "tokenizer.json" in refusal(source, out, ModelError)
 
 

@@ -247,6 +247,16 @@ def test_progress_counts_every_byte_that_is_fetched_and_ends_at_the_whole(serve,
     assert capfd.readouterr() == ("", "")
 
 
+def test_an_empty_file_is_pulled_and_given_up_like_others(serve, write):
+    hub = serve(
+        {FALCON: write("repo", "config.json", "merges.txt", "model.safetensors", merges=b"")}
+    )
+    hub.fail(503, "merges.txt", times=3)
+    with pytest.raises(HubError, match=r"has failed \(503\)"):
+        pull(FALCON)
+    assert (pull(FALCON).path / "merges.txt").read_bytes() == b""
+
+
 # cut connections
 
 

@@ -368,9 +368,9 @@ def test_all_faulty_tensors_are_listed(path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ({"model": {"a": 1}, "epoch": 3}, "epoch: a int"),
-        ([1, 2], "holds a list"),
-        (view(), "holds a tensor"),
+        ({"model": {"a": 1}, "epoch": 3}, "epoch: int"),
+        ([1, 2], "got a list"),
+        (view(), "got a tensor"),
         ({"a\x1b[2J": view()}, "cannot be printed"),
         ({"a": view("DoubleStorage", 8)}, "torch.DoubleStorage"),
     ],

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from interviewmate_mlx.data.check import DataReport
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.results.log import Summary
 from interviewmate_mlx.training.loop import Event, Finished, Started, Stepped, Validated
@@ -114,6 +115,33 @@ def summary_table(summary: Summary) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def data_tables(report: DataReport) -> list[Table | Text]:
+    """Counts by category and difficulty, and the closest pairs, for a person to judge."""
+    counts = Table(title_justify="left")
+    counts.add_column("")
+    for split in report.rows:
+        counts.add_column(split, justify="right")
+    groups = [report.categories, report.difficulties, {"rows": report.rows}]
+    for group in filter(None, groups):
+        for name, numbers in group.items():
+            counts.add_row(name, *(str(numbers[split]) for split in report.rows))
+        counts.add_section()
+    shortest, mean, longest = report.answer_words
+    parts: list[Table | Text] = [
+        counts,
+        Text(f"words an answer: {shortest} to {longest}, mean {mean:.0f}"),
+    ]
+    if report.closest:
+        parts.append(Text("the closest pairs, by the word 5-grams they share:"))
+    for pair in report.closest:
+        places = f"{pair.what}s of {pair.first} and {pair.second}"
+        parts.append(Text(f"  {pair.similarity:.0%}  {places}"))
+        for text in pair.texts:
+            line = "       " + " ".join(text.split())
+            parts.append(Text(line, style="dim", no_wrap=True, overflow="ellipsis"))
+    return parts
 
 
 def preview_text(tokenizer: Any, example: Example) -> Text:

@@ -1,0 +1,104 @@
+"""Rows into train, valid and test: stratified, seeded, and for good.
+
+A row that a split holds stays there. New rows are lined up by category and
+difficulty, within these by a hash of their id, and dealt out along the line so
+that each stretch of it gets its share of each split.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from interviewmate_mlx.data.records import read_records
+from interviewmate_mlx.errors import DataError, list_faults
+from interviewmate_mlx.files import atomic_file
+
+SPLITS = ("train", "valid", "test")
+SHARES = (0.70, 0.15, 0.15)
+
+
+def split_rows(
+    sources: list[Path], out: Path, seed: int = 42, shares: tuple[float, float, float] = SHARES
+) -> dict[str, int]:
+    """Put the rows of `sources` into `out/{train,valid,test}.jsonl`.
+
+    Rows keep their keys. A row whose id `out` holds replaces that row where it
+    is; the others are dealt out. Doing it again changes nothing.
+
+    Args:
+        sources: .jsonl or .json files; none deals nothing out anew.
+        out: the folder of the three files.
+        seed: of the hash that orders the rows.
+        shares: of train, valid and test; they sum to 1.
+
+    Returns:
+        The number of rows of each split.
+
+    Raises:
+        DataError: rows that cannot be read or have no id of their own; nothing is written.
+    """
+    if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
+        raise DataError(f"Shares: got {shares}, expected three that sum to 1.")
+    kept = {
+        split: _read(out / f"{split}.jsonl") if (out / f"{split}.jsonl").is_file() else {}
+        for split in SPLITS
+    }
+    held = {row_id: split for split, rows in kept.items() for row_id in rows}
+    new: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        for row_id, row in _read(source).items():
+            if row_id in new:
+                raise DataError(f"{source}: id {row_id!r} is in another source too.\nRename one.")
+            if row_id in held:
+                kept[held[row_id]][row_id] = row
+            else:
+                new[row_id] = row
+    line = sorted(new, key=lambda row_id: _place(new[row_id], row_id, seed))
+    for row_id, split in zip(
+        line, _deal([len(kept[s]) for s in SPLITS], len(new), shares), strict=True
+    ):
+        kept[split][row_id] = new[row_id]
+    for split, rows in kept.items():
+        text = "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows))
+        path = out / f"{split}.jsonl"
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            with atomic_file(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    return {split: len(rows) for split, rows in kept.items()}
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a file as they are, by id."""
+    records = read_records(path)  # all faults of the rows
+    text = path.read_text(encoding="utf-8-sig")
+    rows = json.loads(text) if path.suffix == ".json" else _lines(text)
+    faults = [f"{record.source}: no id" for record in records if not record.id]
+    if faults:
+        raise DataError(f"{path}: rows need ids to be split:\n{list_faults(faults)}\nAdd them.")
+    return {record.id: row for record, row in zip(records, rows, strict=True)}
+
+
+def _lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def _place(row: dict[str, Any], row_id: str, seed: int) -> tuple[str, str, str]:
+    digest = hashlib.sha256(f"{seed}:{row_id}".encode()).hexdigest()
+    return str(row.get("category", "")), str(row.get("difficulty", "")), digest
+
+
+def _deal(held: list[int], num_new: int, shares: tuple[float, float, float]) -> list[str]:
+    """The split of each new row in line, so that all rows together come out at the shares."""
+    total = sum(held) + num_new
+    targets = [int(total * share + 1e-9) for share in shares[:2]]
+    targets.append(total - sum(targets))
+    wanted = [max(0, target - count) for target, count in zip(targets, held, strict=True)]
+    wanted[0] += num_new - sum(wanted)  # only where `out` was far from the shares
+    dealt, result = [0, 0, 0], []
+    for position in range(1, num_new + 1):
+        behind = [wanted[i] * position / num_new - dealt[i] for i in range(3)]
+        chosen = behind.index(max(behind))
+        dealt[chosen] += 1
+        result.append(SPLITS[chosen])
+    return result

@@ -1,0 +1,477 @@
+"""Every option of every command does something, and a table says which test shows it."""
+
+import json
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+import pytest
+from checkpoints import tiny_falcon, write_checkpoint
+from hub_server import TOKEN, USER, HubServer
+
+from interviewmate_mlx import __version__
+from interviewmate_mlx.cli import main
+from interviewmate_mlx.coach import generate
+from interviewmate_mlx.weights.convert import convert
+
+SHOWN: dict[str, str] = {}  # an option -> the test that shows its effect
+
+
+def shows(option: str) -> Callable[[Any], Any]:
+    """Enter a test into the table."""
+
+    def enter(test: Any) -> Any:
+        assert option not in SHOWN, f"{option} is shown twice"
+        SHOWN[option] = test.__name__
+        return test
+
+    return enter
+
+
+def all_options(command: click.Command, path: str = "") -> Iterator[str]:
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            yield f"{path} {max(parameter.opts, key=len)}".strip()
+    if isinstance(command, click.Group):
+        for name, sub in command.commands.items():
+            yield from all_options(sub, f"{path} {name}".strip())
+
+
+def test_every_option_has_a_test_of_its_effect():
+    options = list(all_options(main))
+    assert len(options) == len(set(options))
+    assert set(options) - set(SHOWN) == set(), "show the effect of these, with @shows"
+    assert set(SHOWN) - set(options) == set(), "no such option any more"
+
+
+@pytest.fixture(scope="session")
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that differs from `tiny_base` in shape and tokenizer; 384 rows for 300 tokens."""
+    folder = tmp_path_factory.mktemp("hub") / "other"
+    model = tiny_falcon(heads=2, head_size=16, layers=1, seed=1)
+    checkpoint = write_checkpoint(folder, model, tokenizer_size=300)
+    return convert(checkpoint, tmp_path_factory.mktemp("models") / "other").path
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer() as server:
+        server.isolate(monkeypatch, tmp_path / "home")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+@pytest.fixture
+def small(tiny_base: Path, questions: Path) -> list[object]:
+    """Options of a run of three steps."""
+    return ["--model", tiny_base, "--set", f"data.path={questions}", "--set", "train.epochs=1"]
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# imate-mlx
+
+
+@shows("--version")
+def test_version_is_printed(imate):
+    assert imate("--version").stdout == f"imate-mlx {__version__}\n"
+
+
+@shows("--verbose")
+def test_verbose_adds_the_machine_to_the_version(imate):
+    lines = imate("--version", "--verbose").stdout.splitlines()
+    facts = dict(line.split(maxsplit=1) for line in lines)
+    assert facts["interviewmate-mlx"] == __version__
+    assert facts["device"] in ("cpu", "metal", "cuda")
+    assert facts["dtype"] == ("float32" if facts["device"] == "cpu" else "bfloat16")
+    assert float(facts["matmul_gflops"]) > 0
+    assert float(facts["planned_memory_gb"]) > 0
+    assert {"python", "system", "mlx", "device_name", "blas"} <= set(facts)
+
+
+# convert
+
+
+@shows("convert --out")
+def test_convert_writes_to_out(imate, tiny_checkpoint):
+    imate("convert", tiny_checkpoint, "--out", "here/it/is")
+    assert Path("here/it/is/model.safetensors").is_file()
+    assert not Path("models").exists()
+    imate("convert", tiny_checkpoint)
+    assert Path("models", tiny_checkpoint.name, "model.safetensors").is_file()
+
+
+@shows("convert --revision")
+def test_convert_takes_the_revision_of_a_hub_id(imate, tiny_checkpoint, tmp_path, monkeypatch):
+    tuned = write_checkpoint(tmp_path / "tuned", tiny_falcon(layers=1, seed=3))
+    with HubServer({"owner/falcon": tiny_checkpoint, "owner/falcon@v2": tuned}) as hub:
+        hub.isolate(monkeypatch, tmp_path / "home")
+        for options, branch, layers in (([], "main", 2), (["--revision", "v2"], "v2", 1)):
+            imate("convert", "owner/falcon", "--out", branch, *options)
+            assert read_json(Path(branch, "config.json"))["num_hidden_layers"] == layers
+            made_of = read_json(Path(branch, "conversion.json"))["revision"]
+            assert made_of == hub.repos["owner/falcon"].sha(branch)
+
+
+@shows("convert --dtype")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_convert_writes_weights_of_the_dtype(imate, tiny_checkpoint, dtype):
+    imate("convert", tiny_checkpoint, "--out", "out", "--dtype", dtype)
+    weights = mx.load("out/model.safetensors")
+    assert {array.dtype for array in weights.values()} == {getattr(mx, dtype)}
+
+
+@shows("convert --trim-vocab")
+def test_convert_trims_the_vocabulary_to_the_tokenizers(imate, tmp_path):
+    folder = write_checkpoint(tmp_path / "wide", tiny_falcon(layers=1), tokenizer_size=300)
+    for out, options, rows in (("whole", [], 384), ("trimmed", ["--trim-vocab"], 300)):
+        imate("convert", folder, "--out", out, *options)
+        assert read_json(Path(out, "config.json"))["vocab_size"] == rows
+        weights = mx.load(f"{out}/model.safetensors")
+        assert weights["transformer.word_embeddings.weight"].shape == (rows, 64)
+
+
+@shows("convert --force")
+def test_convert_replaces_an_earlier_conversion_with_force_alone(imate, tiny_checkpoint):
+    words = ["convert", tiny_checkpoint, "--out", "out", "--dtype"]
+    imate(*words, "float32")
+    assert "dtype: got float32, expected float16" in imate(*words, "float16", code=1).stderr
+    imate(*words, "float16", "--force")
+    assert read_json(Path("out/conversion.json"))["dtype"] == "float16"
+
+
+@shows("convert --json")
+def test_convert_prints_json(imate, tiny_checkpoint):
+    line = imate("convert", tiny_checkpoint, "--out", "out", "--json").stdout
+    path = Path("out").resolve()
+    num_parameters = sum(array.size for array in mx.load(str(path / "model.safetensors")).values())
+    expected = {
+        "path": str(path),
+        "num_parameters": num_parameters,
+        "dtype": "float32",
+        "nbytes": 4 * num_parameters,
+        "already_there": False,
+    }
+    assert json.loads(line) == expected
+    again = imate("convert", tiny_checkpoint, "--out", "out", "--json").stdout
+    assert json.loads(again) == expected | {"already_there": True}
+
+
+# train
+
+
+def adapter_config(folder: str) -> dict[str, Any]:
+    return read_json(Path(folder, "adapter_config.json"))
+
+
+@shows("train --run")
+def test_train_takes_a_shipped_run_or_a_file(imate, small):
+    imate("train", "--run", "c", *small)
+    config = adapter_config("adapters/run_C")
+    assert (config["r"], config["lora_alpha"]) == (2, 4)
+    Path("mine.toml").write_text("[lora]\nrank = 5\n", encoding="utf-8")
+    imate("train", "--run", "mine.toml", *small)
+    assert adapter_config("adapters/mine")["r"] == 5
+
+
+@shows("train --set")
+def test_train_takes_overrides(imate, small):
+    imate("train", *small, "--set", "lora.rank=3", "--set", "lora.targets=dense")
+    weights = mx.load("adapters/run_A/adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in weights} == {"dense"}
+    assert {min(array.shape) for array in weights.values()} == {3}
+
+
+@shows("train --model")
+def test_train_takes_another_base(imate, small, other_base):
+    imate("train", *small, "--model", other_base)
+    assert adapter_config("adapters/run_A")["base_model_name_or_path"] == str(other_base)
+    weights = mx.load("adapters/run_A/adapter_model.safetensors")
+    assert sorted({array.shape for array in weights.values()}) == [(8, 32), (96, 8)]
+
+
+@shows("train --out")
+def test_train_writes_to_out(imate, small):
+    imate("train", *small, "--out", "else where/mine")
+    assert adapter_config("else where/mine")["r"] == 8
+    assert not Path("adapters").exists()
+
+
+@shows("train --resume")
+def test_train_goes_on_with_resume(imate, small, signal_after):
+    small = [*small, "--set", "train.epochs=4"]
+    imate("train", *small)
+    with signal_after(5, signal.SIGINT):
+        imate("train", *small, "--out", "halves", code=130)
+    assert not Path("halves/summary.json").exists()
+    result = imate("train", *small, "--out", "halves", "--resume")
+    assert "going on after step " in result.stderr
+    assert "step 12/12" in result.stderr
+    name = "adapter_model.safetensors"
+    assert Path("halves", name).read_bytes() == Path("adapters/run_A", name).read_bytes()
+
+
+@shows("train --force")
+def test_train_replaces_a_run_with_force_alone(imate, small):
+    imate("train", *small)
+    before = Path("adapters/run_A/adapter_model.safetensors").read_bytes()
+    different = [*small, "--set", "train.seed=1"]
+    assert "replace it with --force" in imate("train", *different, code=1).stderr
+    assert Path("adapters/run_A/adapter_model.safetensors").read_bytes() == before
+    imate("train", *different, "--force")
+    assert Path("adapters/run_A/adapter_model.safetensors").read_bytes() != before
+    metrics = Path("adapters/run_A/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [0, 1, 2, 3, 3]
+
+
+@shows("train --json")
+def test_train_prints_json(imate, small):
+    printed = json.loads(imate("train", *small, "--json").stdout)
+    assert printed == read_json(Path("adapters/run_A/summary.json")) | {"adapter": "adapters/run_A"}
+    assert (printed["steps"], printed["train_rows"], printed["valid_rows"]) == (3, 12, 4)
+
+
+# generate
+
+ASK = ["generate", "What is a mean?", "--max-tokens", 24]
+
+
+@shows("generate --model")
+def test_generate_takes_the_base(imate, tiny_base, other_base):
+    answers = {imate(*ASK, "--model", base).stdout for base in (tiny_base, other_base)}
+    assert len(answers) == 2
+
+
+@shows("generate --adapter")
+def test_generate_takes_the_adapter_and_the_base_that_it_names(imate, tiny_base, tiny_adapter):
+    words = imate(*ASK, "--adapter", tiny_adapter).stdout
+    assert words == imate(*ASK, "--adapter", tiny_adapter, "--model", tiny_base).stdout
+    assert words != imate(*ASK, "--model", tiny_base).stdout
+    coach, tokenizer = generate.load_coach(None, tiny_adapter)
+    sampling = generate.Sampling(max_tokens=24)
+    assert words == generate.answer(coach, tokenizer, "What is a mean?", sampling) + "\n"
+
+
+@shows("generate --max-tokens")
+def test_generate_stops_after_max_tokens(imate, tiny_base, monkeypatch):
+    responses = []
+    original = generate.stream_generate
+
+    def counting(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for response in original(*arguments, **options):
+            responses.append(response)
+            yield response
+
+    monkeypatch.setattr(generate, "stream_generate", counting)
+    for most in (1, 7):
+        responses.clear()
+        imate("generate", "What is a mean?", "--model", tiny_base, "--max-tokens", most)
+        assert responses[-1].generation_tokens == most
+
+
+def sample(imate: Any, adapter: Path, *options: object) -> str:
+    return imate(*ASK, "--adapter", adapter, *options).stdout
+
+
+@shows("generate --temperature")
+def test_generate_samples_with_a_temperature(imate, tiny_adapter):
+    greedy = sample(imate, tiny_adapter)
+    assert sample(imate, tiny_adapter, "--temperature", 0, "--seed", 7) == greedy
+    assert sample(imate, tiny_adapter, "--temperature", 1e-4) == greedy
+    assert sample(imate, tiny_adapter, "--temperature", 3) != greedy
+
+
+@shows("generate --top-p")
+def test_generate_samples_from_the_likeliest(imate, tiny_adapter):
+    greedy, hot = sample(imate, tiny_adapter), ["--temperature", 3, "--seed", 1]
+    assert sample(imate, tiny_adapter, *hot, "--top-p", 1e-6) == greedy
+    assert sample(imate, tiny_adapter, *hot, "--top-p", 0.9) != greedy
+
+
+@shows("generate --seed")
+def test_generate_repeats_a_seed(imate, tiny_adapter):
+    said = [sample(imate, tiny_adapter, "--temperature", 3, "--seed", s) for s in (1, 1, 2)]
+    assert said[0] == said[1] != said[2]
+
+
+@shows("generate --dtype")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_generate_computes_in_the_dtype(imate, tiny_base, monkeypatch, dtype):
+    loaded = []
+    original = generate.load_coach
+
+    def load(*arguments: Any) -> Any:
+        loaded.extend(original(*arguments))
+        return tuple(loaded)
+
+    monkeypatch.setattr(generate, "load_coach", load)
+    imate(*ASK, "--model", tiny_base, "--dtype", dtype)
+    assert loaded[0](mx.array([[1]])).dtype == getattr(mx, dtype)
+
+
+# export
+
+HANDED_OUT = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "metrics.jsonl",
+    "run.toml",
+    "summary.json",
+}
+
+
+@shows("export --out")
+def test_export_copies_the_adapter_without_checkpoints(imate, tiny_adapter):
+    assert imate("export", tiny_adapter, "--out", "copy").stdout == "copy\n"
+    assert {path.name for path in Path("copy").iterdir()} == HANDED_OUT
+    for name in HANDED_OUT:
+        assert Path("copy", name).read_bytes() == (tiny_adapter / name).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the library's own
+@shows("export --push")
+def test_export_pushes_to_the_hub(imate, hub, tiny_adapter):
+    said = imate("export", tiny_adapter, "--push", f"{USER}/coach").stdout
+    assert said == f"{hub.endpoint}/{USER}/coach\n"
+    assert set(hub.uploaded[f"{USER}/coach"]) == HANDED_OUT
+    assert not hub.repos[f"{USER}/coach"].private
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+@shows("export --private")
+def test_export_makes_a_private_repository(imate, hub, tiny_adapter):
+    imate("export", tiny_adapter, "--push", f"{USER}/coach", "--private")
+    assert hub.repos[f"{USER}/coach"].private
+
+
+@shows("export --force")
+def test_export_replaces_a_folder_with_force_alone(imate, tiny_adapter):
+    Path("copy").mkdir()
+    Path("copy/old").touch()
+    assert "--force" in imate("export", tiny_adapter, "--out", "copy", code=1).stderr
+    assert Path("copy/old").exists()
+    imate("export", tiny_adapter, "--out", "copy", "--force")
+    assert {path.name for path in Path("copy").iterdir()} == HANDED_OUT
+
+
+# bench
+
+
+def bench(imate: Any, *options: object) -> dict[str, Any]:
+    return json.loads(imate("bench", "--json", *options).stdout)
+
+
+@shows("bench --run")
+def test_bench_takes_a_run(imate, tiny_base, questions):
+    text = f"[model]\nbase = '{tiny_base}'\n[data]\npath = '{questions}'\n"
+    Path("mine.toml").write_text(text, encoding="utf-8")
+    result = bench(imate, "--run", "mine.toml", "--steps", 1, "--warmup", 0)
+    assert (result["run"], result["base"], result["rows"]) == ("mine", str(tiny_base), 4)
+
+
+@shows("bench --set")
+def test_bench_takes_overrides(imate, small):
+    options = ["--steps", 2, "--warmup", 0, "--set", "train.grad_accumulation=1"]
+    assert bench(imate, *small, *options)["rows"] == 2
+
+
+@shows("bench --model")
+def test_bench_takes_another_base(imate, small, other_base):
+    assert bench(imate, *small, "--model", other_base, "--steps", 1)["base"] == str(other_base)
+
+
+@shows("bench --steps")
+def test_bench_times_so_many_steps(imate, small):
+    for steps in (1, 3):
+        result = bench(imate, *small, "--steps", steps, "--warmup", 0)
+        assert (result["steps"], result["rows"]) == (steps, 4 * steps)
+
+
+@shows("bench --warmup")
+def test_bench_does_not_time_the_warmup(imate, small):
+    imate("train", *small)
+    metrics = Path("adapters/run_A/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    tokens = [line["num_tokens"] for line in map(json.loads, metrics) if line["event"] == "step"]
+    assert len(set(tokens)) == 3
+    for warmup in range(3):
+        result = bench(imate, *small, "--steps", 1, "--warmup", warmup)
+        assert result["tokens"] == tokens[warmup]
+
+
+@shows("bench --json")
+def test_bench_prints_json_and_writes_nothing(imate, small):
+    result = bench(imate, *small, "--steps", 2)
+    assert result["samples_per_s"] == pytest.approx(result["rows"] / result["seconds"])
+    assert result["tokens_per_s"] == pytest.approx(result["tokens"] / result["seconds"])
+    assert list(Path().iterdir()) == []
+    plain = imate("bench", *small, "--steps", 2).stdout
+    assert f"2 steps ({result['rows']} rows, {result['tokens']} tokens) in " in plain
+
+
+# data
+
+
+@shows("data check --json")
+def test_data_check_prints_json(imate, questions):
+    rows = {"train": 12, "valid": 4, "test": 3}
+    assert json.loads(imate("data", "check", questions, "--json").stdout) == {"rows": rows}
+    plain = imate("data", "check", questions).stdout
+    assert plain == f"{questions}: every row can be read: 12 train, 4 valid, 3 test\n"
+
+
+@pytest.fixture
+def preview(imate: Callable[..., Any], tiny_base: Path, questions: Path) -> Callable[..., str]:
+    def run(*options: object) -> str:
+        return imate("data", "preview", questions, "--model", tiny_base, *options).stdout
+
+    return run
+
+
+def counts(text: str) -> list[int]:
+    """Tokens, those with loss, and those that were cut, as the last line has them."""
+    return [int(number) for number in re.findall(r"\d+", text.splitlines()[-1])]
+
+
+@shows("data preview --model")
+def test_data_preview_takes_the_bases_tokenizer(preview, other_base):
+    mine, other = preview(), preview("--model", other_base)
+    plain = [re.sub(r"[][]", "", text).splitlines()[:-1] for text in (mine, other)]
+    assert plain[0] == plain[1]
+    assert counts(other)[0] > counts(mine)[0], "its tokenizer has fewer merges"
+
+
+@shows("data preview --row")
+def test_data_preview_shows_the_row(preview):
+    assert preview().startswith("Question: What is a loss?\\n\nAnswer:[")
+    assert preview("--row", 12).startswith("Question: What is a model?\\n\nAnswer:[")
+
+
+@shows("data preview --split")
+def test_data_preview_shows_the_split(preview):
+    assert preview("--split", "valid").startswith("Question: What is a hard idea?")
+    assert preview("--split", "test").startswith("Question: What is the length of a step?")
+
+
+@shows("data preview --max-length")
+def test_data_preview_cuts_at_max_length(preview):
+    whole, cut = counts(preview()), counts(preview("--max-length", 20))
+    assert (cut[0], cut[2]) == (20, whole[0] - 20)
+    assert whole[0] - whole[1] == cut[0] - cut[1], "the answer is what is cut"
+
+
+@shows("data preview --train-on")
+def test_data_preview_marks_what_is_trained_on(preview):
+    answer, every = preview("--train-on", "answer"), preview("--train-on", "all")
+    assert re.fullmatch(
+        r"Question: What is a loss\?\\n\nAnswer:(\[[^][]+\])+", answer.split("\n\n")[0]
+    )
+    assert counts(answer)[1] == answer.count("[") - 1
+    assert counts(every)[1] == counts(every)[0] - 1 == every.count("[") - 1
+    assert all("[<|endoftext|>]\n" in text for text in (answer, every))
