@@ -1,7 +1,7 @@
 """The whole job in a minute, with no network: convert, train, generate, export.
 
-The base is a toy made on the spot: Falcon-RW's architecture at a thousandth of
-its size, with random weights. It shows that the job works, not what a coach
+The base is a toy made on the spot: Falcon-RW's architecture at a few thousandths
+of its size, with random weights. It shows that the job works, not what a coach
 says: the toy's answers are noise, before and after.
 """
 
@@ -31,9 +31,9 @@ CONFIG = {
     "multi_query": False,
     "parallel_attn": False,
     "new_decoder_architecture": False,
-    "hidden_size": 128,
+    "hidden_size": 64,
     "num_attention_heads": 4,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "vocab_size": 2048,
     "layer_norm_epsilon": 1e-5,
 }

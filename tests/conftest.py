@@ -1,5 +1,7 @@
 """What several tests share: a tiny base, a few questions, an adapter, the command line."""
 
+# ruff: noqa: E402  what is set for the BLAS comes before it is loaded, and that before MLX and torch
+
 import json
 import os
 import signal
@@ -10,56 +12,54 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from interviewmate_mlx import backend  # noqa: F401  its BLAS must be loaded before MLX and torch
+# Threads of a BLAS wait for each other on a busy machine: five times as long for such small
+# matrices. Read when the library is loaded; the processes that tests start inherit it.
+for _name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+from interviewmate_mlx import backend  # noqa: F401
 
 # isort: split
 from checkpoints import tiny_falcon, write_checkpoint
 
 from interviewmate_mlx.cli import main
 from interviewmate_mlx.config import load_run
-from interviewmate_mlx.results import progress
+from interviewmate_mlx.results import terminal
 from interviewmate_mlx.results.log import record
 from interviewmate_mlx.training.loop import Stepped, train
 from interviewmate_mlx.weights.convert import convert
 
-_TOPICS = [
-    "a loss",
-    "a mean",
-    "the gradient",
-    "a validation set",
-    "supervised learning",
-    "a learning rate",
-    "attention",
-    "an example",
-    "a label",
-    "a row",
-    "a training set",
-    "a model",
-    "a hard idea",
-    "a step",
-    "a function",
-    "a minimum",
-    "the length of a step",
-    "a score",
-    "structure",
-]
-# Of unequal length, so that rows fall into several widths.
-_ANSWERS = [
-    "It tells how far the model is from its examples.",
-    "The sum by the number.",
-    "It takes small steps against the gradient, and the learning rate sets their length; "
-    "a rate that is too large jumps over the minimum.",
-    "Rows that the model has not been trained on.",
-    "Labels.",
-]
+# Of unequal length, so that rows fall into several widths; no two alike.
+_QUESTIONS = {
+    "What is a loss?": "It tells how far the answers of a model are from its examples.",
+    "What is a mean?": "The sum of the values by their number.",
+    "What is the gradient?": "The direction in which a function rises fastest. Training takes "
+    "small steps against it, and the learning rate sets how long each of them is.",
+    "What is a validation set?": "Rows that the model has not been trained on.",
+    "What is supervised learning?": "Fitting a function to examples that bear labels, so that it "
+    "also holds for examples that come later.",
+    "What is a learning rate?": "The length of a step.",
+    "What is attention?": "A sum over earlier tokens, in which scores say how much each counts.",
+    "What is an example?": "One row of a data set.",
+    "What is a label?": "What a person says that an example shows, such as a word or a number, "
+    "and what a supervised model learns to say by itself.",
+    "What is a token?": "Part of a word.",
+    "What is a training set?": "All that a model sees while its parameters are being fitted.",
+    "What is a model?": "A function with parameters; a large one has billions of them, and yet it "
+    "maps its input to an output like any other.",
+    "What is a hard idea?": "One that needs two examples.",
+    "What is an epoch?": "One pass over every training row.",
+    "What is a parameter?": "A number that training may change, unlike those that you set before.",
+    "What is a minimum?": "A place from which each small step leads up.",
+    "What is a softmax?": "It makes positive numbers with the sum one out of any scores.",
+    "What is a score?": "A number that says how good something is.",
+    "What is structure?": "What remains the same when the examples change.",
+}
 
 
-def question_rows(count: int, first: int = 0) -> list[dict[str, str]]:
-    """Rows of questions and short answers, each unlike the others."""
-    return [
-        {"question": f"What is {topic}?", "answer": f"{_ANSWERS[i % len(_ANSWERS)]} So is {topic}."}
-        for i, topic in enumerate(_TOPICS[first : first + count], start=first)
-    ]
+def question_rows() -> list[dict[str, str]]:
+    """19 rows of a question and an answer."""
+    return [{"question": asked, "answer": answer} for asked, answer in _QUESTIONS.items()]
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -87,7 +87,7 @@ def tiny_base(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder of 12 rows to train on, 4 to validate on, 3 to test on. Read only."""
     folder = tmp_path_factory.mktemp("questions")
-    rows = question_rows(19)
+    rows = question_rows()
     write_rows(folder / "train.jsonl", rows[:12])
     write_rows(folder / "valid.jsonl", rows[12:16])
     write_rows(folder / "test.jsonl", rows[16:])
@@ -145,7 +145,7 @@ def signal_after() -> Callable[..., AbstractContextManager[None]]:
 
     @contextmanager
     def patched(step: int, *signals: signal.Signals) -> Iterator[None]:
-        original = progress.show
+        original = terminal.show
 
         def show(*arguments: object) -> Iterator[object]:
             for event in original(*arguments):
@@ -155,7 +155,7 @@ def signal_after() -> Callable[..., AbstractContextManager[None]]:
                         os.kill(os.getpid(), number)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(progress, "show", show)
+            patch.setattr(terminal, "show", show)
             yield
 
     return patched

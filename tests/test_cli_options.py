@@ -420,10 +420,53 @@ def test_bench_prints_json_and_writes_nothing(imate, small):
 
 @shows("data check --json")
 def test_data_check_prints_json(imate, questions):
-    rows = {"train": 12, "valid": 4, "test": 3}
-    assert json.loads(imate("data", "check", questions, "--json").stdout) == {"rows": rows}
+    report = json.loads(imate("data", "check", questions, "--json").stdout)
+    assert report["rows"] == {"train": 12, "valid": 4, "test": 3}
+    shortest, _, longest = report["answer_words"]
     plain = imate("data", "check", questions).stdout
-    assert plain == f"{questions}: every row can be read: 12 train, 4 valid, 3 test\n"
+    assert re.search(r"rows\W+12\W+4\W+3\W", plain)
+    assert f"words an answer: {shortest} to {longest}" in plain
+
+
+@pytest.fixture
+def rows_with_ids(questions: Path) -> list[dict[str, str]]:
+    rows = (questions / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(row) | {"id": f"q{number}"} for number, row in enumerate(rows)]
+
+
+@pytest.fixture
+def split(imate: Callable[..., Any], rows_with_ids: list[dict[str, str]]) -> Callable[..., Any]:
+    """Split 12 rows; give the ids in each split."""
+    text = "".join(json.dumps(row) + "\n" for row in rows_with_ids)
+    Path("rows.jsonl").write_text(text, encoding="utf-8")
+
+    def run(out: str, *options: object) -> dict[str, set[str]]:
+        imate("data", "split", "rows.jsonl", "--out", out, *options)
+        return {
+            path.stem: {json.loads(line)["id"] for line in path.read_text().splitlines()}
+            for path in Path(out).iterdir()
+        }
+
+    return run
+
+
+@shows("data split --out")
+def test_data_split_writes_to_out(split, rows_with_ids):
+    dealt = split("here/mine")
+    assert sorted(map(len, dealt.values())) == [1, 3, 8]
+    assert set.union(*dealt.values()) == {row["id"] for row in rows_with_ids}
+
+
+@shows("data split --seed")
+def test_data_split_deals_by_the_seed(split):
+    assert split("one", "--seed", 1) == split("again", "--seed", 1)
+    assert split("other", "--seed", 2) != split("one", "--seed", 1)
+
+
+@shows("data split --shares")
+def test_data_split_deals_out_the_shares(split):
+    dealt = split("halves", "--shares", 0.5, 0.25, 0.25)
+    assert {name: len(ids) for name, ids in dealt.items()} == {"train": 6, "valid": 3, "test": 3}
 
 
 @pytest.fixture
@@ -456,7 +499,7 @@ def test_data_preview_shows_the_row(preview):
 @shows("data preview --split")
 def test_data_preview_shows_the_split(preview):
     assert preview("--split", "valid").startswith("Question: What is a hard idea?")
-    assert preview("--split", "test").startswith("Question: What is the length of a step?")
+    assert preview("--split", "test").startswith("Question: What is a softmax?")
 
 
 @shows("data preview --max-length")

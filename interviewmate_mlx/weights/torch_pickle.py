@@ -166,9 +166,8 @@ def _describe(name: _Name, arguments: tuple[Any, ...]) -> Any:
 def _storage(identity: object) -> Storage:
     """A storage's description: ("storage", its class, key, device, numbers in it)."""
     match identity:
-        case ("storage", _Name(text), str(key), str(), int(length)) if _is_sizes((length,)):
-            if text in _DTYPE_OF_STORAGE:
-                return Storage(_DTYPE_OF_STORAGE[text], key, length)
+        case ("storage", _Name(text), str(key), str(), int(length)) if text in _DTYPE_OF_STORAGE:
+            return Storage(_DTYPE_OF_STORAGE[text], key, length)
     raise ValueError("its pickle describes a storage as torch.save never does")
 
 

@@ -55,12 +55,15 @@ def change_json(path: Path, **changes: Any) -> None:
 
 
 def refusal(source: Path, out: Path, kind: type[ModelError] = WeightsError, **options: Any) -> str:
-    """The message of a refused conversion, which leaves nothing behind."""
+    """The message of a refused conversion, which leaves nothing behind.
+
+    Without the folder of the test in its paths: that bears the test's name.
+    """
     with pytest.raises(kind) as caught:
         convert(source, out, **options)
     assert not out.exists()
     assert not out.parent.exists() or not any(out.parent.iterdir())
-    return str(caught.value)
+    return str(caught.value).replace(str(source.parent), "")
 
 
 def logits(folder: Path) -> torch.Tensor:
@@ -123,7 +126,9 @@ def test_tensors_lie_in_the_order_of_the_model(source: Path, out: Path) -> None:
     write_checkpoint(source, tiny_falcon(layers=11), "sharded")
     convert(source, out)
     with (out / "model.safetensors").open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+    assert header_bytes % 8 == 0  # so that tensors are aligned, as the format wants
     names = [name for name in header if name != "__metadata__"]
     assert names[0] == "transformer.word_embeddings.weight"
     assert names[-2:] == ["transformer.ln_f.weight", "transformer.ln_f.bias"]
@@ -227,13 +232,19 @@ def test_end_token_is_found_in_the_special_tokens_map_alone(source: Path, out: P
     convert(source, out)
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == END
     assert AutoTokenizer.from_pretrained(out).eos_token == "<|endoftext|>"
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == "<|endoftext|>"  # not every loader reads the map
 
 
-def test_added_tokens_count_in_every_place_they_are_named(source: Path, out: Path) -> None:
+@pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens_are_found_where_they_are_named(source: Path, out: Path, place: str) -> None:
     write_checkpoint(source, tiny_falcon(vocab_size=400))
     (source / "tokenizer.json").unlink()
-    (source / "added_tokens.json").write_text(json.dumps({"<|end|>": 384}))
     change_json(source / "tokenizer_config.json", eos_token="<|end|>")
+    if place == "added_tokens.json":
+        (source / place).write_text(json.dumps({"<|end|>": 384}))
+    else:
+        change_json(source / place, added_tokens_decoder={"384": {"content": "<|end|>"}})
     convert(source, out)
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == 384
 
@@ -287,6 +298,8 @@ def test_nothing_in_the_result_has_a_loader_run_code(source: Path, out: Path) ->
     assert not list(out.glob("*_RW.py"))
     for name in ("config.json", "tokenizer_config.json"):
         assert "auto_map" not in json.loads((out / name).read_text())
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert AutoTokenizer.from_pretrained(out, trust_remote_code=True).eos_token_id == END
     assert not sentinel.exists()
@@ -303,6 +316,7 @@ def test_old_names_are_translated(source: Path, out: Path, names: str) -> None:
     convert(source, out)
     written = AutoConfig.from_pretrained(out)
     assert (written.num_hidden_layers, written.num_attention_heads) == (3, 4)
+    assert json.loads((out / "config.json").read_text())["new_decoder_architecture"] is False
     assert not set(json.loads((out / "config.json").read_text())) & {"n_layer", "n_head", "n_embed"}
     with torch.no_grad():
         assert torch.equal(logits(out), model(IDS).logits)
@@ -520,7 +534,7 @@ def test_truncated_weights_are_refused(source: Path, out: Path, format: Any, nam
     whole = (source / name).read_bytes()
     for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         (source / name).write_bytes(whole[:length])
-        assert str(source / name) in refusal(source, out)
+        assert f"/source/{name} " in refusal(source, out)
 
 
 def damaged_header(change: str, header: dict[str, Any]) -> bytes:
@@ -562,7 +576,7 @@ def test_damaged_safetensors_are_refused(source: Path, out: Path, change: str) -
     end = 8 + int.from_bytes(data[:8], "little")
     header = damaged_header(change, json.loads(data[8:end]))
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
-    assert str(path) in refusal(source, out)
+    assert "/source/model.safetensors is no whole" in refusal(source, out)
 
 
 def test_pointer_of_git_lfs_is_told_from_weights(source: Path, out: Path) -> None:
@@ -588,15 +602,17 @@ def test_safetensors_are_preferred(source: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "shard", ["../secret.safetensors", "/etc/passwd", "sub/model-1-of-1.safetensors", "x", 3]
+    "shard", ["../secret.safetensors", "/etc/passwd", "model-1/x-of-1.safetensors", "x", 3]
 )
 def test_index_that_points_elsewhere_is_refused(source: Path, out: Path, shard: Any) -> None:
     write_checkpoint(source, tiny_falcon(), "sharded")
+    (source / "model-1").mkdir()
+    shutil.copyfile(next(source.glob("model-*-of-*")), source / "model-1" / "x-of-1.safetensors")
     path = source / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["weight_map"]["transformer.ln_f.bias"] = shard
     path.write_text(json.dumps(index))
-    assert str(path) in refusal(source, out)
+    assert "/source/model.safetensors.index.json" in refusal(source, out)
 
 
 @pytest.mark.parametrize("format", ["sharded", "sharded_bin"])
@@ -748,6 +764,18 @@ def test_interrupted_conversion_leaves_nothing(source: Path, out: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, progress=interrupt)
     assert os.listdir(out.parent) == []
+
+
+def test_folder_that_came_meanwhile_is_not_overwritten(source: Path, out: Path) -> None:
+    write_checkpoint(source, tiny_falcon())
+
+    def come_first(done: int, total: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "a.txt").write_text("the faster one")
+
+    with pytest.raises(ModelError, match="is already there"):
+        convert(source, out, progress=come_first)
+    assert contents(out) == {"a.txt": b"the faster one"}
 
 
 def test_killed_conversion_leaves_no_folder_and_the_next_one_succeeds(

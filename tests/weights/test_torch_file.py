@@ -197,10 +197,11 @@ def write_archive(
 
 
 def refusal(path: Path) -> str:
+    """The message, without the path: that bears the test's name."""
     with pytest.raises(WeightsError) as caught:
         read_torch_file(path)
     assert str(path) in str(caught.value)
-    return str(caught.value)
+    return str(caught.value).replace(str(path), "")
 
 
 def test_the_archive_of_these_tests_is_one_that_torch_reads(path: Path) -> None:
@@ -301,7 +302,6 @@ def test_a_large_memo_number_costs_no_memory(path: Path) -> None:
         ("storage", torch.FloatStorage, 0, "cpu", 16),
         ("storage", torch.FloatStorage, "0", "cpu", "16"),
         ("storage", torch.FloatStorage, "0", "cpu", -1),
-        ("storage", torch.FloatStorage, "0", "cpu", True),
         ("storage", torch.FloatStorage, "0", "cpu", 16, None),
         ("storage", OrderedDict, "0", "cpu", 16),
         ("storage", torch.FloatStorage, "../0", "cpu", 16),
