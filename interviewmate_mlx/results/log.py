@@ -130,7 +130,7 @@ def summarise(
 def write_card(out: Path, run: RunConfig, summary: Summary) -> None:
     """Write the adapter's model card, README.md, as the Hub shows it."""
     base = run.model.base
-    is_hub_id = base.count("/") == 1 and not base.startswith((".", "~"))
+    is_hub_id = base.count("/") == 1 and not Path(base).expanduser().exists()
     header = ["library_name: peft", "tags: [lora, mlx, interviewmate]"]
     if is_hub_id:
         header.append(f"base_model: {base}")
