@@ -57,7 +57,9 @@ def _mkl_paths() -> list[str]:
         listed = metadata.files("mkl") or []
     except metadata.PackageNotFoundError:
         return []
-    return [str(file.locate()) for file in listed if file.name.startswith("libmkl_rt.so")]
+    return [
+        os.path.realpath(file.locate()) for file in listed if file.name.startswith("libmkl_rt.so")
+    ]
 
 
 BLAS = _load_blas()
