@@ -154,8 +154,14 @@ def signal_after() -> Callable[..., AbstractContextManager[None]]:
                     for number in signals:
                         os.kill(os.getpid(), number)
 
+        # Should the command not take them, they end the test and not pytest.
+        before = {number: signal.signal(number, signal.default_int_handler) for number in signals}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(terminal, "show", show)
-            yield
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     return patched

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -199,14 +200,12 @@ def test_process_exits_with_the_code():
         assert "Traceback" not in done.stderr
 
 
-def test_reader_who_goes_away_is_no_error():
-    with subprocess.Popen(
-        [*IMATE, "--version", "--verbose"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+def test_reader_who_goes_away_is_no_error(tmp_path):
+    with started(["--version", "--verbose"], tmp_path) as process:
         assert process.stdout
         assert process.stderr
         process.stdout.close()
-        assert process.stderr.read() == b""
+        assert process.stderr.read() == ""
         assert process.wait() == 1
 
 
@@ -299,6 +298,19 @@ def test_force_does_not_replace_what_is_no_run(imate, small):
 # signals
 
 
+@contextmanager
+def started(words: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """An `imate-mlx` process, which does not outlive the block."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*IMATE, *words], cwd=folder, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def wait_for(process: subprocess.Popen[str], words: str) -> str:
     """Read the process's stderr up to the line that begins with these words."""
     assert process.stderr
@@ -318,9 +330,7 @@ def test_interrupted_process_says_how_to_go_on_and_that_finishes_the_run(
     # Rows of one length: a single variant to compile, and many quick steps.
     words += ["--set", "data.max_length=16", "--set", "data.train_on=all"]
     halves = [*words, "--out", "my runs/halves"]
-    with subprocess.Popen(
-        [*IMATE, *halves], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with started(halves, tmp_path) as process:
         wait_for(process, "step 7/150")
         process.send_signal(signal.SIGINT)
         wait_for(process, "finishing this step, then saving; once more to stop at once")
@@ -348,10 +358,10 @@ def test_interrupted_process_says_how_to_go_on_and_that_finishes_the_run(
 def test_signal_ends_the_step_and_saves(imate, small, signal_after, monkeypatch, number):
     words = ["train", *map(str, small), "--set", "train.epochs=9", "--force"]
     monkeypatch.setattr(sys, "argv", ["imate-mlx", *words])
-    before = signal.getsignal(number)
     with signal_after(2, number):
+        before = signal.getsignal(number)
         result = imate(*words, code=130)
-    assert signal.getsignal(number) is before
+        assert signal.getsignal(number) is before
     assert result.stdout == ""
     assert "everything is saved" in result.stderr
     go_on = [*words[:-1], "--resume"]
@@ -379,9 +389,7 @@ def test_second_interrupt_stops_a_process_at_once(tiny_base, questions, tmp_path
     (tmp_path / "valid.jsonl").write_text(rows[0], encoding="utf-8")
     words = ["train", "--model", str(tiny_base), "--set", f"data.path={tmp_path}"]
     words += ["--set", "train.grad_accumulation=16", "--set", "train.epochs=1000"]
-    with subprocess.Popen(
-        [*IMATE, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with started(words, tmp_path) as process:
         wait_for(process, "step 0/1000  validation loss")
         process.send_signal(signal.SIGINT)
         wait_for(process, "finishing this step")

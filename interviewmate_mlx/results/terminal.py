@@ -1,11 +1,12 @@
 """A run on the terminal: a bar on stderr, plain lines where stderr is no terminal."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -29,30 +30,28 @@ _PLAIN_LINES = 20
 
 
 def show(events: Iterator[Event | Summary], console: Console) -> Iterator[Event | Summary]:
-    """Pass a run's events on while showing them."""
+    """Pass a run's events on while showing them: a bar with its time, the numbers below it."""
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("step {task.completed}/{task.total}"),
         BarColumn(bar_width=None),
-        TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[numbers]}"),
-        console=console,
-        disable=not console.is_terminal,
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
-    with bar:
-        total, task, so_far = 1, None, _Speed()
+    status = Text("compiling", no_wrap=True, overflow="ellipsis")
+    live = Live(Group(bar, status), console=console, transient=True)
+    total, task, so_far = 1, bar.add_task("", total=None, visible=False), _Speed()
+    with live if console.is_terminal else nullcontext():
         for event in events:
             if isinstance(event, Started):
                 total = event.total_steps
                 _print_start(event, console)
-                task = bar.add_task(
-                    "training", total=total, completed=event.step, numbers="compiling"
-                )
-            elif isinstance(event, Stepped) and task is not None:
+                bar.update(task, total=total, completed=event.step, visible=True)
+            elif isinstance(event, Stepped):
                 so_far.add(event)
                 numbers = _numbers(event, so_far)
-                bar.update(task, completed=event.step, numbers=numbers)
+                bar.update(task, completed=event.step)
+                status.plain = numbers
                 is_plain_line = event.step % max(1, total // _PLAIN_LINES) == 0
                 if not console.is_terminal and (is_plain_line or event.step == total):
                     console.print(f"step {event.step}/{total}  {numbers}")
