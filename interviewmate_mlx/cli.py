@@ -262,6 +262,7 @@ def train(
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @_dtype_option
+@_json_option
 def generate(
     question: str,
     model: str | None,
@@ -271,6 +272,7 @@ def generate(
     top_p: float,
     seed: int,
     dtype: str,
+    as_json: bool,
 ) -> None:
     """Answer an interview question.
 
@@ -280,12 +282,16 @@ def generate(
     if not question.strip():
         raise click.UsageError("The question is empty.")
     with _backend():
-        from interviewmate_mlx.coach.generate import Sampling, load_coach, stream_answer
+        from interviewmate_mlx.coach.generate import Sampling, answer, load_coach, stream_answer
         from interviewmate_mlx.results.terminal import byte_bar
 
         with byte_bar("fetching the base", _console()) as progress:
             coach, tokenizer = load_coach(model, adapter, dtype, progress)
         sampling = Sampling(max_tokens, temperature, top_p, seed)
+        if as_json:
+            said = answer(coach, tokenizer, question, sampling)
+            click.echo(json.dumps({"question": question, "answer": said, **asdict(sampling)}))
+            return
         is_first = True
         for piece in stream_answer(coach, tokenizer, question, sampling):
             piece = piece.lstrip() if is_first else piece

@@ -220,10 +220,12 @@ def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) ->
 def _from_tables(name: str, tables: dict[str, Any], faults: list[str], where: str) -> RunConfig:
     parts = {}
     for table, content in tables.items():
-        if table not in _TABLES:
+        if not isinstance(content, dict):
+            owners = [f"[{t}]" for t, kind in _TABLES.items() if table in get_type_hints(kind)]
+            expected = f"it in {' or '.join(owners)}" if owners else "a table"
+            faults.append(f"{table}: got {content!r}, expected {expected}")
+        elif table not in _TABLES:
             faults.append(f"unknown table [{table}]{_nearest(table, _TABLES)}")
-        elif not isinstance(content, dict):
-            faults.append(f"{table}: got {content!r}, expected a table")
         else:
             parts[table] = _read_table(table, content, faults)
     for table, values in parts.items():

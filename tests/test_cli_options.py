@@ -295,6 +295,13 @@ def test_generate_samples_from_the_likeliest(imate, tiny_adapter):
     assert sample(imate, tiny_adapter, *hot, "--top-p", 0.9) != greedy
 
 
+@shows("generate --json")
+def test_generate_prints_json(imate, tiny_adapter):
+    line = json.loads(imate(*ASK, "--adapter", tiny_adapter, "--json").stdout)
+    assert line["question"] == "What is a mean?"
+    assert line["answer"] + "\n" == imate(*ASK, "--adapter", tiny_adapter).stdout
+
+
 @shows("generate --seed")
 def test_generate_repeats_a_seed(imate, tiny_adapter):
     said = [sample(imate, tiny_adapter, "--temperature", 3, "--seed", s) for s in (1, 1, 2)]

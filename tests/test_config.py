@@ -392,3 +392,12 @@ def test_toml_names_every_key_so_that_later_defaults_change_nothing():
         body = text.split(f"[{table}]\n")[1].split("\n\n")[0]
         keys = [line.split(" = ")[0] for line in body.splitlines()]
         assert keys == list(asdict(getattr(RunConfig(), table)))
+
+
+def test_key_outside_its_table_is_refused_with_the_table(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("rank = 3\n")
+    with pytest.raises(
+        ConfigError, match=r"rank: got 3, expected it in \[lora\]"
+    ):
+        load_run(str(path))

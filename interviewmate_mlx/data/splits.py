@@ -36,7 +36,8 @@ def split_rows(
         The number of rows of each split.
 
     Raises:
-        DataError: rows that cannot be read or have no id of their own; nothing is written.
+        DataError: no rows at all, or some that cannot be read or have no id of their
+            own; nothing is written.
     """
     if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
         raise DataError(f"Shares: got {shares}, expected three that sum to 1.")
@@ -54,6 +55,8 @@ def split_rows(
                 kept[held[row_id]][row_id] = row
             else:
                 new[row_id] = row
+    if not new and not held:
+        raise DataError(f"Nothing to split: {out} holds no rows.\nName the files that do.")
     line = sorted(new, key=lambda row_id: _place(new[row_id], row_id, seed))
     for row_id, split in zip(
         line, _deal([len(kept[s]) for s in SPLITS], len(new), shares), strict=True

@@ -182,5 +182,7 @@ def test_rows_that_cannot_be_split_are_refused_and_nothing_is_written(tmp_path, 
     with pytest.raises(DataError, match=message):
         split_rows([source], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match="Nothing to split"):
+        split_rows([], tmp_path / "out")
     with pytest.raises(DataError, match="sum to 1"):
         split_rows([], tmp_path / "out", shares=(0.7, 0.2, 0.2))
