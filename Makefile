@@ -8,7 +8,9 @@ BIN := $(VENV)/bin
 ifeq ($(shell uname -s),Darwin)
 BACKEND ?=
 else ifneq ($(wildcard /proc/driver/nvidia/version),)
-BACKEND ?= cuda13
+# CUDA 13 needs a driver of the 580 series or newer.
+DRIVER := $(shell sed -n "s|.* \([0-9][0-9]*\)\.[0-9].*|\1|p" /proc/driver/nvidia/version | head -1)
+BACKEND ?= $(if $(filter 1,$(shell test "$(DRIVER)" -ge 580 && echo 1)),cuda13,cuda12)
 else
 BACKEND ?= cpu
 endif

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -24,6 +24,7 @@ DEVICE_VARIABLE = "INTERVIEWMATE_DEVICE"
 
 # Metal: a wired limit of the whole recommended working set is unstable.
 _WIRED_SHARE = 0.85
+_ALLOCATED_SHARE = 0.95
 # Share of the memory that training may plan with; the rest is the system's and the user's.
 _MEMORY_SHARE = 0.75
 
@@ -48,6 +49,11 @@ def _load_blas() -> str | None:
             continue
         if hasattr(library, "cblas_sgemm"):
             return candidate
+        if explicit:
+            raise BackendError(
+                f"{BLAS_VARIABLE}={explicit} has no cblas interface (cblas_sgemm).\n"
+                "Unset it, or name the path of a shared library that has one."
+            )
     return None
 
 
@@ -111,7 +117,9 @@ def prepare() -> Machine:
     """
     wanted = os.environ.get(DEVICE_VARIABLE, "")
     if wanted not in ("", "cpu", "gpu"):
-        raise BackendError(f"{DEVICE_VARIABLE}: got {wanted!r}, expected cpu or gpu.")
+        raise BackendError(
+            f"{DEVICE_VARIABLE}: got {wanted!r}, expected cpu or gpu.\nCorrect it, or unset it."
+        )
     if wanted == "gpu" and not mx.is_available(mx.gpu):
         raise BackendError(
             f"{DEVICE_VARIABLE}=gpu, but MLX sees no GPU here.\n"
@@ -131,16 +139,21 @@ def prepare() -> Machine:
 
 @contextmanager
 def memory_limits() -> Iterator[None]:
-    """Wire most of a Mac's recommended working set while training, and restore it after."""
-    if _device() != "metal":
+    """Keep MLX within the device's memory while training, and restore its limits after.
+
+    A GPU's allocations stay below what the device says it has; on a Mac most of it
+    is wired too, so that weights are not paged out.
+    """
+    device, info = _device(), mx.device_info()
+    size = int(info.get("max_recommended_working_set_size", 0) or info.get("total_memory", 0))
+    if device == "cpu" or not size:
         yield
         return
-    recommended = int(mx.device_info()["max_recommended_working_set_size"])
-    previous = mx.set_wired_limit(int(recommended * _WIRED_SHARE))
-    try:
+    with ExitStack() as stack:
+        stack.callback(mx.set_memory_limit, mx.set_memory_limit(int(size * _ALLOCATED_SHARE)))
+        if device == "metal":
+            stack.callback(mx.set_wired_limit, mx.set_wired_limit(int(size * _WIRED_SHARE)))
         yield
-    finally:
-        mx.set_wired_limit(previous)
 
 
 def resolve_dtype(name: str) -> mx.Dtype:

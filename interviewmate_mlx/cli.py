@@ -8,6 +8,7 @@ Imports stand inside the commands, so that `--help` answers at once and
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -30,6 +31,18 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 
+class _Finite(click.FloatRange):
+    """A range that NaN is not in."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no number to calculate with.", param, ctx)
+        return number
+
+
 class _Commands(click.Group):
     """Turns this package's errors into one message and exit code 1."""
 
@@ -49,7 +62,11 @@ class _Commands(click.Group):
         except OSError as error:
             # A path that cannot be written to, a full disk: the user's to mend.
             where = f" {error.filename}" if error.filename else ""
-            click.echo(f"Cannot write or read{where}: {error.strerror or error}", err=True)
+            click.echo(
+                f"Cannot write or read{where}: {error.strerror or error}\n"
+                "Check the path, its permissions and the room on its disk.",
+                err=True,
+            )
             ctx.exit(1)
 
 
@@ -147,14 +164,20 @@ def convert(
         from interviewmate_mlx.weights.base import models_folder
         from interviewmate_mlx.weights.convert import convert as convert_folder
         from interviewmate_mlx.weights.hub import pull
+        from interviewmate_mlx.weights.names import is_hub_id, local_path
 
         console = _console()
-        folder, name = Path(source).expanduser(), source
-        if not folder.exists():
+        folder, name = local_path(source), source
+        if not folder.exists() and is_hub_id(source):
             out = out or models_folder(source)
             with byte_bar(f"pulling {source}", console) as progress:
                 pulled = pull(source, revision, progress=progress)
             folder, revision = pulled.path, pulled.revision
+        elif not folder.exists():
+            raise ConfigError(
+                f"No folder {source}, and no Hub id like owner/name.\n"
+                "Give a folder, or a Hub id such as tiiuae/falcon-rw-1b."
+            )
         elif revision:
             raise ConfigError(f"--revision is for Hub ids, and {source} is a folder.")
         else:
@@ -248,19 +271,17 @@ def train(
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option(
     "--temperature",
-    type=click.FloatRange(0),
+    type=_Finite(0),
     default=0.0,
     show_default=True,
     help="0 takes the likeliest token.",
 )
 @click.option(
     "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Sample from the likeliest tokens that make up this share.",
+    type=_Finite(0, 1, min_open=True),
+    help="With a temperature: sample from the likeliest tokens that make up this share.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="With a temperature: its draws.")
 @_dtype_option
 @_json_option
 def generate(
@@ -269,8 +290,8 @@ def generate(
     adapter: Path | None,
     max_tokens: int,
     temperature: float,
-    top_p: float,
-    seed: int,
+    top_p: float | None,
+    seed: int | None,
     dtype: str,
     as_json: bool,
 ) -> None:
@@ -281,13 +302,17 @@ def generate(
     """
     if not question.strip():
         raise click.UsageError("The question is empty.")
+    if temperature == 0 and (top_p, seed) != (None, None):
+        raise click.UsageError("--top-p and --seed need a --temperature above 0.")
     with _backend():
         from interviewmate_mlx.coach.generate import Sampling, answer, load_coach, stream_answer
         from interviewmate_mlx.results.terminal import byte_bar
 
         with byte_bar("fetching the base", _console()) as progress:
             coach, tokenizer = load_coach(model, adapter, dtype, progress)
-        sampling = Sampling(max_tokens, temperature, top_p, seed)
+        chosen = {"top_p": top_p, "seed": seed}
+        given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        sampling = Sampling(max_tokens, temperature, **given)
         if as_json:
             said = answer(coach, tokenizer, question, sampling)
             click.echo(json.dumps({"question": question, "answer": said, **asdict(sampling)}))
@@ -305,7 +330,7 @@ def generate(
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to copy the adapter to.")
 @click.option("--push", metavar="REPO", help="Hub id to upload to; made when it is not there.")
 @click.option("--private", is_flag=True, help="Make a new Hub repository private.")
-@click.option("--force", is_flag=True, help="Replace the folder --out.")
+@click.option("--force", is_flag=True, help="Replace an adapter exported there before.")
 def export(adapter: Path, out: Path | None, push: str | None, private: bool, force: bool) -> None:
     """Copy an adapter with its model card to a folder, to the Hub, or both.
 
@@ -357,7 +382,9 @@ def bench(
         from interviewmate_mlx.results.terminal import byte_bar
 
         run = _load_run(run_name, overrides, model)
-        with byte_bar(f"fetching {run.model.base}", _console()) as progress:
+        console = _console()
+        console.print(f"timing {steps} steps after {warmup} to warm up")
+        with byte_bar(f"fetching {run.model.base}", console) as progress:
             result = bench_run(run, steps, warmup, progress)
     if as_json:
         click.echo(json.dumps(asdict(result)))
@@ -373,39 +400,57 @@ def bench(
 
 @main.group()
 def data() -> None:
-    """Look at rows before training on them."""
-
-
-@data.command()
-@click.argument("path")
-@_json_option
-def check(path: str, as_json: bool) -> None:
-    """Check a file or folder: its rows, its ids, and near-duplicates within and between splits.
-
-    All faults come at once, with file and line.
+    """Look at rows before training on them.
 
     \b
     Example: imate-mlx data check my_questions/
     """
-    with _backend():
-        from interviewmate_mlx.data.check import check_data
-        from interviewmate_mlx.results.terminal import data_tables
-        from interviewmate_mlx.training.loop import find_data
 
-        report = check_data(find_data(path))
+
+@data.command()
+@click.argument("path")
+@_model_option
+@click.option(
+    "--max-length",
+    type=click.IntRange(8),
+    help="With --model: rows of more tokens are faults; a run's own default otherwise.",
+)
+@_json_option
+def check(path: str, model: str | None, max_length: int | None, as_json: bool) -> None:
+    """Check a file or folder: its rows, its ids, and near-duplicates within and between splits.
+
+    All faults come at once, with file and line. With --model rows are counted in its tokens.
+
+    \b
+    Example: imate-mlx data check my_questions/
+    """
+    if max_length and not model:
+        raise click.UsageError("--max-length needs a --model, whose tokens it counts.")
+    with _backend():
+        from interviewmate_mlx.config import Data
+        from interviewmate_mlx.data.check import check_data
+        from interviewmate_mlx.results.terminal import byte_bar, data_tables
+        from interviewmate_mlx.weights.names import find_data
+
+        with byte_bar(f"fetching {path}", _console()) as progress:
+            folder = find_data(path, progress)
+        tokenizer = _tokenizer(model) if model else None
+        report = check_data(folder, tokenizer, max_length or Data.max_length)
     if as_json:
         click.echo(json.dumps(asdict(report)))
     else:
-        _console(sys.stdout).print(*data_tables(report), sep="\n")
+        console = _console(sys.stdout)
+        for part in data_tables(report):
+            console.print(part, no_wrap=True, overflow="ellipsis")
 
 
 @data.command()
 @click.argument("sources", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the splits.")
-@click.option("--seed", type=click.IntRange(0), default=42, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True)
 @click.option(
     "--shares",
-    type=click.FloatRange(0, 1),
+    type=_Finite(0, 1),
     nargs=3,
     default=(0.70, 0.15, 0.15),
     show_default=True,
@@ -434,10 +479,17 @@ def split(
 @_model_option
 @click.option("--row", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="train")
-@click.option("--max-length", type=click.IntRange(8), default=512, show_default=True)
-@click.option("--train-on", type=click.Choice(["answer", "all"]), default="answer")
+@click.option(
+    "--max-length", type=click.IntRange(8), help="Tokens to keep; as in a run by default."
+)
+@click.option("--train-on", type=click.Choice(["answer", "all"]), help="As in a run by default.")
 def preview(
-    path: str, model: str | None, row: int, split: str, max_length: int, train_on: str
+    path: str,
+    model: str | None,
+    row: int,
+    split: str,
+    max_length: int | None,
+    train_on: str | None,
 ) -> None:
     """Show a row's tokens, and which of them carry loss.
 
@@ -445,19 +497,24 @@ def preview(
     Example: imate-mlx data preview my_questions/ --row 3
     """
     with _backend():
-        from interviewmate_mlx.config import BaseModel
+        from interviewmate_mlx.config import BaseModel, Data
         from interviewmate_mlx.data.prompts import encode_record
         from interviewmate_mlx.data.records import load_splits
-        from interviewmate_mlx.results.terminal import byte_bar, preview_text
-        from interviewmate_mlx.training.loop import find_data
-        from interviewmate_mlx.weights.base import find_base, load_base_tokenizer
+        from interviewmate_mlx.results.terminal import preview_text
+        from interviewmate_mlx.weights.names import find_data
 
-        records = load_splits(find_data(path)).get(split, [])
+        splits = load_splits(find_data(path))
+        if split not in splits:
+            raise ConfigError(
+                f"{path} has no {split} rows, expected --split {' or '.join(splits)}."
+            )
+        records = splits[split]
         if row > len(records):
             raise ConfigError(f"--row: got {row}, expected at most {len(records)} ({split}).")
-        with byte_bar("fetching the base", _console()) as progress:
-            tokenizer = load_base_tokenizer(find_base(model or BaseModel().base, progress))
-        example = encode_record(tokenizer, records[row - 1], max_length, train_on)
+        tokenizer = _tokenizer(model or BaseModel.base)
+        example = encode_record(
+            tokenizer, records[row - 1], max_length or Data.max_length, train_on or Data.train_on
+        )
         _console(sys.stdout).print(preview_text(tokenizer, example), soft_wrap=True)
 
 
@@ -472,6 +529,14 @@ def _print_version(verbose: bool) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         click.echo(f"{name:<{width}}  {value}")
+
+
+def _tokenizer(base: str) -> Any:
+    from interviewmate_mlx.results.terminal import byte_bar
+    from interviewmate_mlx.weights.base import find_base, load_base_tokenizer
+
+    with byte_bar(f"fetching {base}", _console()) as progress:
+        return load_base_tokenizer(find_base(base, progress))
 
 
 def _load_run(name: str, overrides: tuple[str, ...], model: str | None) -> Any:
@@ -502,7 +567,10 @@ def _backend() -> Iterator[None]:
 def _console(file: Any = None) -> "Console":
     from rich.console import Console
 
-    return Console(file=file or sys.stderr, highlight=False, markup=False)
+    file = file or sys.stderr
+    # A pipe has no width; 80 columns would break lines that a program reads.
+    width = None if file.isatty() else 160
+    return Console(file=file, width=width, highlight=False, markup=False)
 
 
 class _StopOnSignal:

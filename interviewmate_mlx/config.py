@@ -239,7 +239,7 @@ def _read_table(table: str, content: dict[str, Any], faults: list[str]) -> Any:
     values = {}
     for key, value in content.items():
         if key not in types:
-            faults.append(f"unknown key {table}.{key}{_nearest(key, types)}")
+            faults.append(f"unknown key {table}.{key}{_nearest(key, types, f'{table}.')}")
             continue
         try:
             values[key] = _coerce(value, types[key])
@@ -265,10 +265,10 @@ def _coerce(value: Any, expected: Any) -> Any:
     raise TypeError(kinds[expected])
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; known are {', '.join(known)}"
 
 
 def _range_faults(table: str, values: Any) -> list[str]:

@@ -132,16 +132,16 @@ def test_wrong_usage_exits_with_2_and_says_why(imate, words, said):
             "DataError: QUESTIONS: of 12 rows none has a token",
         ),
         ("train TRAIN --resume", "TrainingError: Nothing to resume in adapters/run_A"),
-        ("train TRAIN --out FILE", "TrainingError: FILE is not empty."),
+        ("train TRAIN --out FILE", "TrainingError: FILE is a file."),
         ("train TRAIN --out FILE/adapter", "Cannot write or read FILE/adapter: Not a directory"),
         ("bench TRAIN --set nonsense", "ConfigError: The run A cannot be trained:\n  nonsense: ex"),
-        ("generate x", "ConfigError: No base: give --model, or an adapter that names its base."),
+        ("generate x", "ConfigError: No base: give --model (a folder, or a Hub id such as"),
         ("generate x --model FILE", "ModelError: No model at FILE"),
         ("generate x --model QUESTIONS", "ModelError: No model at QUESTIONS"),
         ("generate x --model CHECKPOINT", "ModelError: CHECKPOINT holds no model*.safetensors."),
         ("generate x --model BASE --adapter nowhere", "AdapterError: No adapter in nowhere"),
         ("convert FILE", "ModelError: FILE holds no config.json."),
-        ("convert /nowhere", "HubError: '/nowhere' is no folder here"),
+        ("convert /nowhere", "ConfigError: No folder /nowhere, and no Hub id"),
         (
             "convert CHECKPOINT --revision v2",
             "ConfigError: --revision is for Hub ids, and CHECKPOINT is a",
@@ -156,7 +156,10 @@ def test_wrong_usage_exits_with_2_and_says_why(imate, words, said):
         ("export nowhere --out x", "AdapterError: No adapter in nowhere"),
         ("export QUESTIONS --out x", "AdapterError: No adapter in QUESTIONS"),
         ("data check nowhere", "DataError: No data at nowhere."),
-        ("data check FILE", "DataError: FILE: got a nameless file, expected .jsonl or .json."),
+        (
+            "data check FILE",
+            "DataError: FILE: 1 fault:\n  FILE: got a nameless file, expected .jsonl or .json.",
+        ),
         ("data preview QUESTIONS --model BASE --row 13", "ConfigError: --row: got 13, expected at"),
         ("data preview QUESTIONS --model nowhere", "ModelError: No model at nowhere"),
         ("data split nowhere.jsonl --out x", "DataError: Cannot read nowhere.jsonl"),
@@ -211,7 +214,7 @@ def test_reader_who_goes_away_is_no_error(tmp_path):
 
 def test_device_that_is_not_known_is_refused(imate, monkeypatch):
     monkeypatch.setenv("INTERVIEWMATE_DEVICE", "tpu")
-    said = "BackendError: INTERVIEWMATE_DEVICE: got 'tpu', expected cpu or gpu.\n"
+    said = "BackendError: INTERVIEWMATE_DEVICE: got 'tpu', expected cpu or gpu.\nCorrect it, or unset it.\n"
     assert imate("data", "check", "x", code=1).stderr == said
 
 

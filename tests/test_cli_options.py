@@ -283,7 +283,9 @@ def sample(imate: Any, adapter: Path, *options: object) -> str:
 @shows("generate --temperature")
 def test_generate_samples_with_a_temperature(imate, tiny_adapter):
     greedy = sample(imate, tiny_adapter)
-    assert sample(imate, tiny_adapter, "--temperature", 0, "--seed", 7) == greedy
+    assert sample(imate, tiny_adapter, "--temperature", 0) == greedy
+    for option in ("--seed", "--top-p"):
+        imate(*ASK, "--adapter", tiny_adapter, option, 1, code=2)  # of no effect, so refused
     assert sample(imate, tiny_adapter, "--temperature", 1e-4) == greedy
     assert sample(imate, tiny_adapter, "--temperature", 3) != greedy
 
@@ -360,13 +362,21 @@ def test_export_makes_a_private_repository(imate, hub, tiny_adapter):
 
 
 @shows("export --force")
-def test_export_replaces_a_folder_with_force_alone(imate, tiny_adapter):
-    Path("copy").mkdir()
-    Path("copy/old").touch()
+def test_export_replaces_an_exported_adapter_with_force_alone(imate, tiny_adapter):
+    imate("export", tiny_adapter, "--out", "copy")
+    Path("copy/README.md").write_text("old", encoding="utf-8")
     assert "--force" in imate("export", tiny_adapter, "--out", "copy", code=1).stderr
-    assert Path("copy/old").exists()
+    assert Path("copy/README.md").read_text(encoding="utf-8") == "old"
     imate("export", tiny_adapter, "--out", "copy", "--force")
-    assert {path.name for path in Path("copy").iterdir()} == HANDED_OUT
+    assert Path("copy/README.md").read_bytes() == (tiny_adapter / "README.md").read_bytes()
+
+
+def test_export_leaves_any_other_folder_alone_even_with_force(imate, tiny_adapter):
+    Path("mine").mkdir()
+    Path("mine/thesis").touch()
+    said = imate("export", tiny_adapter, "--out", "mine", "--force", code=1).stderr
+    assert "mine is there already, and is no exported adapter" in said
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis"]
 
 
 # bench
@@ -424,6 +434,23 @@ def test_bench_prints_json_and_writes_nothing(imate, small):
 
 
 # data
+
+
+@shows("data check --model")
+def test_data_check_counts_the_model_s_tokens(imate, questions, tiny_base):
+    assert json.loads(imate("data", "check", questions, "--json").stdout)["token_lengths"] is None
+    line = imate("data", "check", questions, "--json", "--model", tiny_base).stdout
+    shortest, median, longest = json.loads(line)["token_lengths"]
+    assert 10 < shortest < median < longest < 512
+
+
+@shows("data check --max-length")
+def test_data_check_refuses_rows_that_do_not_fit(imate, questions, tiny_base):
+    words = ["data", "check", questions, "--max-length", 16]
+    imate(*words, code=2)
+    refusal = imate(*words, "--model", tiny_base, code=1).stderr
+    assert "train.jsonl line 1" in refusal
+    assert "16" in refusal
 
 
 @shows("data check --json")

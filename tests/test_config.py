@@ -40,7 +40,7 @@ def refusal(run: str, *overrides: str) -> str:
 # what is shipped
 
 
-# The seed's: learning rate, rank, alpha, and how many numbers it trained.
+# The original project's: learning rate, rank, alpha, and how many numbers it trained.
 SEED = {
     "A": (2e-4, 8, 16, 1_572_864),
     "B": (1e-4, 4, 8, 786_432),
@@ -191,7 +191,7 @@ def test_file_that_cannot_be_parsed_is_refused_with_the_place(write_run, content
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[lora]\nrnak = 8", "unknown key lora.rnak; did you mean rank?"),
+        ("[lora]\nrnak = 8", "unknown key lora.rnak; did you mean lora.rank?"),
         ("[train]\nlr = 1", "unknown key train.lr; known are epochs, batch_size, grad_accumulat"),
         ("[lorra]\nrank = 8", "unknown table [lorra]; did you mean lora?"),
         ("[optimizer]\nx = 8", "unknown table [optimizer]; known are model, lora, data, train"),
@@ -280,7 +280,7 @@ def test_all_faults_are_named_at_once(write_run):
         f"The run {path} cannot be trained:",
         "  nonsense: expected table.key=value, as in lora.rank=16",
         "  lora.alpha: got 'x', expected a number",
-        "  unknown key lora.rnak; did you mean rank?",
+        "  unknown key lora.rnak; did you mean lora.rank?",
         "  unknown table [trian]; did you mean train?",
         "  train.seed: got 1.5, expected a whole number",
         "  lora.rank: got 0, expected at least 1",
@@ -338,9 +338,9 @@ def test_override_without_table_and_key_is_refused(override):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("lora.rnak=16", "unknown key lora.rnak; did you mean rank?"),
+        ("lora.rnak=16", "unknown key lora.rnak; did you mean lora.rank?"),
         ("lorra.rank=16", "unknown table [lorra]; did you mean lora?"),
-        ("lora.rank.x=16", "unknown key lora.rank.x; did you mean rank?"),
+        ("lora.rank.x=16", "unknown key lora.rank.x; did you mean lora.rank?"),
         ("lora.rank=", "lora.rank: got '', expected a whole number"),
         ("lora.rank=16\nalpha=3", "lora.rank: got '16\\nalpha=3', expected a whole number"),
     ],
@@ -397,7 +397,5 @@ def test_toml_names_every_key_so_that_later_defaults_change_nothing():
 def test_key_outside_its_table_is_refused_with_the_table(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("rank = 3\n")
-    with pytest.raises(
-        ConfigError, match=r"rank: got 3, expected it in \[lora\]"
-    ):
+    with pytest.raises(ConfigError, match=r"rank: got 3, expected it in \[lora\]"):
         load_run(str(path))

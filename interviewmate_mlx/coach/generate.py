@@ -46,7 +46,10 @@ def load_coach(
     """
     name = base or (read_adapter_config(adapter).base if adapter else "")
     if not name:
-        raise ConfigError("No base: give --model, or an adapter that names its base.")
+        raise ConfigError(
+            "No base: give --model (a folder, or a Hub id such as tiiuae/falcon-rw-1b), or an "
+            "adapter that names its base."
+        )
     model, tokenizer = load_base(find_base(name, progress), backend.resolve_dtype(dtype))
     if adapter:
         load_adapter(model, adapter)

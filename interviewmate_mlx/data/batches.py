@@ -2,7 +2,7 @@
 
 A *step* is one optimizer update over an effective batch of rows. A *microbatch*
 is what goes through the network at once: part of a step, or all of it. How a
-step is split changes speed and memory, never the update.
+step is split changes speed and memory, never the update (dropout's draws aside).
 """
 
 import itertools
@@ -136,4 +136,11 @@ def collate(examples: Sequence[Example], width: int | None = None) -> Microbatch
 
 def in_order(examples: Sequence[Example], token_budget: int) -> list[Microbatch]:
     """Microbatches over all rows, by length: for validation, where nothing is random."""
-    return [collate(group) for group in split_step(examples, token_budget)]
+
+    def width(example: Example) -> int:
+        return padded_width(len(example) - 1)
+
+    by_width = itertools.groupby(sorted(examples, key=len), key=width)
+    return [
+        collate(group) for _, rows in by_width for group in split_step(list(rows), token_budget)
+    ]

@@ -1,10 +1,12 @@
 """Is a data set fit to train on? Its rows, its ids, and that no split knows another's rows."""
 
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from interviewmate_mlx.data.leakage import (
     ANSWER_THRESHOLD,
@@ -12,7 +14,8 @@ from interviewmate_mlx.data.leakage import (
     fold,
     similar_pairs,
 )
-from interviewmate_mlx.data.records import DIFFICULTIES, Record, load_splits
+from interviewmate_mlx.data.prompts import encode_record
+from interviewmate_mlx.data.records import DIFFICULTIES, Record, scan_records, split_files
 from interviewmate_mlx.errors import DataError, list_faults
 
 _CLOSEST_SHOWN = 5
@@ -39,22 +42,34 @@ class DataReport:
     difficulties: dict[str, dict[str, int]]
     answer_words: tuple[int, float, int]  # shortest, mean, longest
     closest: list[ClosePair]
+    token_lengths: tuple[int, float, int] | None = None  # shortest, median, longest row
 
 
-def check_data(path: Path) -> DataReport:
+def check_data(path: Path, tokenizer: Any = None, max_length: int = 512) -> DataReport:
     """Read a file or folder and look for everything that would make training or validation lie.
 
+    Args:
+        path: a file, or a folder with the files of the splits.
+        tokenizer: a Hugging Face tokenizer; without one no tokens are counted.
+        max_length: tokens that a row may have, with the template and its end token.
+
     Raises:
-        DataError: rows that cannot be read; else ids that two splits share,
-            unknown difficulties, and near-duplicates within or between splits.
-            All at once, each with file and line.
+        DataError: files, rows or splits that cannot be read or are empty; ids that two
+            splits share, labels that only some rows have, unknown difficulties,
+            categories that train does not know, rows that are too long, and
+            near-duplicates within or between splits. All at once, each with file
+            and line.
     """
-    splits = load_splits(path)
+    splits, faults = _scan(path)
     records = [record for rows in splits.values() for record in rows]
+    lengths = [_count_tokens(tokenizer, record) for record in records] if tokenizer else []
     pairs = _close_pairs(records)
-    faults = [
-        *_shared_ids(records),
+    faults += [
+        *_shared_ids(splits),
+        *_missing_labels(records),
         *_unknown_difficulties(records),
+        *_unknown_categories(splits),
+        *_too_long(records, lengths, max_length),
         *(_fault(pair) for pair in pairs if pair.similarity >= _THRESHOLDS[pair.what]),
     ]
     if faults:
@@ -69,7 +84,24 @@ def check_data(path: Path) -> DataReport:
         difficulties=_count_by(splits, "difficulty"),
         answer_words=(min(words), statistics.mean(words), max(words)),
         closest=pairs[:_CLOSEST_SHOWN],
+        token_lengths=(min(lengths), statistics.median(lengths), max(lengths)) if lengths else None,
     )
+
+
+def _scan(path: Path) -> tuple[dict[str, list[Record]], list[str]]:
+    """The readable rows of each split, and the faults of the others and of whole files."""
+    splits: dict[str, list[Record]] = {}
+    faults: list[str] = []
+    for split, file in split_files(path).items():
+        try:
+            splits[split], found = scan_records(file)
+        except DataError as error:
+            faults.append(str(error).splitlines()[0])
+            continue
+        faults += [f"{file.name} {fault}" for fault in found]
+        if not splits[split] and not found:
+            faults.append(f"{file.name}: no rows, expected one or more (or no such file)")
+    return splits, faults
 
 
 def _close_pairs(records: list[Record]) -> list[ClosePair]:
@@ -83,7 +115,6 @@ def _close_pairs(records: list[Record]) -> list[ClosePair]:
         )
         for what, threshold in _THRESHOLDS.items()
         for pair in similar_pairs([getattr(record, what) for record in records], threshold)
-        if getattr(records[pair.first], what)  # verbatim texts have no question
     ]
     return sorted(found, key=lambda pair: -pair.similarity)
 
@@ -96,11 +127,40 @@ def _fault(pair: ClosePair) -> str:
     )
 
 
-def _shared_ids(records: list[Record]) -> Iterator[str]:
-    first: dict[str, Record] = {}
-    for record in records:
-        if record.id and (other := first.setdefault(record.id, record)) is not record:
-            yield f"{record.source}: id {record.id!r} is taken by {other.source}"
+def _shared_ids(splits: dict[str, list[Record]]) -> Iterator[str]:
+    """Ids that two splits share; within a file they are faults of its rows."""
+    first: dict[str, tuple[str, Record]] = {}
+    for split, records in splits.items():
+        for record in filter(lambda record: record.id, records):
+            other_split, other = first.setdefault(record.id, (split, record))
+            if other_split != split:
+                yield f"{record.source}: id {record.id!r} is taken by {other.source}"
+
+
+def _missing_labels(records: list[Record]) -> Iterator[str]:
+    for label in ("id", "category", "difficulty"):
+        lacking = [record for record in records if not getattr(record, label)]
+        if len(lacking) < len(records):
+            yield from (f"{r.source}: no {label}, expected one as other rows have" for r in lacking)
+
+
+def _unknown_categories(splits: dict[str, list[Record]]) -> Iterator[str]:
+    """Categories that are measured but not trained on."""
+    trained = {record.category for record in splits.get("train", []) if record.category}
+    for split, records in splits.items():
+        counts = Counter(record.category for record in records if record.category)
+        for category in sorted(counts.keys() - trained if trained else ()):
+            yield f"{split}: category {category!r} ({counts[category]} rows) is not in train"
+
+
+def _count_tokens(tokenizer: Any, record: Record) -> int:
+    return len(encode_record(tokenizer, record, sys.maxsize, "all"))
+
+
+def _too_long(records: list[Record], lengths: list[int], max_length: int) -> Iterator[str]:
+    for record, length in zip(records, lengths, strict=False):  # no lengths: no tokenizer
+        if length > max_length:
+            yield f"{_place(record)}: {length} tokens, expected at most {max_length}"
 
 
 def _unknown_difficulties(records: list[Record]) -> Iterator[str]:

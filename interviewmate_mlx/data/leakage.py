@@ -2,11 +2,12 @@
 
 Two texts are compared by the Jaccard similarity of their sets of word 5-grams,
 after case, punctuation and white space are folded. A text of fewer words is one
-gram. Grams are sorted together, so that those which several texts share lie side
-by side: no sketch, no library, and 100,000 answers take well under a minute.
+gram. Equal texts are found first; of the others all grams are sorted together, so
+that those which several texts share lie side by side.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,13 @@ GRAM_WORDS = 5
 QUESTION_THRESHOLD = 0.3
 ANSWER_THRESHOLD = 0.2
 # A gram that more texts than this hold makes no pairs of all of them (their number
-# grows with the square); each is compared with the first one that holds it.
+# grows with the square); each is compared with the first one that holds it, and with its
+# neighbours when texts are lined up by the least of their common grams, in several orders.
 _COMMON = 64
-# Pairs are compared exactly if the grams that are not common make up half of what it takes,
-# and so are the closest few, which are shown.
-_SHARE_TO_COMPARE, _CLOSEST = 0.5, 20
+_ORDERS, _NEIGHBOURS = 16, 2
+# Pairs are compared exactly if they can be alike enough, and so are the closest few,
+# which are shown.
+_CLOSEST = 20
 
 
 @dataclass(frozen=True)
@@ -35,24 +38,45 @@ class Pair:
 
 
 def fold(text: str) -> list[str]:
-    """The words of a text, without case and punctuation."""
-    return re.findall(r"\w+", text.casefold())
+    """The words of a text, without case, punctuation and compatibility forms (NFKC)."""
+    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
 
 
 def similar_pairs(texts: Sequence[str], threshold: float) -> list[Pair]:
-    """The pairs of texts that are at least so alike and the closest below, the most alike first."""
-    grams = _hash_grams(texts)
-    sizes = np.array([len(g) for g in grams])
-    first, second, shared = _sharing_pairs(grams)
-    estimate = shared / (sizes[first] + sizes[second] - shared) if len(first) else np.empty(0)
-    order = np.argsort(-estimate, kind="stable")
-    num_likely = int((estimate >= _SHARE_TO_COMPARE * threshold).sum())
+    """The pairs of texts that are at least so alike and the closest below, the most alike first.
+
+    A text that equals earlier ones makes one pair, with the first of them, and is
+    compared with no other. A text without words is alike to none.
+    """
+    first_of: dict[str, int] = {}
+    copies = []
+    for index, text in enumerate(texts):
+        folded = " ".join(fold(text))
+        if folded and (first := first_of.setdefault(folded, index)) != index:
+            copies.append(Pair(first, index, 1.0))
+    places = list(first_of.values())
+    alike = [
+        Pair(places[pair.first], places[pair.second], pair.similarity)
+        for pair in _compare(_hash_grams(list(first_of)), threshold)
+    ]
+    return sorted(copies + alike, key=lambda pair: (-pair.similarity, pair.first, pair.second))
+
+
+def _compare(grams: list[np.ndarray], threshold: float) -> list[Pair]:
+    """Exact similarities of the pairs that can reach the threshold, and of the closest few."""
+    sizes = np.array([len(g) for g in grams], np.int64)
+    first, second, shared, num_common = _sharing_pairs(grams)
+    # At most: what they share of the rare grams, and all common grams of the one with fewer.
+    shared = shared + np.minimum(num_common[first], num_common[second])
+    bound = shared / np.maximum(1, sizes[first] + sizes[second] - shared)
+    order = np.argsort(-bound, kind="stable")
+    num_likely = int((bound >= threshold).sum())
     pairs = []
     for i in order[: max(num_likely, _CLOSEST)]:
         one, other = int(first[i]), int(second[i])
         both = len(np.intersect1d(grams[one], grams[other], assume_unique=True))
         pairs.append(Pair(one, other, both / (len(grams[one]) + len(grams[other]) - both)))
-    return sorted(pairs, key=lambda pair: (-pair.similarity, pair.first, pair.second))
+    return pairs
 
 
 def _hash_grams(texts: Sequence[str]) -> list[np.ndarray]:
@@ -71,10 +95,12 @@ def _hash_grams(texts: Sequence[str]) -> list[np.ndarray]:
     return grams
 
 
-def _sharing_pairs(grams: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs that share a gram: the first's index, the second's, and how many they share.
+def _sharing_pairs(
+    grams: list[np.ndarray],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs that may be alike: the first's index, the second's, how many rare grams they share.
 
-    Of a common gram only the pairs with its first holder count.
+    Last, for each text, how many of its grams are common.
     """
     num_texts = len(grams)
     owners = np.repeat(np.arange(num_texts), [len(g) for g in grams])
@@ -83,13 +109,41 @@ def _sharing_pairs(grams: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.
     values, owners = values[order], owners[order]
     starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))[: len(values)]
     counts = np.diff(np.append(starts, len(values)))
-    codes = [np.empty(0, np.int64)]
+    rare, heads = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for start, count in zip(starts[counts > 1], counts[counts > 1], strict=True):
         group = owners[start : start + count]
         if count <= _COMMON:
             one, other = np.triu_indices(count, k=1)
-            codes.append(group[one] * num_texts + group[other])
+            rare.append(group[one] * num_texts + group[other])
         else:
-            codes.append(group[0] * num_texts + group[1:])
-    pairs, shared = np.unique(np.concatenate(codes), return_counts=True)
-    return pairs // max(1, num_texts), pairs % max(1, num_texts), shared
+            heads.append(group[0] * num_texts + group[1:])
+    common = np.repeat(counts > _COMMON, counts)
+    neighbours = _neighbours(values[common], owners[common], num_texts)
+    pairs, shared = np.unique(np.concatenate(rare), return_counts=True)
+    others = np.setdiff1d(np.concatenate([*heads, neighbours]), pairs)
+    pairs = np.concatenate([pairs, others])
+    shared = np.concatenate([shared, np.zeros(len(others), np.int64)])
+    num_common = np.bincount(owners[common], minlength=num_texts)
+    return pairs // max(1, num_texts), pairs % max(1, num_texts), shared, num_common
+
+
+def _neighbours(values: np.ndarray, owners: np.ndarray, num_texts: int) -> np.ndarray:
+    """Codes of the texts that lie side by side when lined up by their least common grams.
+
+    Two texts have the same least gram, under a random order of the grams, as often as
+    they share grams; each line is by two such orders.
+    """
+    if not len(values):
+        return np.empty(0, np.int64)
+    order = np.argsort(owners, kind="stable")
+    values, owners = values[order], owners[order]
+    holders, starts = np.unique(owners, return_index=True)
+    factors = np.random.default_rng(1).integers(0, 2**63, _ORDERS, np.uint64) * 2 + 1
+    least = [np.minimum.reduceat(values * factor, starts) for factor in factors]
+    codes = []
+    for one, other in zip(least, least[1:] + least[:1], strict=True):
+        line = holders[np.lexsort((other, one))]
+        for distance in range(1, _NEIGHBOURS + 1):
+            left, right = line[:-distance], line[distance:]
+            codes.append(np.minimum(left, right) * num_texts + np.maximum(left, right))
+    return np.unique(np.concatenate(codes))

@@ -10,12 +10,13 @@ there is taken:
     {"text": ...}                                    verbatim, learned as a whole
 
 `id`, `category`, `difficulty` and `follow_up` may stand beside them; other keys are
-ignored.
+ignored, unless they look like one of these beside a question and its answer.
 """
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from interviewmate_mlx.errors import DataError, list_faults
 
 LABELS = ("id", "category", "difficulty", "follow_up")
 DIFFICULTIES = ("beginner", "intermediate", "advanced")
+_MISSPELT = 0.85  # difflib's ratio from which an unknown key is taken for a label
 ROLES = ("system", "user", "assistant")
 SPLIT_NAMES = {
     "train": ("train",),
@@ -71,6 +73,23 @@ def load_splits(path: Path) -> dict[str, list[Record]]:
     Raises:
         DataError: nothing to read, or faulty rows: all of them, with file and line.
     """
+    splits, faults = {}, []
+    for split, file in split_files(path).items():
+        try:
+            splits[split] = read_records(file)
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError("\n".join(faults))
+    return splits
+
+
+def split_files(path: Path) -> dict[str, Path]:
+    """The train, valid and test files of a folder, those that are there, or one file as `train`.
+
+    Raises:
+        DataError: no such path, or a folder without a train file.
+    """
     if not path.exists():
         raise DataError(
             f"No data at {path}.\n"
@@ -78,20 +97,11 @@ def load_splits(path: Path) -> dict[str, list[Record]]:
             "or `interview` for the shipped questions."
         )
     if path.is_file():
-        return {"train": read_records(path)}
+        return {"train": path}
     found = {split: _split_file(path, split) for split in SPLIT_NAMES}
     if found["train"] is None:
         raise DataError(f"{path} holds no train.jsonl and no train.json.\nAdd one.")
-    splits, faults = {}, []
-    for split, file in found.items():
-        if file:
-            try:
-                splits[split] = read_records(file)
-            except DataError as error:
-                faults.append(str(error))
-    if faults:
-        raise DataError("\n".join(faults))
-    return splits
+    return {split: file for split, file in found.items() if file}
 
 
 def shipped_data(name: str) -> Path | None:
@@ -106,6 +116,23 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         DataError: the file or some of its rows cannot be read; every faulty row
             is named with its line.
+    """
+    records, faults = scan_records(path)
+    if faults:
+        count = f"{len(faults)} faulty row{'s' if len(faults) > 1 else ''}"
+        raise DataError(
+            f"{path}: {count}:\n{list_faults(faults, most=20)}\nMend them and run again."
+        )
+    if not records:
+        raise DataError(f"{path}: no rows.\nAdd rows, one JSON object a line.")
+    return records
+
+
+def scan_records(path: Path) -> tuple[list[Record], list[str]]:
+    """The rows of a .jsonl or .json file that can be read, and the faults by line.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
     """
     records: list[Record] = []
     faults: list[str] = []
@@ -124,14 +151,7 @@ def read_records(path: Path) -> list[Record]:
             faults.append(f"{place}: id {record.id!r} is taken by {first}; expected each id once")
         lines_of_ids.setdefault(record.id, place)
         records.append(record)
-    if faults:
-        count = f"{len(faults)} faulty row{'s' if len(faults) > 1 else ''}"
-        raise DataError(
-            f"{path}: {count}:\n{list_faults(faults, most=20)}\nMend them and run again."
-        )
-    if not records:
-        raise DataError(f"{path}: no rows.\nAdd rows, one JSON object a line.")
-    return records
+    return records, faults
 
 
 def _split_file(folder: Path, split: str) -> Path | None:
@@ -150,6 +170,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
     data = data.removeprefix(b"\xef\xbb\xbf")
+    _refuse_encoding(path, data)
     if path.suffix == ".jsonl":
         for number, line in enumerate(data.split(b"\n"), start=1):
             if line.strip():
@@ -164,6 +185,27 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     if not isinstance(rows, list):
         raise DataError(f"{path}: got a JSON {type(rows).__name__}, expected a list of rows.")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _refuse_encoding(path: Path, data: bytes) -> None:
+    """Raise DataError for a file in another encoding, rather than a fault for each line."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
+        found = "UTF-16 or UTF-32"
+    else:
+        lines = [line for line in data.split(b"\n") if line.strip()]
+        num_bad = sum(not _is_utf8(line) for line in lines)
+        if path.suffix == ".json" or num_bad * 2 <= len(lines):
+            return
+        found = f"{num_bad} of {len(lines)} lines that are not UTF-8"
+    raise DataError(f"{path}: encoding: got {found}, expected UTF-8.\nSave the file as UTF-8.")
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _parser(line: bytes) -> Callable[[], Any]:
@@ -185,6 +227,7 @@ def _read_row(row: Any, source: str) -> Record:
     if "messages" in row:
         return Record(source, messages=_read_messages(row["messages"]), **labels)
     if {"question", "answer"} <= row.keys():
+        _refuse_misspelt(row)
         pair = _text(row, "question").strip(), _text(row, "answer").strip()
         return Record(source, messages=_dialogue(*pair), **labels)
     if {"prompt", "completion"} <= row.keys():
@@ -200,6 +243,14 @@ def _read_row(row: Any, source: str) -> Record:
         f"got the keys {', '.join(map(repr, row)) or '(none)'}, expected 'question' and 'answer' "
         "(or messages, prompt and completion, instruction and output, text)"
     )
+
+
+def _refuse_misspelt(row: dict[str, Any]) -> None:
+    for key in row.keys() - {"question", "answer", *LABELS}:
+        ratios = {label: SequenceMatcher(None, key.casefold(), label).ratio() for label in LABELS}
+        nearest = max(LABELS, key=ratios.__getitem__)
+        if ratios[nearest] >= _MISSPELT:
+            raise ValueError(f"got the key {key!r}, expected {nearest!r} (or another name)")
 
 
 def _dialogue(question: str, answer: str) -> tuple[Message, ...]:

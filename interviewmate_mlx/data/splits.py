@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from interviewmate_mlx.data.records import read_records
+from interviewmate_mlx.data.records import read_records, split_files
 from interviewmate_mlx.errors import DataError, list_faults
 from interviewmate_mlx.files import atomic_file
 
@@ -24,10 +24,12 @@ def split_rows(
     """Put the rows of `sources` into `out/{train,valid,test}.jsonl`.
 
     Rows keep their keys. A row whose id `out` holds replaces that row where it
-    is; the others are dealt out. Doing it again changes nothing.
+    is; the others are dealt out. Doing it again changes nothing. From three rows
+    on, a split whose share is above 0 gets one at least; a split without rows
+    has no file.
 
     Args:
-        sources: .jsonl or .json files; none deals nothing out anew.
+        sources: .jsonl or .json files, or folders of splits; none deals nothing out anew.
         out: the folder of the three files.
         seed: of the hash that orders the rows.
         shares: of train, valid and test; they sum to 1.
@@ -36,18 +38,16 @@ def split_rows(
         The number of rows of each split.
 
     Raises:
-        DataError: no rows at all, or some that cannot be read or have no id of their
-            own; nothing is written.
+        DataError: no such shares, no rows at all, or some that cannot be read or have
+            no id of their own; nothing is written.
     """
-    if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
-        raise DataError(f"Shares: got {shares}, expected three that sum to 1.")
-    kept = {
-        split: _read(out / f"{split}.jsonl") if (out / f"{split}.jsonl").is_file() else {}
-        for split in SPLITS
-    }
+    if not (all(0 <= share <= 1 for share in shares) and abs(sum(shares) - 1) <= 1e-6):
+        raise DataError(f"Shares: got {shares}, expected three from 0 to 1 that sum to 1.")
+    files = {split: out / f"{split}.jsonl" for split in SPLITS}
+    kept = {split: _read(path) if _has_rows(path) else {} for split, path in files.items()}
     held = {row_id: split for split, rows in kept.items() for row_id in rows}
     new: dict[str, dict[str, Any]] = {}
-    for source in sources:
+    for source in _files(sources):
         for row_id, row in _read(source).items():
             if row_id in new:
                 raise DataError(f"{source}: id {row_id!r} is in another source too.\nRename one.")
@@ -64,11 +64,26 @@ def split_rows(
         kept[split][row_id] = new[row_id]
     for split, rows in kept.items():
         text = "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows))
-        path = out / f"{split}.jsonl"
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path = files[split]
+        if not rows:
+            path.unlink(missing_ok=True)  # it was empty
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
             with atomic_file(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
     return {split: len(rows) for split, rows in kept.items()}
+
+
+def _has_rows(path: Path) -> bool:
+    return path.is_file() and bool(path.read_bytes().strip())
+
+
+def _files(sources: list[Path]) -> list[Path]:
+    """The sources, a folder replaced by the files of its splits."""
+    return [
+        file
+        for source in sources
+        for file in (split_files(source).values() if source.is_dir() else [source])
+    ]
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
@@ -78,7 +93,11 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     rows = json.loads(text) if path.suffix == ".json" else _lines(text)
     faults = [f"{record.source}: no id" for record in records if not record.id]
     if faults:
-        raise DataError(f"{path}: rows need ids to be split:\n{list_faults(faults)}\nAdd them.")
+        raise DataError(
+            f"{path}: rows need ids, so that each stays in its split for good:\n"
+            f"{list_faults(faults)}\n"
+            'Give each row an "id" of its own that never changes, such as a running number.'
+        )
     return {record.id: row for record, row in zip(records, rows, strict=True)}
 
 
@@ -94,8 +113,13 @@ def _place(row: dict[str, Any], row_id: str, seed: int) -> tuple[str, str, str]:
 def _deal(held: list[int], num_new: int, shares: tuple[float, float, float]) -> list[str]:
     """The split of each new row in line, so that all rows together come out at the shares."""
     total = sum(held) + num_new
-    targets = [int(total * share + 1e-9) for share in shares[:2]]
-    targets.append(total - sum(targets))
+    targets = [int(total * share + 1e-9) for share in shares]
+    last = max(i for i in range(3) if shares[i] > 0)
+    targets[last] += total - sum(targets)
+    for i in range(3):
+        if total >= 3 and shares[i] > 0 and not targets[i]:
+            targets[targets.index(max(targets))] -= 1
+            targets[i] = 1
     wanted = [max(0, target - count) for target, count in zip(targets, held, strict=True)]
     wanted[0] += num_new - sum(wanted)  # only where `out` was far from the shares
     dealt, result = [0, 0, 0], []

@@ -170,7 +170,9 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(args.ffn_hidden_size, args.hidden_size, bias=args.bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.dense_4h_to_h(nn.gelu(self.dense_h_to_4h(x)))
+        h = self.dense_h_to_4h(x)
+        # In float32: half precision rounds erf to less than the tanh form would give.
+        return self.dense_4h_to_h(nn.gelu(h.astype(mx.float32)).astype(h.dtype))
 
 
 class Block(nn.Module):

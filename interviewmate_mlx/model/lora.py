@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from interviewmate_mlx.errors import AdapterError
+from interviewmate_mlx.errors import AdapterError, list_faults
 
 Projection: TypeAlias = nn.Linear | nn.QuantizedLinear
 
@@ -81,6 +81,12 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
             yield path, module
 
 
+def linear_paths(model: nn.Module) -> list[str]:
+    """Paths of the linear layers of a model, in its order."""
+    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    return [path for path, module in leaves if isinstance(module, Projection)]
+
+
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """Paths of the linear layers whose path ends in one of `targets`, in the model's order.
 
@@ -90,8 +96,7 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     Raises:
         AdapterError: a target matches no linear layer, or there is none.
     """
-    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    linears = [path for path, module in leaves if isinstance(module, Projection)]
+    linears = linear_paths(model)
     found = {t: [p for p in linears if p == t or p.endswith("." + t)] for t in targets}
     missing = [target for target, paths in found.items() if not paths]
     if missing or not targets:
@@ -118,13 +123,14 @@ def add_lora(
     Args:
         model: any module with linear layers; left frozen but for the LoRA matrices.
         targets: names of linear layers, see `find_targets`.
-        rank: inner size r of the update.
+        rank: inner size r of the update, at most the layer's smaller side.
         alpha: numerator of the scale, see `lora_scale`.
         dropout: probability of dropping an input of the update while training.
         rslora: scale by alpha / sqrt(rank).
 
     Raises:
-        AdapterError: a target matches nothing, or the model has LoRA layers already.
+        AdapterError: a target matches nothing, the rank is larger than a layer,
+            or the model has LoRA layers already.
     """
     layers = dict.fromkeys(find_targets(model, targets), (rank, alpha))
     place_lora(model, layers, dropout, rslora=rslora)
@@ -142,8 +148,17 @@ def place_lora(
         raise AdapterError(
             "The model has LoRA layers already.\nMerge them (merge_lora) or load the base anew."
         )
-    model.freeze()
     modules = dict(model.named_modules())
+    faults = [
+        f"{path}: got rank {rank}, expected at most {min(shape_of(modules[path]))}"
+        for path, (rank, _) in rank_and_alpha.items()
+        if rank > min(shape_of(modules[path]))
+    ]
+    if faults:
+        raise AdapterError(
+            f"A LoRA rank is larger than its layer:\n{list_faults(faults)}\nChoose a smaller rank."
+        )
+    model.freeze()
     layers = [
         (path, LoRALinear(modules[path], rank, lora_scale(rank, alpha, rslora), dropout))
         for path, (rank, alpha) in rank_and_alpha.items()
@@ -160,9 +175,18 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many numbers can be trained, and how many there are in all."""
+    """How many numbers can be trained, and how many there are in all.
+
+    A quantised layer counts as the layer that it stands for.
+    """
 
     def count(tree: dict) -> int:
         return sum(array.size for _, array in tree_flatten(tree))
 
-    return count(model.trainable_parameters()), count(model.parameters())
+    total = count(model.parameters())
+    for _, module in model.named_modules():
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            packed = {name: module.get(name) for name in ("weight", "scales", "biases")}
+            stored = sum(array.size for array in packed.values() if array is not None)
+            total += module.weight.size * 32 // module.bits - stored
+    return count(model.trainable_parameters()), total

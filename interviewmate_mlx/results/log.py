@@ -12,8 +12,10 @@ from typing import Any
 
 from interviewmate_mlx import __version__
 from interviewmate_mlx.config import RunConfig
+from interviewmate_mlx.errors import TrainingError
 from interviewmate_mlx.files import atomic_file
 from interviewmate_mlx.training.loop import Event, Finished, Started, Stepped, Validated
+from interviewmate_mlx.weights.names import is_hub_id
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -61,9 +63,11 @@ class Summary:
 def record(events: Iterator[Event], run: RunConfig, out: Path) -> Iterator[Event | Summary]:
     """Pass a run's events on, writing each to `out/metrics.jsonl`, and a `Summary` at the end.
 
-    A run that goes on keeps the lines up to where it goes on. The summary and
-    the model card are written before `Summary` is yielded; an interrupted run
-    has none.
+    A run that goes on keeps the lines up to where it goes on. An interrupted run
+    has a summary and a model card too, of what is done, but yields no `Summary`.
+
+    Raises:
+        TrainingError: the lines of earlier steps are damaged or not there.
     """
     path = out / METRICS_FILE
     started: Started | None = None
@@ -72,18 +76,20 @@ def record(events: Iterator[Event], run: RunConfig, out: Path) -> Iterator[Event
             started = event
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_metrics(path) if line["step"] <= event.step]
+            _check_complete(path, kept, event.step)
             with atomic_file(path) as temporary:
                 temporary.write_text("".join(map(_line, kept if event.step else [])), "utf-8")
         elif isinstance(event, Stepped | Validated):
             with path.open("a", encoding="utf-8") as file:
                 file.write(_line(_as_dict(event)))
         yield event
-        if isinstance(event, Finished) and not event.interrupted and started:
+        if isinstance(event, Finished) and started:
             summary = summarise(run, started, event, read_metrics(path))
             with atomic_file(out / SUMMARY_FILE) as temporary:
                 temporary.write_text(json.dumps(asdict(summary), indent=2) + "\n", "utf-8")
             write_card(out, run, summary)
-            yield summary
+            if not event.interrupted:
+                yield summary
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -91,7 +97,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise TrainingError(
+            f"{path} is damaged: {error}\nRestore it, or train anew with another --out."
+        ) from error
+
+
+def _check_complete(path: Path, lines: list[dict[str, Any]], last_step: int) -> None:
+    found = [line["step"] for line in lines if line["event"] == "step"]
+    if found != list(range(1, last_step + 1)):
+        raise TrainingError(
+            f"{path}: got {len(found)} of the {last_step} steps before this one.\n"
+            "Restore it, or train anew with another --out."
+        )
 
 
 def summarise(
@@ -122,7 +142,7 @@ def summarise(
         training_s=seconds,
         samples_per_s=sum(line["num_rows"] for line in steps) / seconds,
         tokens_per_s=sum(line["num_tokens"] for line in steps) / seconds,
-        peak_gb=finished.peak_bytes / 1e9,
+        peak_gb=max(line["timing"]["peak_bytes"] for line in steps) / 1e9,
         package_version=__version__,
     )
 
@@ -130,9 +150,8 @@ def summarise(
 def write_card(out: Path, run: RunConfig, summary: Summary) -> None:
     """Write the adapter's model card, README.md, as the Hub shows it."""
     base = run.model.base
-    is_hub_id = base.count("/") == 1 and not Path(base).expanduser().exists()
     header = ["library_name: peft", "tags: [lora, mlx, interviewmate]"]
-    if is_hub_id:
+    if is_hub_id(base):
         header.append(f"base_model: {base}")
     valid = ""
     if summary.base_valid_loss is not None and summary.best_valid_loss is not None:
@@ -187,7 +206,7 @@ def _mean_loss(steps: list[dict[str, Any]]) -> float:
 
 def _as_dict(event: Stepped | Validated) -> dict[str, Any]:
     line = asdict(event)
-    timing = {"elapsed_s": round(line.pop("elapsed_s"), 6)}
+    timing = {key: line.pop(key) for key in ("elapsed_s", "peak_bytes") if key in line}
     return {
         "event": "step" if isinstance(event, Stepped) else "validation",
         **line,

@@ -132,8 +132,12 @@ def data_tables(report: DataReport) -> list[Table | Text]:
         counts,
         Text(f"words an answer: {shortest} to {longest}, mean {mean:.0f}"),
     ]
+    if report.token_lengths:
+        fewest, median, most = report.token_lengths
+        parts.append(Text(f"tokens a row: {fewest} to {most}, median {median:.0f}"))
+    parts.append(Text("no faults"))
     if report.closest:
-        parts.append(Text("the closest pairs, by the word 5-grams they share:"))
+        parts.append(Text("the closest pairs, for you to judge, by the word 5-grams they share:"))
     for pair in report.closest:
         places = f"{pair.what}s of {pair.first} and {pair.second}"
         parts.append(Text(f"  {pair.similarity:.0%}  {places}"))
@@ -153,6 +157,8 @@ def preview_text(tokenizer: Any, example: Example) -> Text:
     text.append(f"\n\n{len(example)} tokens, {num_learned} of them [with loss]")
     if example.num_cut:
         text.append(f"; {example.num_cut} more were cut")
+    if not num_learned:
+        text.append("\nnothing is left to learn: training would drop this row")
     return text
 
 

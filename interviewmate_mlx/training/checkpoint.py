@@ -31,7 +31,7 @@ class State:
     best_loss: float | None = None  # validation loss at best_step
     bad_validations: int = 0  # in a row, without a new best
     token_budget: int = 0  # of a microbatch; kept, so that a resumed run splits steps alike
-    fingerprint: dict[str, str] = field(default_factory=dict)  # of run, base, data
+    fingerprint: dict[str, str] = field(default_factory=dict)  # of base and data
 
 
 Tensors = dict[str, dict[str, mx.array]]  # by group: adapter, optimizer, best
@@ -42,7 +42,12 @@ def save_checkpoint(out: Path, state: State, tensors: Tensors) -> Path:
     path = out / FOLDER / f"step-{state.step:06d}.safetensors"
     flat = {f"{group}/{name}": a for group, arrays in tensors.items() for name, a in arrays.items()}
     with atomic_file(path) as temporary:
-        mx.save_safetensors(str(temporary), flat, metadata={"state": json.dumps(asdict(state))})
+        try:
+            mx.save_safetensors(str(temporary), flat, metadata={"state": json.dumps(asdict(state))})
+        except RuntimeError as error:
+            raise TrainingError(
+                f"Cannot write {path}: {error}\nMake room on the disk, then go on with --resume."
+            ) from error
     for old in checkpoints(out)[:-KEEP]:
         old.unlink()
     return path

@@ -5,10 +5,11 @@ whoever iterates over it prints, logs or draws.
 """
 
 import hashlib
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from interviewmate_mlx import backend
-from interviewmate_mlx.config import RunConfig, to_toml
+from interviewmate_mlx.config import RunConfig, parse_run, to_toml
 from interviewmate_mlx.data.batches import (
     collate,
     epoch_steps,
@@ -27,12 +28,13 @@ from interviewmate_mlx.data.batches import (
     steps_per_epoch,
 )
 from interviewmate_mlx.data.prompts import Example, encode_records
-from interviewmate_mlx.data.records import load_splits, shipped_data
-from interviewmate_mlx.errors import DataError, TrainingError
+from interviewmate_mlx.data.records import load_splits
+from interviewmate_mlx.errors import BackendError, DataError, TrainingError, list_faults
 from interviewmate_mlx.files import atomic_file
 from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.model.lora import add_lora, count_parameters
 from interviewmate_mlx.training.checkpoint import (
+    KEEP,
     State,
     checkpoints,
     load_checkpoint,
@@ -42,7 +44,7 @@ from interviewmate_mlx.training.memory import token_budget
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
 from interviewmate_mlx.training.step import MicrobatchFunction, compile_loss, compile_step
 from interviewmate_mlx.weights.base import Progress, find_base, fingerprint, load_base
-from interviewmate_mlx.weights.hub import pull_dataset
+from interviewmate_mlx.weights.names import find_data, local_path
 from interviewmate_mlx.weights.peft import AdapterConfig, adapter_weights, save_adapter
 
 
@@ -74,6 +76,7 @@ class Stepped:
     num_tokens: int  # real ones, without padding
     num_predicted: int
     elapsed_s: float
+    peak_bytes: int  # of memory, so far in this process
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,6 @@ class Finished:
     best_step: int | None  # whose adapter was kept; None: the last one's
     interrupted: bool
     stopped_early: bool
-    peak_bytes: int
 
 
 Event = Started | Stepped | Validated | Finished
@@ -148,7 +150,10 @@ def train(
         InterviewMateError: the run cannot start or go on. What was saved stays.
     """
     check_out(out, resume, replace)
+    if resume:
+        check_same_run(run, out)
     task = prepare(run, progress)
+    check_disk(task, out)
     if replace and not resume and out.exists():
         shutil.rmtree(out)
     model, patience = task.model, run.validate.early_stop_patience
@@ -159,6 +164,10 @@ def train(
     state = State(token_budget=task.token_budget, fingerprint=task.fingerprint)
     if resume:
         state, best = restore(out, task, optimizer)
+        # The run may have been killed between its checkpoint and its adapter.
+        save_adapter(out, best or adapter_weights(model), adapter_config(run))
+    else:
+        write_run(run, out)
     yield started(task, state.step)
 
     def is_over() -> bool:
@@ -171,20 +180,27 @@ def train(
         save_adapter(out, best or adapter, adapter_config(run))
 
     with backend.memory_limits():
-        if state.step == 0:
-            write_run(run, out)
-            if task.valid:
-                loss, elapsed_s = validate(task, compiled_loss, state.token_budget)
-                yield Validated(0, loss, is_best=False, elapsed_s=elapsed_s)
+        if state.step == 0 and task.valid:
+            loss, elapsed_s = validate(task, compiled_loss, state.token_budget)
+            yield Validated(0, loss, is_best=False, elapsed_s=elapsed_s)
         while not is_over():
             until = next_pause(task, state.step)
-            for event in run_steps(
-                task, compiled_step, state.step, until, state.token_budget, stop
-            ):
-                state.step = event.step
-                yield event
+            try:
+                for event in run_steps(
+                    task, compiled_step, state.step, until, state.token_budget, stop
+                ):
+                    state.step = event.step
+                    yield event
+            except TrainingError:
+                save()  # the last good state: what was not finite was not applied
+                raise
             if task.valid and state.step == until and is_validation(task, until):
                 loss, elapsed_s = validate(task, compiled_loss, state.token_budget)
+                if not math.isfinite(loss):
+                    raise TrainingError(
+                        f"The validation loss after step {until} is {loss}.\n"
+                        "The last checkpoint stays. Train anew with a lower train.learning_rate."
+                    )
                 is_best = state.best_loss is None or loss < state.best_loss
                 if is_best:
                     best = adapter_weights(model)
@@ -200,7 +216,6 @@ def train(
         best_step=state.best_step if best else None,
         interrupted=not is_over(),
         stopped_early=is_over() and state.step < task.total_steps,
-        peak_bytes=mx.get_peak_memory(),
     )
 
 
@@ -218,8 +233,8 @@ def run_steps(
     which so never waits for them.
 
     Raises:
-        TrainingError: a loss or gradient was not finite. That step and the one
-            after it were not applied.
+        TrainingError: a loss or gradient was not finite. From that step on nothing was
+            applied.
     """
     add_microbatch, update = compiled_step
     settings = task.run.train
@@ -234,10 +249,11 @@ def run_steps(
         step, rows, learning_rate, numbers = pending
         if not numbers["is_finite"].item():
             raise TrainingError(
-                f"Step {step + 1}: the loss or a gradient is not finite "
-                f"(loss {numbers['loss'].item()}); it was not applied.\n"
+                f"Step {step + 1}: the loss, a gradient or what it would make of the adapter is "
+                f"not finite (loss {numbers['loss'].item()}); it was not applied.\n"
                 f"Its rows: {', '.join(example.record.source for example in rows)}\n"
-                "Look at those rows, or lower train.learning_rate."
+                f"The state after step {step} is saved. Look at those rows, or train anew with a "
+                "lower train.learning_rate."
             )
         start, clock = clock, time.perf_counter()
         return Stepped(
@@ -250,6 +266,7 @@ def run_steps(
             num_tokens=sum(map(len, rows)),
             num_predicted=sum(int(example.learn.sum()) for example in rows),
             elapsed_s=clock - start,
+            peak_bytes=mx.get_peak_memory(),
         )
 
     task.model.train()
@@ -268,6 +285,7 @@ def run_steps(
         # Dropout depends on the seed and the step alone, so a resumed run repeats it.
         mx.random.seed((settings.seed << 32) | step)
         for group in split_step(rows, token_budget):
+            # Gradients too: what is only planned keeps its activations.
             mx.async_eval(add_microbatch(*collate(group).arrays()))
         numbers = update(mx.array(learning_rate))
         mx.async_eval(numbers, task.model.trainable_parameters())
@@ -312,7 +330,7 @@ def prepare(run: RunConfig, progress: Progress | None = None) -> Task:
     Raises:
         InterviewMateError: any of it is missing or faulty.
     """
-    splits = load_splits(find_data(run.data.path))
+    splits = load_splits(find_data(run.data.path, progress))
     folder = find_base(run.model.base, progress)
     dtype = backend.resolve_dtype(run.model.dtype)
     model, tokenizer = load_base(folder, dtype)
@@ -342,21 +360,10 @@ def prepare(run: RunConfig, progress: Progress | None = None) -> Task:
             model, model.args, widest, dtype.size, backend.machine().memory_bytes
         ),
         fingerprint={
-            "run": hashlib.sha256(to_toml(run).encode()).hexdigest(),
             "base": fingerprint(folder),
             "data": _hash_examples(train_rows + valid_rows),
         },
     )
-
-
-def find_data(path: str) -> Path:
-    """The folder or file of a data set: a shipped name, a path, or a Hub id."""
-    if folder := shipped_data(path):
-        return folder
-    local = Path(path).expanduser()
-    if local.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
-        return local
-    return pull_dataset(path)
 
 
 def started(task: Task, step: int) -> Started:
@@ -377,10 +384,10 @@ def started(task: Task, step: int) -> Started:
 
 def adapter_config(run: RunConfig) -> AdapterConfig:
     """What the adapter's folder says of it."""
-    lora = run.lora
-    return AdapterConfig(
-        run.model.base, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.rslora
-    )
+    lora, folder = run.lora, local_path(run.model.base)
+    # A folder by its whole path: the adapter is loaded from elsewhere too.
+    base = str(folder.resolve()) if folder.exists() else run.model.base
+    return AdapterConfig(base, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.rslora)
 
 
 def write_run(run: RunConfig, out: Path) -> None:
@@ -401,13 +408,58 @@ def check_out(out: Path, resume: bool, replace: bool = False) -> None:
         return
     if not replace:
         raise TrainingError(
-            f"{out} is not empty.\n"
+            f"{out} is {'not empty' if out.is_dir() else 'a file'}.\n"
             "Go on with --resume, replace it with --force, or choose another --out."
         )
     if not (out / "run.toml").is_file():
         raise TrainingError(
             f"{out} holds no run of this package, so it is not replaced.\n"
             "Remove it yourself, or choose another --out."
+        )
+
+
+def check_same_run(run: RunConfig, out: Path) -> None:
+    """Refuse to go on with other settings than those the run began with.
+
+    Raises:
+        TrainingError: keys that differ from `out/run.toml`, all of them.
+    """
+    try:
+        began = parse_run(run.name, (out / "run.toml").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainingError(
+            f"Cannot read {out}/run.toml: {error.strerror}.\nTrain anew with another --out."
+        ) from error
+    tables = {"got": asdict(run), "expected": asdict(began)}
+    faults = [
+        f"{table}.{key}: got {value!r}, expected {tables['expected'][table][key]!r}"
+        for table, keys in tables["got"].items()
+        if isinstance(keys, dict)
+        for key, value in keys.items()
+        if value != tables["expected"][table][key]
+    ]
+    if faults:
+        raise TrainingError(
+            f"{out} began as another run:\n{list_faults(faults)}\n"
+            "Resume with what it began with, or train anew with another --out."
+        )
+
+
+def check_disk(task: Task, out: Path) -> None:
+    """Refuse to start where the checkpoints will not fit.
+
+    Raises:
+        BackendError: less free than a run writes.
+    """
+    folder = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    # A checkpoint holds the adapter, two moments and the best adapter, float32 each; one more
+    # than is kept lies there while it is written.
+    needed = 4 * 4 * count_parameters(task.model)[0] * (KEEP + 1)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BackendError(
+            f"{folder}: {free / 1e6:.0f} MB are free, the run writes up to {needed / 1e6:.0f}.\n"
+            "Make room, or choose an --out on another disk."
         )
 
 
@@ -431,7 +483,9 @@ def restore(out: Path, task: Task, optimizer: optim.Optimizer) -> tuple[State, d
     task.model.load_weights(list(tensors["adapter"].items()), strict=False)
     moments = tensors["optimizer"]
     optimizer.state.update(tree_map_with_path(lambda name, _: moments[name], optimizer.state))
-    return state, tensors["best"]
+    # In the model's order, for a file's bytes follow from it.
+    best = tensors["best"]
+    return state, {name: best[name] for name in adapter_weights(task.model) if name in best}
 
 
 def _hash_examples(examples: Sequence[Example]) -> str:

@@ -3,6 +3,7 @@
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.falcon import ModelArgs
 
 # Floats kept for the backward pass, a token and a layer: the inputs of the norms, the
@@ -35,6 +36,18 @@ def bytes_per_token(args: ModelArgs, width: int, itemsize: int) -> int:
 def token_budget(
     model: nn.Module, args: ModelArgs, width: int, itemsize: int, memory_bytes: int
 ) -> int:
-    """Padded tokens that fit into one microbatch; at least one row's."""
-    free = memory_bytes - weight_bytes(model)
-    return max(width, free // bytes_per_token(args, width, itemsize))
+    """Padded tokens that fit into one microbatch.
+
+    Raises:
+        BackendError: not even one row of `width` tokens fits.
+    """
+    weights, per_token = weight_bytes(model), bytes_per_token(args, width, itemsize)
+    needed = weights + width * per_token
+    if needed > memory_bytes:
+        raise BackendError(
+            f"Training needs about {needed / 1e9:.1f} GB ({weights / 1e9:.1f} of them weights), "
+            f"this machine can give {memory_bytes / 1e9:.1f}.\n"
+            "Lower data.max_length, set model.dtype to bfloat16, or train a smaller or quantised "
+            "base."
+        )
+    return (memory_bytes - weights) // per_token

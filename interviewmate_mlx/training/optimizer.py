@@ -1,4 +1,4 @@
-"""AdamW as torch computes it, the learning rate of a step, clipping."""
+"""AdamW as torch computes it, and the learning rate of a step."""
 
 import math
 

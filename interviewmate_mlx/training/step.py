@@ -3,7 +3,7 @@
     gradient of a step = sum over its microbatches of d(loss_sum) / number of predicted tokens
 
 So any split of a step into microbatches gives the same update, and padding
-never matters.
+never matters. (With dropout, each split draws other masks.)
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from interviewmate_mlx.training.loss import masked_cross_entropy
 
@@ -44,11 +44,12 @@ def compile_step(
 
     Returns:
         add_microbatch: adds a microbatch's loss, tokens and gradients to the
-            step's; evaluates nothing and returns the loss sum so far.
+            step's; evaluates nothing and returns the sums of loss and gradients so
+            far. Evaluate both before the next, or its activations are kept too.
         update: takes the learning rate, () float32, updates once, starts the sums
             anew and returns `loss`, `grad_norm` (before clipping) and
-            `is_finite`, () each. From the first loss or gradient on that is not
-            finite, nothing is updated any more.
+            `is_finite`, () each. From the first loss, gradient or updated parameter
+            on that is not finite, nothing is updated any more.
     """
     optimizer.init(model.trainable_parameters())
     sums = {
@@ -64,25 +65,26 @@ def compile_step(
     @compiled
     def add_microbatch(
         inputs: mx.array, positions: mx.array, targets: mx.array, mask: mx.array
-    ) -> mx.array:
+    ) -> tuple[mx.array, Any]:
         (loss, tokens), gradients = loss_and_gradients(inputs, positions, targets, mask)
         sums["loss"] += loss
         sums["tokens"] += tokens
         sums["gradients"] = tree_map(mx.add, sums["gradients"], gradients)
-        return sums["loss"]
+        return sums["loss"], sums["gradients"]
 
     @compiled
     def update(learning_rate: mx.array) -> dict[str, mx.array]:
         loss = sums["loss"] / sums["tokens"]
         mean = tree_map(lambda g: g / sums["tokens"], sums["gradients"])
         gradients, grad_norm = optim.clip_grad_norm(mean, max_grad_norm or math.inf)
-        # Once false it stays so: a later step must not be applied on top of a lost one.
-        sums["healthy"] &= mx.isfinite(loss) & mx.isfinite(grad_norm)
-        is_finite = sums["healthy"]
-
         before = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
         optimizer.state["learning_rate"] = learning_rate
         after = optimizer.apply_gradients(gradients, before[0]), optimizer.state
+        sizes = [mx.abs(parameter).max() for _, parameter in tree_flatten(after[0])]
+        # Once false it stays so: a later step must not be applied on top of a lost one.
+        sums["healthy"] &= mx.isfinite(loss) & mx.isfinite(grad_norm)
+        sums["healthy"] &= mx.isfinite(mx.stack(sizes)).all()
+        is_finite = sums["healthy"]
         parameters, moments = tree_map(
             lambda new, old: mx.where(is_finite, new, old), after, before
         )

@@ -14,8 +14,12 @@ from interviewmate_mlx.errors import ModelError
 from interviewmate_mlx.model import falcon
 from interviewmate_mlx.weights.convert import convert
 from interviewmate_mlx.weights.hub import pull
+from interviewmate_mlx.weights.names import is_hub_id, local_path
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+# What the libraries raise on files that are not what they should be.
+_FAULTS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError)
+_SAMPLE_BYTES = 4096  # twice a tensor: to read all of a large model would take seconds
 
 
 def find_base(name: str, progress: Progress | None = None) -> Path:
@@ -25,10 +29,10 @@ def find_base(name: str, progress: Progress | None = None) -> Path:
         ModelError: no such folder, or what was pulled cannot be converted.
         HubError: the Hub did not give it.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if (folder / "config.json").is_file():
         return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if folder.exists() or not is_hub_id(name):
         raise ModelError(
             f"No model at {name}: no folder with a config.json, and no Hub id like owner/name.\n"
             "Give a folder, or a Hub id such as tiiuae/falcon-rw-1b."
@@ -71,7 +75,7 @@ def load_base(folder: Path, dtype: mx.Dtype) -> tuple[falcon.Model, TokenizerWra
         )
         model.set_dtype(dtype)
         mx.eval(model.parameters())
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except _FAULTS as error:
         raise ModelError(
             f"Cannot load {folder}: {error}\nConvert it anew, or choose another base."
         ) from error
@@ -84,17 +88,24 @@ def load_base_tokenizer(folder: Path) -> TokenizerWrapper:
     Raises:
         ModelError: it cannot be read, or has no end token.
     """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ModelError(
+            f"{folder} holds no tokenizer.json and no vocab.json.\nConvert the model anew."
+        )
     try:
         tokenizer = load_tokenizer(folder, {"trust_remote_code": False})
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise ModelError(f"Cannot load the tokenizer in {folder}: {error}") from error
+    except _FAULTS as error:
+        raise ModelError(
+            f"Cannot load the tokenizer in {folder}: {type(error).__name__}: {error}\n"
+            "Convert the model anew."
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"The tokenizer in {folder} has no end token.\nConvert the model anew.")
     return tokenizer
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash that changes with a model's config, tokenizer and the layout of its weights."""
+    """A hash of a model's config and tokenizer, and of a sample of each of its tensors."""
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json"):
         path = folder / name
@@ -102,7 +113,13 @@ def fingerprint(folder: Path) -> str:
     for path in sorted(folder.glob("model*.safetensors")):
         digest.update(json.dumps([path.name, path.stat().st_size]).encode())
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(min(length, 1 << 24)))
-            digest.update(file.read(1 << 20))  # the start of the numbers themselves
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            digest.update(header)
+            data = file.tell()
+            for name, entry in json.loads(header).items():
+                if name != "__metadata__":
+                    begin, end = entry["data_offsets"]
+                    for position in (begin, (begin + end) // 2):
+                        file.seek(data + position)
+                        digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()

@@ -26,6 +26,7 @@ from interviewmate_mlx.weights.hub_cache import (
     remember_commit,
 )
 from interviewmate_mlx.weights.hub_errors import explain, is_out_of_reach, told_plainly
+from interviewmate_mlx.weights.peft import ADAPTER_FILES
 
 _WEIGHTS = (
     "model.safetensors",
@@ -44,14 +45,6 @@ _BESIDE_WEIGHTS = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
-)
-_ADAPTER_FILES = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "README.md",
-    "run.toml",
-    "metrics.jsonl",
-    "summary.json",
 )
 _DATA_FOLDERS = ("", "data/")
 _ANSWER_WITHIN_S = 10.0
@@ -251,8 +244,8 @@ def _split_files(split: str) -> list[str]:
 
 
 def _choose_files_to_push(folder: Path, files: Sequence[str] | None) -> list[str]:
-    wanted = _ADAPTER_FILES if files is None else tuple(files)
-    needed = _ADAPTER_FILES[:2] if files is None else wanted
+    wanted = ADAPTER_FILES if files is None else tuple(files)
+    needed = ADAPTER_FILES[:2] if files is None else wanted
     names = [name for name in wanted if (folder / name).is_file()]
     faults = [f"{name} is not there" for name in needed if name not in names]
     for name in names:

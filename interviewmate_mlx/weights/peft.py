@@ -7,6 +7,7 @@ behind a prefix, so nothing is renamed or transposed in either direction.
 import json
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from interviewmate_mlx.errors import AdapterError, list_faults
 from interviewmate_mlx.files import atomic_file, atomic_folder
-from interviewmate_mlx.model.lora import find_targets, place_lora, shape_of
+from interviewmate_mlx.model.lora import find_targets, linear_paths, place_lora, shape_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -54,6 +55,33 @@ _UNSUPPORTED: dict[str, Sequence[Any]] = {
     "use_qalora": (False,),
     "velora_config": (None,),
 }
+# The rest of LoraConfig in PEFT 0.21: what is read here, and what changes no maths.
+_OTHER_KEYS = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "layers_pattern",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +104,7 @@ class AdapterConfig:
             AdapterError: a target matches no linear layer.
         """
         if isinstance(self.targets, str):
-            linears = find_targets(model, _linear_names(model))
-            paths = [path for path in linears if re.fullmatch(self.targets, path)]
+            paths = [path for path in linear_paths(model) if re.fullmatch(self.targets, path)]
             if not paths:
                 raise AdapterError(f"target_modules {self.targets!r} matches no linear layer.")
         else:
@@ -100,7 +127,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        written = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(
             f"No adapter in {folder}: it has no {CONFIG_FILE}.\n"
@@ -108,49 +135,33 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"Cannot read {path}: {error}\nExport the adapter anew.") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path}: got a JSON {type(config).__name__}, expected an object.")
-    if config.get("peft_type") != "LORA":
+    if not isinstance(written, dict):
+        raise AdapterError(f"{path}: got a JSON {type(written).__name__}, expected an object.")
+    if written.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{path}: peft_type: got {config.get('peft_type')!r}, expected 'LORA'.\n"
+            f"{path}: peft_type: got {written.get('peft_type')!r}, expected 'LORA'.\n"
             "Only LoRA adapters are supported."
         )
-    faults = [
-        f"{key}: got {config[key]!r}, expected {neutral[0]!r}"
-        for key, neutral in _UNSUPPORTED.items()
-        if key in config and config[key] not in neutral
-    ]
     # PEFT falls back to 8 where rank or alpha is absent.
-    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    dropout = config.get("lora_dropout", 0.0)
-    targets: Any = config.get("target_modules")
-    patterns = [config.get(f"{name}_pattern") or {} for name in ("rank", "alpha")]
-    if not _is_number(rank) or rank < 1 or rank != int(rank):
-        faults.append(f"r: got {rank!r}, expected a whole number of at least 1")
-    if not _is_number(alpha):
-        faults.append(f"lora_alpha: got {alpha!r}, expected a number")
-    if not _is_number(dropout) or not 0 <= dropout < 1:
-        faults.append(f"lora_dropout: got {dropout!r}, expected from 0 to below 1")
-    is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    if not targets or not (is_list or isinstance(targets, str)):
-        faults.append(f"target_modules: got {targets!r}, expected names of linear layers")
-    for name, pattern in zip(("rank", "alpha"), patterns, strict=True):
-        if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
-            faults.append(f"{name}_pattern: got {pattern!r}, expected numbers by name")
+    absent = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
+    config: dict[str, Any] = {**absent, **written}
+    faults = _config_faults(config)
     if faults:
         raise AdapterError(
             f"{path} holds what is not supported:\n{list_faults(faults, most=20)}\n"
             "Merge that adapter with PEFT (merge_and_unload) and convert the merged model."
         )
+    targets = config["target_modules"]
+    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     return AdapterConfig(
         base=str(config.get("base_model_name_or_path") or ""),
-        rank=int(rank),
-        alpha=float(alpha),
-        dropout=float(dropout),
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        dropout=float(config["lora_dropout"]),
         targets=targets if isinstance(targets, str) else tuple(targets),
-        rslora=bool(config.get("use_rslora", False)),
-        rank_pattern={name: int(value) for name, value in patterns[0].items()},
-        alpha_pattern={name: float(value) for name, value in patterns[1].items()},
+        rslora=config["use_rslora"],
+        rank_pattern={name: int(rank) for name, rank in ranks.items()},
+        alpha_pattern={name: float(alpha) for name, alpha in alphas.items()},
     )
 
 
@@ -211,19 +222,35 @@ def save_adapter(folder: Path, weights: dict[str, mx.array], config: AdapterConf
 def export_adapter(folder: Path, out: Path, replace: bool = False) -> Path:
     """Copy an adapter folder, without its checkpoints, and return the copy.
 
+    Args:
+        folder: left as it is.
+        out: made when it is not there; an empty folder will do.
+        replace: `out` may be an adapter that was exported before.
+
     Raises:
-        AdapterError: `folder` is no complete adapter, or `out` is there already.
+        AdapterError: `folder` is no complete adapter, it is or lies in `out`, or
+            `out` is there already and may not be replaced.
     """
     read_adapter_config(folder)
     _read_weights(folder)
+    source = folder.resolve()
+    if out.exists() and any(out.samefile(held) for held in (source, *source.parents)):
+        raise AdapterError(
+            f"{out} is the adapter to be copied, or holds it: {folder}\nChoose another --out."
+        )
+    # Checkpoints are the only copy of a run's state: such a folder is no export.
+    is_export = (out / CONFIG_FILE).is_file() and not (out / "checkpoints").exists()
     try:
-        with atomic_folder(out, replace=replace) as temporary:
+        with atomic_folder(out, replace=replace and is_export) as temporary:
             for name in ADAPTER_FILES:
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, temporary / name)
     except FileExistsError as error:
         raise AdapterError(
             f"{out} is there already.\nReplace it with --force, or choose another --out."
+            if is_export
+            else f"{out} is there already, and is no exported adapter, which alone is replaced:\n"
+            f"expected {CONFIG_FILE} in it, and no checkpoints.\nChoose another --out."
         ) from error
     return out
 
@@ -232,6 +259,47 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     """The LoRA matrices of a model by parameter path, in the model's order."""
     parameters = dict(tree_flatten(model.parameters()))
     return {path: array for path, array in parameters.items() if _is_lora(path)}
+
+
+def _config_faults(config: dict[str, Any]) -> list[str]:
+    faults = [
+        f"{key}: got {config[key]!r}, expected {neutral[0]!r}"
+        for key, neutral in _UNSUPPORTED.items()
+        if key in config and config[key] not in neutral
+    ]
+    faults += [
+        f"{key}: got {value!r}, expected no such key (written by a newer PEFT)"
+        for key, value in config.items()
+        if key not in _UNSUPPORTED and key not in _OTHER_KEYS
+        # By identity: a 0 may say something.
+        if not (value is None or value is False or value in ("", [], {}))
+    ]
+    rank, alpha, dropout = (config[key] for key in ("r", "lora_alpha", "lora_dropout"))
+    if not _is_rank(rank):
+        faults.append(f"r: got {rank!r}, expected a whole number of at least 1")
+    if not _is_number(alpha):
+        faults.append(f"lora_alpha: got {alpha!r}, expected a finite number")
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        faults.append(f"lora_dropout: got {dropout!r}, expected from 0 to below 1")
+    if not isinstance(config["use_rslora"], bool):
+        faults.append(f"use_rslora: got {config['use_rslora']!r}, expected true or false")
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets:
+        faults += _pattern_fault("target_modules", targets, targets)
+    elif (
+        not targets or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets)
+    ):
+        faults.append(f"target_modules: got {targets!r}, expected names of linear layers")
+    for key, is_value, numbers in (
+        ("rank_pattern", _is_rank, "whole numbers of at least 1"),
+        ("alpha_pattern", _is_number, "finite numbers"),
+    ):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(map(is_value, patterns.values())):
+            faults.append(f"{key}: got {patterns!r}, expected {numbers} by name")
+        else:
+            faults += [fault for p in patterns for fault in _pattern_fault(key, p, _at_end(p))]
+    return faults
 
 
 def _read_weights(folder: Path) -> dict[str, mx.array]:
@@ -287,13 +355,23 @@ def _compare(
 
 def _by_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
     """PEFT's rule: a pattern matches the end of a path, as a regular expression."""
-    matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", path))
+    matching = (p for p in patterns if re.match(_at_end(p), path))
     return next((patterns[pattern] for pattern in matching), default)
 
 
-def _linear_names(model: nn.Module) -> list[str]:
-    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    return [path for path, m in leaves if isinstance(m, nn.Linear | nn.QuantizedLinear)]
+def _at_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _pattern_fault(key: str, written: str, pattern: str) -> list[str]:
+    """What is wrong with a pattern as it is used, in `re`'s own words; nothing if it is valid."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        # Without the position, which counts from the start of the whole pattern.
+        reason = error.msg if isinstance(error, re.error) else error
+        return [f"{key}: got {written!r}, expected a regular expression: {reason}"]
+    return []
 
 
 def _is_lora(path: str) -> bool:
@@ -301,4 +379,10 @@ def _is_lora(path: str) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value is a finite number; no bool, though Python counts it as one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max  # also refuses NaN, and 10**400
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_number(value) and value >= 1 and value == int(value)

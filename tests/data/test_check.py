@@ -2,8 +2,12 @@
 
 import json
 import random
+import time
+import tracemalloc
 
 import pytest
+from checkpoints import write_tokenizer
+from transformers import AutoTokenizer
 
 from interviewmate_mlx.config import shipped
 from interviewmate_mlx.data.check import check_data
@@ -55,6 +59,61 @@ def test_family_of_many_copies_is_found_through_its_first():
     texts = [f"{i} is how this very long template of an answer always begins" for i in range(200)]
     alike = {pair.second for pair in similar_pairs(texts, 0.5) if pair.similarity > 0.5}
     assert alike == set(range(1, 200))
+
+
+def paragraphs_shared_by_many(num_texts=700, num_paragraphs=60):
+    """Six paragraphs a text; each paragraph, and so each of its grams, is in 70 texts."""
+    rng = random.Random(0)
+    words = [f"w{i}" for i in range(3000)]
+    paragraphs = [" ".join(rng.sample(words, 30)) for _ in range(num_paragraphs)]
+    decks = rng.sample(range(num_paragraphs), num_paragraphs)
+    texts = []
+    while len(texts) < num_texts:
+        rng.shuffle(decks)
+        texts += [
+            ". ".join(paragraphs[i] for i in sorted(decks[j : j + 6]))
+            for j in range(0, num_paragraphs, 6)
+        ]
+    return texts
+
+
+def test_exact_duplicate_made_of_common_grams_is_found():
+    texts = paragraphs_shared_by_many()
+    texts.append(texts[350].upper() + "!")
+    pairs = similar_pairs(texts, 0.9)
+    assert [(p.first, p.second) for p in pairs if p.similarity == 1] == [(350, 700)]
+
+
+def test_near_duplicates_made_of_common_grams_are_found():
+    texts = paragraphs_shared_by_many()
+    originals = range(100, 700, 40)
+    texts += [f"{texts[i]} and then some words of its own" for i in originals]
+    found = {(p.first, p.second) for p in similar_pairs(texts, 0.8) if p.similarity >= 0.8}
+    assert found == {(i, 700 + n) for n, i in enumerate(originals)}
+
+
+def test_many_copies_pair_with_their_first_alone_in_bounded_time_and_memory():
+    rows = [f"row {i} says this one thing {i * 7} and no other {i}" for i in range(10_000)]
+    tracemalloc.start()
+    start = time.monotonic()
+    pairs = similar_pairs(rows * 5, 0.9)
+    seconds, peak = time.monotonic() - start, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len([pair for pair in pairs if pair.similarity == 1]) == 40_000
+    assert all(
+        pair.first < 10_000 and pair.second % 10_000 == pair.first for pair in pairs[:40_000]
+    )
+    assert seconds < 60
+    assert peak < 200e6
+
+
+def test_compatibility_forms_are_folded():
+    (pair,) = similar_pairs(["\ufb01ne \uff21 question", "FINE a Question?"], 0.3)
+    assert pair.similarity == 1
+
+
+def test_texts_without_words_are_alike_to_none():
+    assert similar_pairs(["", "", "?!", "!!"], 0.3) == []
 
 
 def reworded(row, **changes):
@@ -119,8 +178,70 @@ def test_all_faults_come_at_once(tmp_path):
 def test_broken_rows_of_all_files_are_named(tmp_path):
     folder = write(tmp_path / "data", train=ROWS[:2])
     (folder / "test.jsonl").write_bytes(b'{"question": "Q", "anwser": "A"}\n{\n"\xff"\n')
-    with pytest.raises(DataError, match=r"(?s)3 faulty rows.*'anwser'.*line 2.*line 3: not UTF-8"):
+    with pytest.raises(DataError, match=r"(?s)3 faults.*'anwser'.*line 2.*line 3: not UTF-8"):
         check_data(folder)
+
+
+def test_faults_of_rows_and_of_content_come_at_once(tmp_path):
+    rows = [ROWS[0], ROWS[1] | {"difficulty": "hard"}, ROWS[2] | {"id": ROWS[0]["id"]}]
+    folder = write(tmp_path / "data", train=rows, valid=[ROWS[0] | {"id": "copy"}])
+    with (folder / "valid.jsonl").open("a") as file:
+        file.write("{\n")
+    (folder / "test.jsonl").write_bytes("text".encode("utf-16"))
+    with pytest.raises(DataError) as error:
+        check_data(folder)
+    message = str(error.value)
+    for fault in (
+        "train.jsonl line 3: id 'behavioural-01' is taken by line 1",
+        "valid.jsonl line 2: not JSON",
+        "test.jsonl: encoding: got UTF-16",
+        "train.jsonl line 2: difficulty: got 'hard'",
+        "questions are the same",
+        "answers are the same",
+    ):
+        assert fault in message
+    assert "6 faults" in message
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return AutoTokenizer.from_pretrained(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def test_token_lengths_are_those_of_the_template(tmp_path, tokenizer):
+    pairs = [("Why?", "Because."), ("How long is this one?", "Longer."), ("Who?", "Me " * 50)]
+    rows = [{"question": question, "answer": answer} for question, answer in pairs]
+    lengths = sorted(
+        len(tokenizer.encode(f"Question: {q}\nAnswer:"))
+        + len(tokenizer.encode(f" {a.strip()}"))
+        + 1
+        for q, a in pairs
+    )
+    folder = write(tmp_path / "data", train=rows)
+    assert check_data(folder).token_lengths is None
+    assert check_data(folder, tokenizer, lengths[2]).token_lengths == tuple(lengths)
+    with pytest.raises(DataError, match=f"1 fault:\n.*line 3: {lengths[2]} tokens, expected at"):
+        check_data(folder, tokenizer, lengths[2] - 1)
+
+
+@pytest.mark.parametrize("label", ["id", "category", "difficulty"])
+def test_label_that_some_rows_lack_is_a_fault(tmp_path, label):
+    bare = {key: value for key, value in ROWS[1].items() if key != label}
+    with pytest.raises(DataError, match=f"1 fault:\n.*train.jsonl line 2: no {label}, expected"):
+        check_data(write(tmp_path / "data", train=[ROWS[0], bare]))
+    check_data(write(tmp_path / "data", train=[bare]))
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_category_that_train_does_not_know_is_a_fault(tmp_path, split):
+    rows = {"train": ROWS[:2], split: [ROWS[2] | {"category": "planted"}]}
+    with pytest.raises(DataError, match=rf"1 fault:\n.*{split}: category 'planted' \(1 rows\)"):
+        check_data(write(tmp_path / "data", **rows))
+
+
+def test_split_without_rows_is_a_fault(tmp_path):
+    with pytest.raises(DataError, match=r"1 fault:\n.*valid\.jsonl: no rows"):
+        check_data(write(tmp_path / "data", train=ROWS[:2], valid=[]))
 
 
 def test_verbatim_texts_can_be_checked_too(tmp_path):
@@ -169,10 +290,40 @@ def test_split_follows_its_seed_and_shares(tmp_path):
     assert counts == {"train": 50, "valid": 25, "test": 25}
 
 
+@pytest.mark.parametrize("num_rows", [3, 4, 5, 6, 7])
+def test_few_rows_reach_every_split_and_stay(tmp_path, num_rows):
+    source = write(tmp_path / "rows", train=ROWS[:num_rows]) / "train.jsonl"
+    counts = split_rows([source], tmp_path / "out")
+    assert min(counts.values()) >= 1
+    assert sum(counts.values()) == num_rows
+    before = splits_by_id(tmp_path / "out")
+    assert split_rows([source], tmp_path / "out") == counts
+    assert split_rows([], tmp_path / "out") == counts
+    assert splits_by_id(tmp_path / "out") == before
+
+
+def test_split_without_rows_has_no_file(tmp_path):
+    out = write(tmp_path / "out", test=[])
+    source = write(tmp_path / "rows", train=ROWS[:5]) / "train.jsonl"
+    for _ in range(2):
+        assert split_rows([source], out, shares=(0.7, 0.3, 0)) == {
+            "train": 3,
+            "valid": 2,
+            "test": 0,
+        }
+        assert sorted(path.name for path in out.iterdir()) == ["train.jsonl", "valid.jsonl"]
+
+
+@pytest.mark.parametrize("shares", [(float("nan"), 0.5, 0.5), (1.2, -0.1, -0.1), (0.5, 0.5, 0.5)])
+def test_shares_that_are_none_are_refused(tmp_path, shares):
+    with pytest.raises(DataError, match="three from 0 to 1 that sum to 1"):
+        split_rows([], tmp_path / "out", shares=shares)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"question": "Q", "answer": "A"}], "line 1: no id"),
+        ([{"question": "Q", "answer": "A"}], r"(?s)line 1: no id.*such as a running number"),
         ([{"id": "a", "question": "Q"}], "line 1: got the keys"),
         ([{"id": "a", "question": "Q", "answer": "A"}] * 2, "'a' is taken by line 1"),
     ],

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from interviewmate_mlx.data.records import Message, load_splits, read_records
+from interviewmate_mlx.data.records import Message, load_splits, read_records, scan_records
 from interviewmate_mlx.errors import DataError
 
 USER = {"role": "user", "content": "Q"}
@@ -78,6 +78,10 @@ FAULTS = [
     ({"messages": [{"role": "tool", "content": "Q"}]}, "got the role 'tool'"),
     ({"messages": [{"role": "user"}]}, "content: got nothing"),
     ({"question": "Q", "answer": "A", "id": []}, "id: got"),
+    ({"question": "Q", "answer": "A", "ID": "x"}, "got the key 'ID', expected 'id'"),
+    ({"question": "Q", "answer": "A", "catgory": "x"}, "'catgory', expected 'category'"),
+    ({"question": "Q", "answer": "A", "Difficulty": "x"}, "'Difficulty', expected 'difficulty'"),
+    ({"question": "Q", "answer": "A", "followup": "x"}, "'followup', expected 'follow_up'"),
 ]
 
 
@@ -94,6 +98,36 @@ def test_all_faults_come_at_once(tmp_path):
         read_records(write(tmp_path / "rows.jsonl", rows))
     assert f"{len(FAULTS)} faulty rows" in str(error.value)
     assert all(f"line {number}: " in str(error.value) for number in range(1, len(FAULTS) + 1))
+
+
+def test_scan_gives_the_readable_rows_and_the_faults(tmp_path):
+    good = {"question": "Q", "answer": "A"}
+    records, faults = scan_records(write(tmp_path / "rows.jsonl", [good, b"{", good]))
+    assert [record.source for record in records] == ["rows.jsonl line 1", "rows.jsonl line 3"]
+    assert [fault.split(":")[0] for fault in faults] == ["line 2"]
+
+
+def test_keys_that_look_like_no_label_are_ignored(tmp_path):
+    row = {"question": "Q", "answer": "A", "source": "s", "level": 1, "tags": [], "split": "x"}
+    assert len(read_records(write(tmp_path / "rows.jsonl", [row]))) == 1
+
+
+@pytest.mark.parametrize(
+    ("encoding", "found"),
+    [
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16"),
+        ("utf-16-be", "UTF-16"),
+        ("latin-1", "3 of 4 lines"),
+    ],
+)
+def test_other_encoding_is_one_fault_of_the_file(tmp_path, encoding, found):
+    lines = ['{"question": "\u00e9t\u00e9", "answer": "A"}'] * 3
+    text = "\n".join([*lines, '{"question": "Q", "answer": "A"}'])
+    (tmp_path / "rows.jsonl").write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match=f"encoding: got {found}") as error:
+        read_records(tmp_path / "rows.jsonl")
+    assert "line 1" not in str(error.value)
 
 
 def test_duplicate_id_is_refused_with_its_first_line(tmp_path):

@@ -88,13 +88,13 @@ def test_dropout_drops_inputs_of_the_update_alone():
 
 
 @pytest.mark.parametrize(("rank", "trainable"), [(8, 1_572_864), (4, 786_432), (2, 393_216)])
-def test_falcon_rw_1b_has_the_seed_s_trainable_counts(rank, trainable):
+def test_falcon_rw_1b_has_the_original_project_s_trainable_counts(rank, trainable):
     model = Model(FALCON_RW_1B)
     add_lora(model, ["query_key_value"], rank, 2 * rank)
     assert count_parameters(model) == (trainable, 1_311_625_216 + trainable)
 
 
-def test_falcon_rw_1b_totals_are_the_seed_s_when_trimmed():
+def test_falcon_rw_1b_totals_are_the_original_project_s_when_trimmed():
     full, trimmed = (
         Model(FALCON_RW_1B),
         Model(ModelArgs(**{**vars(FALCON_RW_1B), "vocab_size": 50257})),
@@ -103,6 +103,27 @@ def test_falcon_rw_1b_totals_are_the_seed_s_when_trimmed():
         add_lora(model, ["query_key_value"], 8, 16)
     assert count_parameters(full)[1] == 1_313_198_080
     assert count_parameters(trimmed)[1] == 1_313_101_824
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_quantised_base_counts_as_its_unquantised_self(bits):
+    model, quantised = (
+        Model(ModelArgs.from_dict(tiny_falcon(head_size=32).config.to_dict())) for _ in range(2)
+    )
+    nn.quantize(quantised, group_size=64, bits=bits)
+    kinds = {type(module) for _, module in quantised.named_modules()}
+    assert {nn.QuantizedLinear, nn.QuantizedEmbedding} <= kinds
+    for each in (model, quantised):
+        add_lora(each, ["query_key_value"], 4, 8)
+    assert count_parameters(quantised) == count_parameters(model)
+
+
+def test_quantised_layer_without_biases_counts_as_its_unquantised_self():
+    layers = nn.Sequential(nn.Linear(64, 48))
+    assert count_parameters(layers)[1] == 64 * 48 + 48
+    nn.quantize(layers, group_size=32, bits=4, mode="mxfp4")
+    assert layers.layers[0].get("biases") is None
+    assert count_parameters(layers)[1] == 64 * 48 + 48
 
 
 def test_only_the_lora_matrices_can_be_trained():
@@ -129,6 +150,23 @@ def test_target_that_matches_nothing_is_refused_with_the_choices():
         add_lora(tiny_model(), ["query_key_value", "q_proj"], 2, 4)
     with pytest.raises(AdapterError, match="none given"):
         add_lora(tiny_model(), [], 2, 4)
+
+
+@pytest.mark.parametrize("rank", [65, 10**9])
+def test_rank_larger_than_a_layer_is_refused_by_the_layer_s_name(rank):
+    model = tiny_model()
+    before = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    with pytest.raises(AdapterError) as caught:
+        add_lora(model, ["h.1.mlp.dense_h_to_4h"], rank, 4)
+    expected = f"transformer.h.1.mlp.dense_h_to_4h: got rank {rank}, expected at most 64"
+    assert expected in str(caught.value)
+    assert [name for name, _ in tree_flatten(model.trainable_parameters())] == before
+
+
+def test_rank_as_large_as_a_layer_is_taken():
+    model = tiny_model()
+    add_lora(model, ["h.1.mlp.dense_h_to_4h"], 64, 4)
+    assert count_parameters(model)[0] == 64 * (64 + 256)
 
 
 def test_second_lora_is_refused():

@@ -1,13 +1,14 @@
 """A whole run: what it yields, what it writes, and that interrupting it changes nothing."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
 from interviewmate_mlx.config import load_run
-from interviewmate_mlx.errors import DataError, TrainingError
+from interviewmate_mlx.errors import BackendError, DataError, TrainingError
 from interviewmate_mlx.results.log import Summary, read_metrics, record
 from interviewmate_mlx.training import loop
 from interviewmate_mlx.training.checkpoint import checkpoints
@@ -156,11 +157,69 @@ def test_loss_that_is_not_finite_stops_with_the_step_and_its_rows(run, tmp_path,
         loop, "learning_rate_at", lambda step, *_: float("nan") if step == 3 else 1e-3
     )
     out = tmp_path / "out"
-    with pytest.raises(TrainingError, match=r"(?s)Step 5.*not finite.*train.jsonl line"):
+    with pytest.raises(TrainingError, match=r"(?s)Step 4.*not finite.*train.jsonl line"):
         finish(run, out)
     (last,) = checkpoints(out)
     assert last.name == "step-000003.safetensors"
-    assert len(read_metrics(out / "metrics.jsonl")) == 2 + 4
+    assert len(read_metrics(out / "metrics.jsonl")) == 2 + 3
+
+
+def test_state_before_a_step_that_is_not_finite_is_saved(run, tmp_path, monkeypatch):
+    finish(run, tmp_path / "whole")
+    rates = loop.learning_rate_at
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            loop, "learning_rate_at", lambda s, *r: float("inf") if s == 4 else rates(s, *r)
+        )
+        with pytest.raises(TrainingError, match=r"(?s)Step 5.*after step 4 is saved"):
+            finish(run, tmp_path / "out")
+    assert checkpoints(tmp_path / "out")[-1].name == "step-000004.safetensors"
+    finish(run, tmp_path / "out", resume=True)
+    assert adapter_and_metrics(tmp_path / "out") == adapter_and_metrics(tmp_path / "whole")
+
+
+def test_validation_loss_that_is_not_finite_is_no_best(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "validate", lambda *_: (float("nan"), 0.1))
+    with pytest.raises(TrainingError, match=r"validation loss after step 3 is nan"):
+        finish(run, tmp_path / "out")
+
+
+def test_run_killed_between_its_last_checkpoint_and_its_adapter_gets_it(run, tmp_path):
+    finish(run, tmp_path / "out")
+    expected = adapter_and_metrics(tmp_path / "out")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    finish(run, tmp_path / "out", resume=True)
+    assert adapter_and_metrics(tmp_path / "out") == expected
+
+
+def test_metrics_that_are_lost_or_damaged_are_said_to_be(run, tmp_path):
+    out = tmp_path / "out"
+    finish(run, out, stop=lambda: True)
+    for content, message in (("", "got 0 of the 1 steps"), ("{\n{}\n", "damaged")):
+        (out / "metrics.jsonl").write_text(content)
+        with pytest.raises(TrainingError, match=message):
+            finish(run, out, resume=True)
+
+
+def test_interrupted_run_has_a_summary_and_a_card_of_what_is_done(run, tmp_path):
+    finish(run, tmp_path, stop=lambda: True)
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 1
+    assert "run_A" in (tmp_path / "README.md").read_text()
+
+
+def test_machine_without_memory_or_disk_is_refused_before_the_first_step(
+    run, tmp_path, monkeypatch
+):
+    small = replace(loop.backend.machine(), memory_bytes=1_000_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.backend, "machine", lambda: small)
+        with pytest.raises(BackendError, match=r"needs about .* GB .* can give 0.0"):
+            next(train(run, tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+        with pytest.raises(BackendError, match="0 MB are free"):
+            next(train(run, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_run_over_an_existing_one_is_refused(run, tmp_path):
@@ -177,14 +236,29 @@ def test_run_over_an_existing_one_is_refused(run, tmp_path):
 def test_changed_run_or_data_cannot_be_resumed(run, tmp_path, questions):
     out = tmp_path / "out"
     finish(run, out, stop=lambda: True)
-    with pytest.raises(TrainingError, match="changed since: run"):
+    with pytest.raises(TrainingError, match=r"lora.dropout: got 0.1, expected 0.3"):
         next(train(change(run, lora={"dropout": 0.1}), out, resume=True))
     other = tmp_path / "data"
-    other.mkdir()
-    for file in questions.iterdir():
-        (other / file.name).write_text(file.read_text().replace("loss", "cost"))
-    with pytest.raises(TrainingError, match="changed since: run, data"):
-        next(train(change(run, data={"path": str(other)}), out, resume=True))
+    shutil.copytree(questions, other)
+    run = change(run, data={"path": str(other)})
+    finish(run, tmp_path / "moved", stop=lambda: True)
+    for file in other.iterdir():
+        file.write_text(file.read_text().replace("loss", "cost"))
+    with pytest.raises(TrainingError, match="changed since: data"):
+        next(train(run, tmp_path / "moved", resume=True))
+
+
+def test_changed_base_cannot_be_resumed(run, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(run.model.base, base)
+    run = change(run, model={"base": str(base)})
+    finish(run, tmp_path / "out", stop=lambda: True)
+    weights = mx.load(str(base / "model.safetensors"))
+    name = "transformer.h.1.mlp.dense_4h_to_h.weight"
+    mx.save_safetensors(str(tmp_path / "new.safetensors"), weights | {name: -weights[name]})
+    (tmp_path / "new.safetensors").replace(base / "model.safetensors")
+    with pytest.raises(TrainingError, match="changed since: base"):
+        next(train(run, tmp_path / "out", resume=True))
 
 
 def test_damaged_checkpoint_is_refused(run, tmp_path):

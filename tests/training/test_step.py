@@ -62,6 +62,21 @@ def test_accumulation_equals_one_large_batch(groups):
         assert split_numbers[name].item() == pytest.approx(numbers[name].item(), rel=1e-5)
 
 
+def test_memory_does_not_grow_with_the_number_of_microbatches():
+    model = tiny_model()
+    add_microbatch, update = compile_step(model, adamw(), max_grad_norm=1.0)
+    batch = collate([rows_of_unequal_length()[2]] * 8).arrays()
+    peaks = []
+    for count in (1, 1, 8):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        for _ in range(count):
+            mx.eval(add_microbatch(*batch))
+        mx.eval(update(mx.array(1e-3)), model.trainable_parameters())
+        peaks.append(mx.get_peak_memory())
+    assert peaks[2] < 1.1 * peaks[1]
+
+
 @pytest.mark.parametrize("width", [69, 96, 200])
 def test_padding_never_matters(width):
     expected, _ = one_update([[0, 1, 2, 3]])

@@ -1,6 +1,8 @@
 """The adapter folder against PEFT itself, in both directions."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -164,12 +166,78 @@ def edit_config(folder, **changes):
         ("target_modules", []),
         ("target_modules", None),
         ("rank_pattern", {"a": "b"}),
+        ("rank_pattern", {"a": 2.5}),
+        ("rank_pattern", {"a": 0}),
+        ("rank_pattern", {"a": float("inf")}),
+        ("alpha_pattern", {"a": float("nan")}),
+        ("r", float("nan")),
+        ("r", float("inf")),
+        ("r", 2.5),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", float("-inf")),
+        ("lora_alpha", 10**400),
+        ("lora_dropout", float("nan")),
+        ("use_rslora", 1),
+        ("use_rslora", "false"),
+        ("use_rslora", None),
     ],
 )
 def test_unsupported_option_is_refused_by_name(tmp_path, key, value):
     our_adapter(tmp_path)
     edit_config(tmp_path, **{key: value})
     with pytest.raises(AdapterError, match=f"{key}: got"):
+        load_adapter(our_model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("target_modules", "h.(0", "missing ), unterminated subpattern"),
+        ("target_modules", "*dense", "nothing to repeat"),
+        ("rank_pattern", {"[dense": 2}, "unterminated character set"),
+        ("alpha_pattern", {"dense": 2, "+": 3}, "nothing to repeat"),
+        ("alpha_pattern", {"(?i)dense": 2}, "global flags not at the start of the expression"),
+        ("rank_pattern", {"a{99999999999999999999}": 2}, "the repetition number is too large"),
+    ],
+)
+def test_invalid_regular_expression_is_refused_in_the_words_of_re(tmp_path, key, value, reason):
+    our_adapter(tmp_path)
+    edit_config(tmp_path, **{key: value})
+    with pytest.raises(AdapterError) as caught:
+        read_adapter_config(tmp_path)
+    assert f"{key}: got " in str(caught.value)
+    assert f"expected a regular expression: {reason}\n" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [True, 0, 1.5, "x", [0], {"a": None}])
+def test_key_of_a_newer_peft_is_refused(tmp_path, value):
+    our_adapter(tmp_path)
+    edit_config(tmp_path, use_hyperlora=value)
+    with pytest.raises(AdapterError, match=r"use_hyperlora: got .*written by a newer PEFT"):
+        read_adapter_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}])
+def test_unused_key_of_a_newer_peft_is_ignored(tmp_path, value):
+    our_adapter(tmp_path)
+    expected = read_adapter_config(tmp_path)
+    edit_config(tmp_path, use_hyperlora=value)
+    assert read_adapter_config(tmp_path) == expected
+
+
+def test_no_key_of_this_peft_is_taken_for_a_newer_one_s(tmp_path):
+    our_adapter(tmp_path)
+    ours = json.loads((tmp_path / CONFIG_FILE).read_text())
+    names = {f.name for f in dataclasses.fields(LoraConfig)}
+    edit_config(tmp_path, **dict.fromkeys(names - set(ours), "x"), r="x")
+    with pytest.raises(AdapterError, match="r: got 'x'") as caught:
+        read_adapter_config(tmp_path)
+    assert "newer PEFT" not in str(caught.value)
+
+
+def test_rank_larger_than_a_layer_is_refused(tmp_path):
+    their_adapter(tmp_path, r=65)
+    with pytest.raises(AdapterError, match="query_key_value: got rank 65, expected at most 64"):
         load_adapter(our_model(), tmp_path)
 
 
@@ -243,4 +311,49 @@ def test_exported_copy_leaves_checkpoints_at_home(tmp_path):
     assert names == {WEIGHTS_FILE, CONFIG_FILE, "README.md", "run.toml"}
     with pytest.raises(AdapterError, match="there already"):
         export_adapter(tmp_path / "run", tmp_path / "copy")
+    (tmp_path / "run" / "README.md").write_text("new")
     export_adapter(tmp_path / "run", tmp_path / "copy", replace=True)
+    assert (tmp_path / "copy" / "README.md").read_text() == "new"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Where a copy may not go, replace or not: relative to the folder that holds `run`.
+NO_EXPORTS = {
+    "own files": ("mine", "is no exported adapter"),
+    "a run with checkpoints": ("other", "is no exported adapter"),
+    "a file": ("file", "is no exported adapter"),
+    "the source": ("run", "is the adapter to be copied, or holds it"),
+    "a link to the source": ("link", "is the adapter to be copied, or holds it"),
+    "a parent of the source": (".", "is the adapter to be copied, or holds it"),
+    "the source's checkpoints": ("run/checkpoints", "is no exported adapter"),
+}
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize(("out", "reason"), NO_EXPORTS.values(), ids=NO_EXPORTS)
+def test_nothing_but_an_exported_adapter_is_replaced(tmp_path, out, reason, replace):
+    for name in ("run", "other"):
+        our_adapter(tmp_path / name)
+        (tmp_path / name / "checkpoints").mkdir()
+        (tmp_path / name / "checkpoints" / "state").write_text("x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("run")
+    (tmp_path / CONFIG_FILE).write_text("{}")  # the parent looks like an export
+    before = contents(tmp_path)
+    with pytest.raises(AdapterError, match=reason) as caught:
+        export_adapter(tmp_path / "run", tmp_path / out, replace=replace)
+    assert "--force" not in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_empty_folder_takes_an_export(tmp_path, replace):
+    our_adapter(tmp_path / "run")
+    (tmp_path / "copy").mkdir()
+    export_adapter(tmp_path / "run", tmp_path / "copy", replace=replace)
+    assert read_adapter_config(tmp_path / "copy") == read_adapter_config(tmp_path / "run")

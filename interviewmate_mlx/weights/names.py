@@ -1,0 +1,39 @@
+"""What a name given by a user means: something shipped, something here, or something on the Hub."""
+
+from pathlib import Path
+
+from interviewmate_mlx.data.records import shipped_data
+from interviewmate_mlx.errors import ConfigError
+from interviewmate_mlx.weights.hub import pull_dataset
+from interviewmate_mlx.weights.hub_cache import Progress
+
+
+def local_path(name: str | Path) -> Path:
+    """A path with `~` expanded.
+
+    Raises:
+        ConfigError: `~someone` names no user.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{name}: no such user's home.\nWrite the path out.") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is not here can be `owner/name` on the Hub.
+
+    A mistyped path must not go to the network: what has a file's ending, or lies in
+    a folder that is here, is a path.
+    """
+    path = Path(name)
+    looks_local = name.startswith((".", "/", "~")) or path.suffix in (".json", ".jsonl", ".toml")
+    return name.count("/") == 1 and not looks_local and not path.parent.exists()
+
+
+def find_data(name: str, progress: Progress | None = None) -> Path:
+    """The folder or file of a data set: a shipped name, a path, or a Hub id (which is pulled)."""
+    if folder := shipped_data(name):
+        return folder
+    path = local_path(name)
+    return pull_dataset(name, progress=progress) if is_hub_id(name) else path
