@@ -214,7 +214,10 @@ def test_reader_who_goes_away_is_no_error(tmp_path):
 
 def test_device_that_is_not_known_is_refused(imate, monkeypatch):
     monkeypatch.setenv("INTERVIEWMATE_DEVICE", "tpu")
-    said = "BackendError: INTERVIEWMATE_DEVICE: got 'tpu', expected cpu or gpu.\nCorrect it, or unset it.\n"
+    said = (
+        "BackendError: INTERVIEWMATE_DEVICE: got 'tpu', expected cpu or gpu.\n"
+        "Correct it, or unset it.\n"
+    )
     assert imate("data", "check", "x", code=1).stderr == said
 
 

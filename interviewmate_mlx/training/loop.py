@@ -43,9 +43,10 @@ from interviewmate_mlx.training.checkpoint import (
 from interviewmate_mlx.training.memory import token_budget
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
 from interviewmate_mlx.training.step import MicrobatchFunction, compile_loss, compile_step
+from interviewmate_mlx.weights.adapter_config import AdapterConfig
 from interviewmate_mlx.weights.base import Progress, find_base, fingerprint, load_base
 from interviewmate_mlx.weights.names import find_data, local_path
-from interviewmate_mlx.weights.peft import AdapterConfig, adapter_weights, save_adapter
+from interviewmate_mlx.weights.peft import adapter_weights, save_adapter
 
 
 @dataclass(frozen=True)

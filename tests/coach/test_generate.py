@@ -16,8 +16,9 @@ from interviewmate_mlx.coach.generate import Sampling, answer, load_coach, strea
 from interviewmate_mlx.data.prompts import encode_question
 from interviewmate_mlx.errors import AdapterError, ConfigError, ModelError
 from interviewmate_mlx.model.lora import add_lora, lora_layers, merge_lora
+from interviewmate_mlx.weights.adapter_config import AdapterConfig
 from interviewmate_mlx.weights.convert import convert
-from interviewmate_mlx.weights.peft import AdapterConfig, adapter_weights, save_adapter
+from interviewmate_mlx.weights.peft import adapter_weights, save_adapter
 
 QUESTION = "What is a validation set?"
 

@@ -15,14 +15,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from interviewmate_mlx.errors import AdapterError
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.model.lora import add_lora, lora_layers, merge_lora
-from interviewmate_mlx.weights.peft import (
+from interviewmate_mlx.weights.adapter_config import (
     CONFIG_FILE,
-    WEIGHTS_FILE,
     AdapterConfig,
+    read_adapter_config,
+)
+from interviewmate_mlx.weights.peft import (
+    WEIGHTS_FILE,
     adapter_weights,
     export_adapter,
     load_adapter,
-    read_adapter_config,
     save_adapter,
 )
 
