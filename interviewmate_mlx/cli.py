@@ -233,7 +233,7 @@ def train(
     with _backend():
         from interviewmate_mlx.results.log import Summary, record
         from interviewmate_mlx.results.terminal import byte_bar, show, summary_table
-        from interviewmate_mlx.training.loop import Finished, Started
+        from interviewmate_mlx.training.events import Finished, Started
         from interviewmate_mlx.training.loop import train as train_run
 
         run = _load_run(run_name, overrides, model)

@@ -26,7 +26,8 @@ from interviewmate_mlx.cli import main
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.results import terminal
 from interviewmate_mlx.results.log import record
-from interviewmate_mlx.training.loop import Stepped, train
+from interviewmate_mlx.training.events import Stepped
+from interviewmate_mlx.training.loop import train
 from interviewmate_mlx.weights.convert import convert
 
 # Of unequal length, so that rows fall into several widths; no two alike.

@@ -14,7 +14,7 @@ from interviewmate_mlx import __version__
 from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.errors import TrainingError
 from interviewmate_mlx.files import atomic_file
-from interviewmate_mlx.training.loop import Event, Finished, Started, Stepped, Validated
+from interviewmate_mlx.training.events import Event, Finished, Started, Stepped, Validated
 from interviewmate_mlx.weights.names import is_hub_id
 
 METRICS_FILE = "metrics.jsonl"

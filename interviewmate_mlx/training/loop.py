@@ -4,12 +4,10 @@
 whoever iterates over it prints, logs or draws.
 """
 
-import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,111 +16,32 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from interviewmate_mlx import backend
-from interviewmate_mlx.config import RunConfig, parse_run, to_toml
-from interviewmate_mlx.data.batches import (
-    collate,
-    epoch_steps,
-    in_order,
-    padded_width,
-    split_step,
-    steps_per_epoch,
-)
-from interviewmate_mlx.data.prompts import Example, encode_records
-from interviewmate_mlx.data.records import load_splits
-from interviewmate_mlx.errors import BackendError, DataError, TrainingError, list_faults
+from interviewmate_mlx.config import RunConfig, to_toml
+from interviewmate_mlx.data.batches import collate, epoch_steps, in_order, split_step
+from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.errors import TrainingError
 from interviewmate_mlx.files import atomic_file
-from interviewmate_mlx.model.falcon import Model
-from interviewmate_mlx.model.lora import add_lora, count_parameters
+from interviewmate_mlx.model.lora import count_parameters
 from interviewmate_mlx.training.checkpoint import (
-    KEEP,
     State,
     checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
-from interviewmate_mlx.training.memory import token_budget
+from interviewmate_mlx.training.events import Event, Finished, Started, Stepped, Validated
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
 from interviewmate_mlx.training.step import MicrobatchFunction, compile_loss, compile_step
+from interviewmate_mlx.training.task import (
+    Task,
+    check_disk,
+    check_out,
+    check_same_run,
+    prepare,
+)
 from interviewmate_mlx.weights.adapter_config import AdapterConfig
-from interviewmate_mlx.weights.base import Progress, find_base, fingerprint, load_base
-from interviewmate_mlx.weights.names import find_data, local_path
+from interviewmate_mlx.weights.base import Progress
+from interviewmate_mlx.weights.names import local_path
 from interviewmate_mlx.weights.peft import adapter_weights, save_adapter
-
-
-@dataclass(frozen=True)
-class Started:
-    """Everything is loaded and checked; training begins, or goes on, after `step`."""
-
-    step: int
-    total_steps: int
-    steps_per_epoch: int
-    num_train_rows: int
-    num_valid_rows: int
-    num_cut_rows: int  # whose answer was longer than max_length allows
-    num_dropped_rows: int  # with nothing left to learn from
-    num_trainable: int
-    num_parameters: int
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """One optimizer update."""
-
-    step: int  # from 1
-    epoch: int  # from 1
-    loss: float  # mean over the step's predicted tokens, nats
-    learning_rate: float
-    grad_norm: float  # before clipping
-    num_rows: int
-    num_tokens: int  # real ones, without padding
-    num_predicted: int
-    elapsed_s: float
-    peak_bytes: int  # of memory, so far in this process
-
-
-@dataclass(frozen=True)
-class Validated:
-    """The loss over the whole validation set after `step` updates (0: the base alone)."""
-
-    step: int
-    loss: float  # mean over its predicted tokens, nats
-    is_best: bool
-    elapsed_s: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The adapter folder is complete, or (`interrupted`) can be resumed."""
-
-    step: int
-    best_step: int | None  # whose adapter was kept; None: the last one's
-    interrupted: bool
-    stopped_early: bool
-
-
-Event = Started | Stepped | Validated | Finished
-
-
-@dataclass(frozen=True)
-class Task:
-    """A run with all that it works on, loaded and checked."""
-
-    run: RunConfig
-    model: Model
-    train: list[Example]
-    valid: list[Example]
-    num_cut_rows: int
-    num_dropped_rows: int
-    token_budget: int
-    fingerprint: dict[str, str]
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.train), self.run.train.effective_batch)
-
-    @property
-    def total_steps(self) -> int:
-        return self.run.train.epochs * self.steps_per_epoch
 
 
 def train(
@@ -325,48 +244,6 @@ def next_pause(task: Task, step: int) -> int:
     return next(s for s in later if is_validation(task, s) or (save_every and s % save_every == 0))
 
 
-def prepare(run: RunConfig, progress: Progress | None = None) -> Task:
-    """Load and check the base and the data of a run, and put the LoRA on.
-
-    Raises:
-        InterviewMateError: any of it is missing or faulty.
-    """
-    splits = load_splits(find_data(run.data.path, progress))
-    folder = find_base(run.model.base, progress)
-    dtype = backend.resolve_dtype(run.model.dtype)
-    model, tokenizer = load_base(folder, dtype)
-    data = run.data
-    encoded = {
-        split: encode_records(tokenizer, splits.get(split, []), data.max_length, data.train_on)
-        for split in ("train", "valid")
-    }
-    (train_rows, train_dropped), (valid_rows, valid_dropped) = encoded.values()
-    if not train_rows:
-        raise DataError(
-            f"{data.path}: of {len(train_dropped)} rows none has a token left to learn from after "
-            f"{data.max_length} tokens.\nRaise data.max_length."
-        )
-    mx.random.seed(run.train.seed)
-    lora = run.lora
-    add_lora(model, lora.targets, lora.rank, lora.alpha, lora.dropout, rslora=lora.rslora)
-    widest = padded_width(max(map(len, train_rows + valid_rows)))
-    return Task(
-        run=run,
-        model=model,
-        train=train_rows,
-        valid=valid_rows,
-        num_cut_rows=sum(example.num_cut > 0 for example in train_rows + valid_rows),
-        num_dropped_rows=len(train_dropped) + len(valid_dropped),
-        token_budget=token_budget(
-            model, model.args, widest, dtype.size, backend.machine().memory_bytes
-        ),
-        fingerprint={
-            "base": fingerprint(folder),
-            "data": _hash_examples(train_rows + valid_rows),
-        },
-    )
-
-
 def started(task: Task, step: int) -> Started:
     """What is known before the first step."""
     num_trainable, num_parameters = count_parameters(task.model)
@@ -397,73 +274,6 @@ def write_run(run: RunConfig, out: Path) -> None:
         temporary.write_text(to_toml(run), encoding="utf-8")
 
 
-def check_out(out: Path, resume: bool, replace: bool = False) -> None:
-    """Refuse to mix a new run with an old one, and to replace what is no run.
-
-    Raises:
-        TrainingError: `out` holds something already, or, to resume, nothing.
-    """
-    if resume and not checkpoints(out):
-        raise TrainingError(f"Nothing to resume in {out}: it holds no checkpoint.\nTrain anew.")
-    if resume or not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not replace:
-        raise TrainingError(
-            f"{out} is {'not empty' if out.is_dir() else 'a file'}.\n"
-            "Go on with --resume, replace it with --force, or choose another --out."
-        )
-    if not (out / "run.toml").is_file():
-        raise TrainingError(
-            f"{out} holds no run of this package, so it is not replaced.\n"
-            "Remove it yourself, or choose another --out."
-        )
-
-
-def check_same_run(run: RunConfig, out: Path) -> None:
-    """Refuse to go on with other settings than those the run began with.
-
-    Raises:
-        TrainingError: keys that differ from `out/run.toml`, all of them.
-    """
-    try:
-        began = parse_run(run.name, (out / "run.toml").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TrainingError(
-            f"Cannot read {out}/run.toml: {error.strerror}.\nTrain anew with another --out."
-        ) from error
-    tables = {"got": asdict(run), "expected": asdict(began)}
-    faults = [
-        f"{table}.{key}: got {value!r}, expected {tables['expected'][table][key]!r}"
-        for table, keys in tables["got"].items()
-        if isinstance(keys, dict)
-        for key, value in keys.items()
-        if value != tables["expected"][table][key]
-    ]
-    if faults:
-        raise TrainingError(
-            f"{out} began as another run:\n{list_faults(faults)}\n"
-            "Resume with what it began with, or train anew with another --out."
-        )
-
-
-def check_disk(task: Task, out: Path) -> None:
-    """Refuse to start where the checkpoints will not fit.
-
-    Raises:
-        BackendError: less free than a run writes.
-    """
-    folder = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
-    # A checkpoint holds the adapter, two moments and the best adapter, float32 each; one more
-    # than is kept lies there while it is written.
-    needed = 4 * 4 * count_parameters(task.model)[0] * (KEEP + 1)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise BackendError(
-            f"{folder}: {free / 1e6:.0f} MB are free, the run writes up to {needed / 1e6:.0f}.\n"
-            "Make room, or choose an --out on another disk."
-        )
-
-
 def restore(out: Path, task: Task, optimizer: optim.Optimizer) -> tuple[State, dict[str, mx.array]]:
     """Put the newest checkpoint's numbers into model and optimizer, in place.
 
@@ -487,13 +297,6 @@ def restore(out: Path, task: Task, optimizer: optim.Optimizer) -> tuple[State, d
     # In the model's order, for a file's bytes follow from it.
     best = tensors["best"]
     return state, {name: best[name] for name in adapter_weights(task.model) if name in best}
-
-
-def _hash_examples(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(example.tokens.tobytes() + example.learn.tobytes())
-    return digest.hexdigest()
 
 
 def _number(scalar: mx.array) -> float:

@@ -10,9 +10,10 @@ import pytest
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.errors import BackendError, DataError, TrainingError
 from interviewmate_mlx.results.log import Summary, read_metrics, record
-from interviewmate_mlx.training import loop
+from interviewmate_mlx.training import loop, task
 from interviewmate_mlx.training.checkpoint import checkpoints
-from interviewmate_mlx.training.loop import Finished, Started, Stepped, Validated, train
+from interviewmate_mlx.training.events import Finished, Started, Stepped, Validated
+from interviewmate_mlx.training.loop import train
 
 
 @pytest.fixture
@@ -59,10 +60,12 @@ def test_loss_falls_and_the_best_adapter_is_kept(run, tmp_path):
     from interviewmate_mlx.weights.base import load_base
     from interviewmate_mlx.weights.peft import load_adapter
 
-    task = loop.prepare(run)
-    model, _ = load_base(loop.find_base(run.model.base), mx.float32)
+    prepared = task.prepare(run)
+    model, _ = load_base(task.find_base(run.model.base), mx.float32)
     load_adapter(model, out)
-    loss, _ = loop.validate(replace(task, model=model), compile_loss(model), task.token_budget)
+    loss, _ = loop.validate(
+        replace(prepared, model=model), compile_loss(model), prepared.token_budget
+    )
     assert loss == pytest.approx(best.loss, rel=1e-6)
 
 
@@ -117,7 +120,7 @@ def test_effective_batch_is_the_maths_and_the_microbatch_the_machine_s(run, tmp_
     run = change(run, lora={"dropout": 0.0})
     losses = []
     for budget in (1, 64, 10**6):
-        monkeypatch.setattr(loop, "token_budget", lambda *_, budget=budget: budget)
+        monkeypatch.setattr(task, "token_budget", lambda *_, budget=budget: budget)
         events = list(train(run, tmp_path / str(budget)))
         losses.append([event.loss for event in events if isinstance(event, Stepped)])
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
@@ -210,13 +213,13 @@ def test_interrupted_run_has_a_summary_and_a_card_of_what_is_done(run, tmp_path)
 def test_machine_without_memory_or_disk_is_refused_before_the_first_step(
     run, tmp_path, monkeypatch
 ):
-    small = replace(loop.backend.machine(), memory_bytes=1_000_000)
+    small = replace(task.backend.machine(), memory_bytes=1_000_000)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.backend, "machine", lambda: small)
+        patch.setattr(task.backend, "machine", lambda: small)
         with pytest.raises(BackendError, match=r"needs about .* GB .* can give 0.0"):
             next(train(run, tmp_path / "out"))
     with monkeypatch.context() as patch:
-        patch.setattr(loop.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+        patch.setattr(task.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
         with pytest.raises(BackendError, match="0 MB are free"):
             next(train(run, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
