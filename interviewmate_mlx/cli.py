@@ -319,6 +319,8 @@ def generate(
             return
         is_first = True
         for piece in stream_answer(coach, tokenizer, question, sampling):
+            # No control characters: what a model says must not steer the terminal.
+            piece = "".join(char for char in piece if char.isprintable() or char in "\n\t")
             piece = piece.lstrip() if is_first else piece
             is_first = is_first and not piece
             click.echo(piece, nl=False)

@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from interviewmate_mlx.cli import main
+from interviewmate_mlx.coach import generate
 
 # The console script, as a process of its own; it needs nothing on PATH.
 IMATE = [sys.executable, "-W", "error", "-c", "from interviewmate_mlx.cli import main; main()"]
@@ -64,6 +65,7 @@ def test_help_loads_no_mlx():
     script = """
 import sys
 from interviewmate_mlx.cli import main
+from interviewmate_mlx.coach import generate
 for words in ["--help"], ["train", "--help"], ["data", "preview", "-h"], ["--version"]:
     main(words, standalone_mode=False)
 heavy = {"mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "torch", "rich"}
@@ -417,3 +419,11 @@ def test_interrupt_before_the_first_step_has_nothing_to_save(imate, small, monke
     monkeypatch.setattr(loop, "prepare", prepare)
     assert imate("train", *small, code=130).stderr == "interrupted\n"
     assert list(Path().iterdir()) == []
+
+
+def test_control_characters_of_an_answer_do_not_reach_the_terminal(imate, tiny_base, monkeypatch):
+    monkeypatch.setattr(
+        generate, "stream_answer", lambda *_: iter(["\x1b[31m", "red\x07\n", "é\t."])
+    )
+    said = imate("generate", "What is a mean?", "--model", tiny_base).stdout
+    assert said == "[31mred\né\t.\n"

@@ -176,7 +176,7 @@ question-and-answer rows ({run.data.path}). `run.toml` beside this page repeats 
 | rank, alpha, dropout | {lora.rank}, {lora.alpha:g}, {lora.dropout:g} |
 | trainable parameters | {summary.trainable_parameters:,} ({summary.trainable_share:.2%}) |
 | steps, epochs | {summary.steps}, {summary.epochs:.2f} |
-| training loss, first and last {summary.loss_window_steps} steps \
+| training loss, first and last {_steps(summary.loss_window_steps)} \
 | {summary.first_loss:.4f}, {summary.final_loss:.4f} |
 {valid}
 ## Use
@@ -197,6 +197,10 @@ A small model: it may be wrong with confidence. Check what it says before an int
 """
     with atomic_file(out / "README.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else f"{count} steps"
 
 
 def _mean_loss(steps: list[dict[str, Any]]) -> float:

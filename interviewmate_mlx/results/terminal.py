@@ -14,7 +14,6 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -70,7 +69,6 @@ def byte_bar(description: str, console: Console) -> Iterator[ByteProgress]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         DownloadColumn(),
-        TransferSpeedColumn(),
         TimeRemainingColumn(compact=True),
         console=console,
         disable=not console.is_terminal,
