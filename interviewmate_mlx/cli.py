@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from interviewmate_mlx import __version__
 from interviewmate_mlx.errors import ConfigError, InterviewMateError
@@ -209,10 +210,16 @@ def convert(
 @_set_option
 @_model_option
 @click.option("--out", type=click.Path(path_type=Path), help="Adapter folder; adapters/run_A.")
-@click.option("--resume", is_flag=True, help="Go on with the run in the adapter folder.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the run in the adapter folder; --resume --out FOLDER is enough.",
+)
 @click.option("--force", is_flag=True, help="Replace the run in the adapter folder.")
 @_json_option
+@click.pass_context
 def train(
+    ctx: click.Context,
     run_name: str,
     overrides: tuple[str, ...],
     model: str | None,
@@ -235,8 +242,13 @@ def train(
         from interviewmate_mlx.results.terminal import byte_bar, show, summary_table
         from interviewmate_mlx.training.events import Finished, Started
         from interviewmate_mlx.training.loop import train as train_run
+        from interviewmate_mlx.training.task import read_run
 
-        run = _load_run(run_name, overrides, model)
+        named = ctx.get_parameter_source("run_name") != ParameterSource.DEFAULT
+        if resume and out and not (named or overrides or model):
+            run = read_run(out)
+        else:
+            run = _load_run(run_name, overrides, model)
         out = out or Path("adapters") / run.name
         console, stop = _console(), _StopOnSignal()
         with byte_bar(f"fetching {run.model.base}", console) as progress, ExitStack() as stack:

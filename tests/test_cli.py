@@ -65,7 +65,6 @@ def test_help_loads_no_mlx():
     script = """
 import sys
 from interviewmate_mlx.cli import main
-from interviewmate_mlx.coach import generate
 for words in ["--help"], ["train", "--help"], ["data", "preview", "-h"], ["--version"]:
     main(words, standalone_mode=False)
 heavy = {"mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "torch", "rich"}

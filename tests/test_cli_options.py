@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -209,12 +210,17 @@ def test_train_goes_on_with_resume(imate, small, signal_after):
     imate("train", *small)
     with signal_after(5, signal.SIGINT):
         imate("train", *small, "--out", "halves", code=130)
-    assert not Path("halves/summary.json").exists()
+    steps = read_json(Path("halves/summary.json"))["steps"]
+    assert 5 <= steps < 12
+    shutil.copytree("halves", "again")
     result = imate("train", *small, "--out", "halves", "--resume")
     assert "going on after step " in result.stderr
     assert "step 12/12" in result.stderr
     name = "adapter_model.safetensors"
     assert Path("halves", name).read_bytes() == Path("adapters/run_A", name).read_bytes()
+    # The folder knows its run.
+    imate("train", "--out", "again", "--resume")
+    assert Path("again", name).read_bytes() == Path("adapters/run_A", name).read_bytes()
 
 
 @shows("train --force")

@@ -82,14 +82,16 @@ def record(events: Iterator[Event], run: RunConfig, out: Path) -> Iterator[Event
         elif isinstance(event, Stepped | Validated):
             with path.open("a", encoding="utf-8") as file:
                 file.write(_line(_as_dict(event)))
-        yield event
-        if isinstance(event, Finished) and started:
+        elif isinstance(event, Finished) and started:
             summary = summarise(run, started, event, read_metrics(path))
             with atomic_file(out / SUMMARY_FILE) as temporary:
                 temporary.write_text(json.dumps(asdict(summary), indent=2) + "\n", "utf-8")
             write_card(out, run, summary)
+            yield event
             if not event.interrupted:
                 yield summary
+            return
+        yield event
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -108,18 +108,27 @@ def check_out(out: Path, resume: bool, replace: bool = False) -> None:
         )
 
 
+def read_run(out: Path) -> RunConfig:
+    """The run that began in a folder, by the folder's name.
+
+    Raises:
+        TrainingError: the folder holds no `run.toml`.
+    """
+    try:
+        return parse_run(out.name, (out / "run.toml").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainingError(
+            f"Cannot read {out}/run.toml: {error.strerror}.\nTrain anew with another --out."
+        ) from error
+
+
 def check_same_run(run: RunConfig, out: Path) -> None:
     """Refuse to go on with other settings than those the run began with.
 
     Raises:
         TrainingError: keys that differ from `out/run.toml`, all of them.
     """
-    try:
-        began = parse_run(run.name, (out / "run.toml").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TrainingError(
-            f"Cannot read {out}/run.toml: {error.strerror}.\nTrain anew with another --out."
-        ) from error
+    began = read_run(out)
     tables = {"got": asdict(run), "expected": asdict(began)}
     faults = [
         f"{table}.{key}: got {value!r}, expected {tables['expected'][table][key]!r}"
