@@ -398,9 +398,9 @@ def test_second_interrupt_stops_a_process_at_once(tiny_base, questions, tmp_path
     words += ["--set", "train.grad_accumulation=16", "--set", "train.epochs=1000"]
     with started(words, tmp_path) as process:
         wait_for(process, "step 0/1000  validation loss")
+        # One after the other at the same moment, so that no step can end between them.
         process.send_signal(signal.SIGINT)
-        wait_for(process, "finishing this step")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         start = time.monotonic()
         wait_for(process, "interrupted\n")
         assert process.wait() == 130
