@@ -69,7 +69,8 @@ def test_whole_job_from_the_hub_and_back(
             np.testing.assert_allclose(ours, theirs(ids).logits.numpy(), atol=1e-4, rtol=0)
         assert np.abs(ours - plain).max() > 0.01
 
-        answer = imate("generate", "What is a loss?", "--adapter", adapter, "--max-tokens", 20)
+        asked = ["generate", "What is a loss?", "--adapter", adapter, "--max-tokens", 20]
+        answer = json.loads(imate(*asked, "--json").stdout)["answer"]
         out = theirs.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -78,7 +79,7 @@ def test_whole_job_from_the_hub_and_back(
             pad_token_id=0,
         )
         spoken = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        assert answer.stdout.strip() == spoken.strip()
+        assert answer == spoken.strip()
 
         repo = f"{USER}/interview-coach"
         imate("export", adapter, "--out", "copy", "--push", repo, "--private")
