@@ -12,9 +12,11 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+Progress = Callable[[int, int], None]  # told of bytes done and bytes in all
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from interviewmate_mlx import backend
 from interviewmate_mlx.data.prompts import encode_question
 from interviewmate_mlx.errors import ConfigError
+from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.weights.adapter_config import read_adapter_config
-from interviewmate_mlx.weights.base import Progress, find_base, load_base
+from interviewmate_mlx.weights.base import find_base, load_base
 from interviewmate_mlx.weights.peft import load_adapter
 
 

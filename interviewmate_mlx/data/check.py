@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from interviewmate_mlx.config import Data
 from interviewmate_mlx.data.leakage import (
     ANSWER_THRESHOLD,
     QUESTION_THRESHOLD,
@@ -45,7 +46,7 @@ class DataReport:
     token_lengths: tuple[int, float, int] | None = None  # shortest, median, longest row
 
 
-def check_data(path: Path, tokenizer: Any = None, max_length: int = 512) -> DataReport:
+def check_data(path: Path, tokenizer: Any = None, max_length: int = Data.max_length) -> DataReport:
     """Read a file or folder and look for everything that would make training or validation lie.
 
     Args:

@@ -7,12 +7,12 @@ import mlx.core as mx
 
 from interviewmate_mlx import backend
 from interviewmate_mlx.config import RunConfig
+from interviewmate_mlx.files import Progress
 from interviewmate_mlx.training.events import Stepped
 from interviewmate_mlx.training.loop import run_steps
 from interviewmate_mlx.training.optimizer import adamw
 from interviewmate_mlx.training.step import compile_step
 from interviewmate_mlx.training.task import prepare
-from interviewmate_mlx.weights.base import Progress
 
 
 @dataclass(frozen=True)

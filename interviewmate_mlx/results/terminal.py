@@ -20,9 +20,9 @@ from rich.text import Text
 
 from interviewmate_mlx.data.check import DataReport
 from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.files import Progress as ByteProgress
 from interviewmate_mlx.results.log import Summary
 from interviewmate_mlx.training.events import Event, Finished, Started, Stepped, Validated
-from interviewmate_mlx.weights.base import Progress as ByteProgress
 
 # Without a terminal: a line each time so many parts of the run are done.
 _PLAIN_LINES = 20

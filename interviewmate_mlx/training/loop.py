@@ -20,7 +20,7 @@ from interviewmate_mlx.config import RunConfig, to_toml
 from interviewmate_mlx.data.batches import collate, epoch_steps, in_order, split_step
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.errors import TrainingError
-from interviewmate_mlx.files import atomic_file
+from interviewmate_mlx.files import Progress, atomic_file
 from interviewmate_mlx.model.lora import count_parameters
 from interviewmate_mlx.training.checkpoint import (
     State,
@@ -39,7 +39,6 @@ from interviewmate_mlx.training.task import (
     prepare,
 )
 from interviewmate_mlx.weights.adapter_config import AdapterConfig
-from interviewmate_mlx.weights.base import Progress
 from interviewmate_mlx.weights.names import local_path
 from interviewmate_mlx.weights.peft import adapter_weights, save_adapter
 
@@ -111,9 +110,10 @@ def train(
                 ):
                     state.step = event.step
                     yield event
-            except TrainingError:
+            except TrainingError as error:
                 save()  # the last good state: what was not finite was not applied
-                raise
+                saved = f"The state after step {state.step} is saved in {out}."
+                raise TrainingError(f"{error}\n{saved}") from error
             if task.valid and state.step == until and is_validation(task, until):
                 loss, elapsed_s = validate(task, compiled_loss, state.token_budget)
                 if not math.isfinite(loss):
@@ -172,8 +172,7 @@ def run_steps(
                 f"Step {step + 1}: the loss, a gradient or what it would make of the adapter is "
                 f"not finite (loss {numbers['loss'].item()}); it was not applied.\n"
                 f"Its rows: {', '.join(example.record.source for example in rows)}\n"
-                f"The state after step {step} is saved. Look at those rows, or train anew with a "
-                "lower train.learning_rate."
+                "Look at those rows, or train anew with a lower train.learning_rate."
             )
         start, clock = clock, time.perf_counter()
         return Stepped(
@@ -285,7 +284,9 @@ def restore(out: Path, task: Task, optimizer: optim.Optimizer) -> tuple[State, d
     """
     path = checkpoints(out)[-1]
     state, tensors = load_checkpoint(path)
-    changed = [name for name, value in task.fingerprint.items() if state.fingerprint[name] != value]
+    changed = [
+        name for name, value in task.fingerprint.items() if state.fingerprint.get(name) != value
+    ]
     if changed:
         raise TrainingError(
             f"{path} cannot be resumed, for this has changed since: {', '.join(changed)}.\n"

@@ -14,11 +14,12 @@ from interviewmate_mlx.data.batches import padded_width, steps_per_epoch
 from interviewmate_mlx.data.prompts import Example, encode_records
 from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.errors import BackendError, DataError, TrainingError, list_faults
+from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.model.lora import add_lora, count_parameters
 from interviewmate_mlx.training.checkpoint import KEEP, checkpoints
 from interviewmate_mlx.training.memory import token_budget
-from interviewmate_mlx.weights.base import Progress, find_base, fingerprint, load_base
+from interviewmate_mlx.weights.base import find_base, fingerprint, load_base
 from interviewmate_mlx.weights.names import find_data
 
 

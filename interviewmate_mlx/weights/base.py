@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,12 +10,12 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import load_model
 
 from interviewmate_mlx.errors import ModelError
+from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model import falcon
 from interviewmate_mlx.weights.convert import convert
 from interviewmate_mlx.weights.hub import pull
 from interviewmate_mlx.weights.names import is_hub_id, local_path
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 # What the libraries raise on files that are not what they should be.
 _FAULTS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError)
 _SAMPLE_BYTES = 4096  # twice a tensor: to read all of a large model would take seconds

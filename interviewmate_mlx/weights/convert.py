@@ -17,12 +17,11 @@ from mlx.utils import tree_flatten
 
 from interviewmate_mlx import __version__
 from interviewmate_mlx.errors import BackendError, ModelError, WeightsError, list_faults
-from interviewmate_mlx.files import atomic_folder
+from interviewmate_mlx.files import Progress, atomic_folder
 from interviewmate_mlx.model import falcon
 from interviewmate_mlx.weights.cast import FLOATS
 from interviewmate_mlx.weights.converted import (
     MODEL_FILE,
-    Progress,
     write_config,
     write_json,
     write_tokenizer,

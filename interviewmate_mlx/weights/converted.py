@@ -8,12 +8,12 @@ the source.
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from interviewmate_mlx.data.prompts import CHAT_TEMPLATE
 from interviewmate_mlx.errors import WeightsError
+from interviewmate_mlx.files import Progress
 from interviewmate_mlx.weights.cast import cast
 from interviewmate_mlx.weights.safetensors_file import ITEM_BYTES, TensorEntry, safetensors_header
 from interviewmate_mlx.weights.source import TOKENIZER_FILES, Tokenizer, read_json
@@ -21,8 +21,6 @@ from interviewmate_mlx.weights.source import TOKENIZER_FILES, Tokenizer, read_js
 MODEL_FILE = "falcon.py"
 # These read tokenizer.json, or vocab.json and merges.txt, with no code from the folder.
 _TOKENIZER_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast")
-
-Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 def write_weights(

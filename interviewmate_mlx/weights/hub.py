@@ -17,9 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from interviewmate_mlx.data.records import SPLIT_NAMES
 from interviewmate_mlx.errors import HubError, list_faults
+from interviewmate_mlx.files import Progress
 from interviewmate_mlx.weights.hub_cache import (
     LIBRARY_NAME,
-    Progress,
     RepoKind,
     fetch,
     find_commit,

@@ -33,11 +33,10 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from interviewmate_mlx.errors import HubError
-from interviewmate_mlx.files import atomic_file
+from interviewmate_mlx.files import Progress, atomic_file
 from interviewmate_mlx.weights.hub_errors import is_out_of_reach
 
 RepoKind = Literal["model", "dataset"]
-Progress = Callable[[int, int], None]  # bytes arrived, bytes in all
 
 LIBRARY_NAME = "interviewmate_mlx"
 _CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's SHA-1, or SHA-256

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from interviewmate_mlx.data.records import shipped_data
 from interviewmate_mlx.errors import ConfigError
+from interviewmate_mlx.files import Progress
 from interviewmate_mlx.weights.hub import pull_dataset
-from interviewmate_mlx.weights.hub_cache import Progress
 
 
 def local_path(name: str | Path) -> Path:
