@@ -11,7 +11,8 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,6 +26,8 @@ DEVICE_VARIABLE = "INTERVIEWMATE_DEVICE"
 # Metal: a wired limit of the whole recommended working set is unstable.
 _WIRED_SHARE = 0.85
 _ALLOCATED_SHARE = 0.95
+# Microbatches side by side on a CPU: more would need more rows and read the weights more often.
+_NUM_WORKERS = 2
 # Share of the memory that training may plan with; the rest is the system's and the user's.
 _MEMORY_SHARE = 0.75
 
@@ -154,6 +157,35 @@ def memory_limits() -> Iterator[None]:
         if device == "metal":
             stack.callback(mx.set_wired_limit, mx.set_wired_limit(int(size * _WIRED_SHARE)))
         yield
+
+
+@contextmanager
+def cpu_workers() -> Iterator[list[Executor]]:
+    """Threads that share a CPU's training; none where MLX's device is a GPU.
+
+    MLX's CPU backend runs all but the matrix products on one thread. Each worker
+    has a stream of its own and its share of the BLAS's threads, so that two
+    microbatches side by side keep the cores busy.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    set_threads = _blas_threads_setter()
+    if _device() != "cpu" or cores < _NUM_WORKERS or not set_threads:
+        yield []
+        return
+    with ExitStack() as stack:
+        stack.callback(set_threads, cores)
+        set_threads(cores // _NUM_WORKERS)
+        workers = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(_NUM_WORKERS)]
+        for worker in workers:
+            stack.callback(lambda w=worker: w.submit(mx.clear_streams).result())
+        yield workers
+
+
+def _blas_threads_setter() -> Callable[[int], None] | None:
+    """The function of the loaded BLAS that says how many threads a matrix product may use."""
+    library = ctypes.CDLL(BLAS) if BLAS else None
+    names = ("MKL_Set_Num_Threads", "openblas_set_num_threads")
+    return next((getattr(library, name) for name in names if hasattr(library, name)), None)
 
 
 def resolve_dtype(name: str) -> mx.Dtype:

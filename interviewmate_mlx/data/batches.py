@@ -90,12 +90,22 @@ def padded_width(num_inputs: int) -> int:
     return WIDTH_STEP * math.ceil(num_inputs / WIDTH_STEP)
 
 
-def split_step(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
+def split_step(
+    examples: Sequence[Example], token_budget: int, num_workers: int = 1
+) -> list[list[Example]]:
     """Fit a step into as few microbatches as the budget of padded tokens allows.
 
     Rows of like length share a microbatch. A single row is always allowed.
+
+    Args:
+        examples: the rows.
+        token_budget: padded tokens of a microbatch.
+        num_workers: who work at the same time, and so share the budget and the rows.
     """
     groups: list[list[Example]] = []
+    padded = sum(padded_width(len(example) - 1) for example in examples)
+    if num_workers > 1:
+        token_budget = min(token_budget // num_workers, math.ceil(padded / num_workers))
     for example in sorted(examples, key=len, reverse=True):
         width = padded_width(len(groups[-1][0]) - 1) if groups else 0
         if groups and width * (len(groups[-1]) + 1) <= token_budget:

@@ -148,6 +148,7 @@ class Attention(nn.Module):
         self.scale = self.head_size**-0.5
         self.query_key_value = nn.Linear(args.hidden_size, 3 * args.hidden_size, bias=args.bias)
         self.dense = nn.Linear(args.hidden_size, args.hidden_size, bias=args.bias)
+        self.attend = scaled_dot_product_attention
 
     def __call__(self, x: mx.array, bias: mx.array, cache: Any = None) -> mx.array:
         B, L, C = x.shape
@@ -155,10 +156,13 @@ class Attention(nn.Module):
         queries, keys, values = (qkv[:, :, :, i].swapaxes(1, 2) for i in range(3))
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        out = scaled_dot_product_attention(
-            queries, keys, values, cache=cache, scale=self.scale, mask=bias
-        )
+        out = self.attend(queries, keys, values, cache=cache, scale=self.scale, mask=bias)
         return self.dense(out.swapaxes(1, 2).reshape(B, L, C))
+
+
+def exact_gelu(x: mx.array) -> mx.array:
+    """GELU with erf, in float32: half precision rounds erf to less than the tanh form gives."""
+    return nn.gelu(x.astype(mx.float32)).astype(x.dtype)
 
 
 class MLP(nn.Module):
@@ -168,11 +172,10 @@ class MLP(nn.Module):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(args.hidden_size, args.ffn_hidden_size, bias=args.bias)
         self.dense_4h_to_h = nn.Linear(args.ffn_hidden_size, args.hidden_size, bias=args.bias)
+        self.activation = exact_gelu
 
     def __call__(self, x: mx.array) -> mx.array:
-        h = self.dense_h_to_4h(x)
-        # In float32: half precision rounds erf to less than the tanh form would give.
-        return self.dense_4h_to_h(nn.gelu(h.astype(mx.float32)).astype(h.dtype))
+        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
 
 
 class Block(nn.Module):
@@ -223,6 +226,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.model_type = args.model_type
+        self.cross_entropy = nn.losses.cross_entropy
         self.transformer = Transformer(args)
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)

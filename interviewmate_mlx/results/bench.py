@@ -43,14 +43,19 @@ def bench(
     it would be in training.
     """
     task = prepare(run, progress)
-    compiled_step = compile_step(task.model, adamw(), run.train.max_grad_norm)
+    with backend.memory_limits(), backend.cpu_workers() as workers:
+        settings = run.train
+        compiled_step = compile_step(task.model, adamw(), settings.max_grad_norm, workers)
 
-    def timed(first: int, last: int) -> tuple[list[Stepped], float]:
-        start = time.perf_counter()
-        events = run_steps(task, compiled_step, first, last, task.token_budget, lambda: False)
-        return list(events), time.perf_counter() - start
+        def timed(first: int, last: int) -> tuple[list[Stepped], float]:
+            start = time.perf_counter()
+            events = list(
+                run_steps(
+                    task, compiled_step, first, last, task.token_budget, len(workers), lambda: False
+                )
+            )
+            return events, time.perf_counter() - start
 
-    with backend.memory_limits():
         timed(0, warmup)
         mx.reset_peak_memory()
         events, seconds = timed(warmup, warmup + steps)

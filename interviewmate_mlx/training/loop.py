@@ -30,7 +30,13 @@ from interviewmate_mlx.training.checkpoint import (
 )
 from interviewmate_mlx.training.events import Event, Finished, Started, Stepped, Validated
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
-from interviewmate_mlx.training.step import MicrobatchFunction, compile_loss, compile_step
+from interviewmate_mlx.training.step import (
+    AddMicrobatches,
+    TotalLoss,
+    Update,
+    compile_loss,
+    compile_step,
+)
 from interviewmate_mlx.training.task import (
     Task,
     check_disk,
@@ -77,36 +83,36 @@ def train(
         shutil.rmtree(out)
     model, patience = task.model, run.validate.early_stop_patience
     optimizer = adamw(run.train.weight_decay)
-    compiled_step = compile_step(model, optimizer, run.train.max_grad_norm)
-    compiled_loss = compile_loss(model)
     best: dict[str, mx.array] = {}
-    state = State(token_budget=task.token_budget, fingerprint=task.fingerprint)
-    if resume:
-        state, best = restore(out, task, optimizer)
-        # The run may have been killed between its checkpoint and its adapter.
-        save_adapter(out, best or adapter_weights(model), adapter_config(run))
-    else:
-        write_run(run, out)
-    yield started(task, state.step)
+    with backend.memory_limits(), backend.cpu_workers() as workers:
+        compiled_step = compile_step(model, optimizer, run.train.max_grad_norm, workers)
+        total_loss = compile_loss(model, workers)
+        state = State(token_budget=task.token_budget, fingerprint=task.fingerprint)
+        if resume:
+            state, best = restore(out, task, optimizer)
+            # The run may have been killed between its checkpoint and its adapter.
+            save_adapter(out, best or adapter_weights(model), adapter_config(run))
+        else:
+            write_run(run, out)
+        yield started(task, state.step)
 
-    def is_over() -> bool:
-        return state.step == task.total_steps or 0 < patience <= state.bad_validations
+        def is_over() -> bool:
+            return state.step == task.total_steps or 0 < patience <= state.bad_validations
 
-    def save() -> None:
-        adapter = adapter_weights(model)
-        moments = dict(tree_flatten(optimizer.state))
-        save_checkpoint(out, state, {"adapter": adapter, "optimizer": moments, "best": best})
-        save_adapter(out, best or adapter, adapter_config(run))
+        def save() -> None:
+            adapter = adapter_weights(model)
+            moments = dict(tree_flatten(optimizer.state))
+            save_checkpoint(out, state, {"adapter": adapter, "optimizer": moments, "best": best})
+            save_adapter(out, best or adapter, adapter_config(run))
 
-    with backend.memory_limits():
         if state.step == 0 and task.valid:
-            loss, elapsed_s = validate(task, compiled_loss, state.token_budget)
+            loss, elapsed_s = validate(task, total_loss, state.token_budget)
             yield Validated(0, loss, is_best=False, elapsed_s=elapsed_s)
         while not is_over():
             until = next_pause(task, state.step)
             try:
                 for event in run_steps(
-                    task, compiled_step, state.step, until, state.token_budget, stop
+                    task, compiled_step, state.step, until, state.token_budget, len(workers), stop
                 ):
                     state.step = event.step
                     yield event
@@ -115,7 +121,7 @@ def train(
                 saved = f"The state after step {state.step} is saved in {out}."
                 raise TrainingError(f"{error}\n{saved}") from error
             if task.valid and state.step == until and is_validation(task, until):
-                loss, elapsed_s = validate(task, compiled_loss, state.token_budget)
+                loss, elapsed_s = validate(task, total_loss, state.token_budget)
                 if not math.isfinite(loss):
                     raise TrainingError(
                         f"The validation loss after step {until} is {loss}.\n"
@@ -141,10 +147,11 @@ def train(
 
 def run_steps(
     task: Task,
-    compiled_step: tuple[MicrobatchFunction, Callable[[mx.array], dict[str, mx.array]]],
+    compiled_step: tuple[AddMicrobatches, Update],
     first: int,
     last: int,
     token_budget: int,
+    num_workers: int,
     stop: Callable[[], bool],
 ) -> Iterator[Stepped]:
     """Run the steps from `first` to before `last`, or until `stop`.
@@ -156,7 +163,7 @@ def run_steps(
         TrainingError: a loss or gradient was not finite. From that step on nothing was
             applied.
     """
-    add_microbatch, update = compiled_step
+    add_microbatches, update = compiled_step
     settings = task.run.train
     lengths = [len(example) for example in task.train]
     epoch, order = -1, []
@@ -201,11 +208,9 @@ def run_steps(
             settings.schedule,
             settings.warmup_ratio,
         )
+        groups = split_step(rows, token_budget, num_workers)
         # Dropout depends on the seed and the step alone, so a resumed run repeats it.
-        mx.random.seed((settings.seed << 32) | step)
-        for group in split_step(rows, token_budget):
-            # Gradients too: what is only planned keeps its activations.
-            mx.async_eval(add_microbatch(*collate(group).arrays()))
+        add_microbatches([collate(group) for group in groups], entropy=[settings.seed, step])
         numbers = update(mx.array(learning_rate))
         mx.async_eval(numbers, task.model.trainable_parameters())
         if pending:
@@ -217,16 +222,11 @@ def run_steps(
         yield read()
 
 
-def validate(
-    task: Task, compiled_loss: MicrobatchFunction, token_budget: int
-) -> tuple[float, float]:
+def validate(task: Task, total_loss: TotalLoss, token_budget: int) -> tuple[float, float]:
     """Mean loss over the whole validation set, in its own order, without dropout; and seconds."""
     start = time.perf_counter()
     task.model.eval()
-    loss_sum, num_tokens = 0.0, 0
-    for microbatch in in_order(task.valid, token_budget):
-        loss, tokens = compiled_loss(*microbatch.arrays())
-        loss_sum, num_tokens = loss_sum + loss.item(), num_tokens + tokens.item()
+    loss_sum, num_tokens = total_loss(in_order(task.valid, token_budget))
     return loss_sum / num_tokens, time.perf_counter() - start
 
 

@@ -1,11 +1,22 @@
-"""The loss is a sum and a count."""
+"""The loss is a sum and a count, and its logits exist a chunk at a time."""
+
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
+# Logits that exist at once, in float32: 50,304 classes take 103 MB of them for 512 tokens.
+CHUNK_ELEMENTS = 512 * 50_304
+
+CrossEntropy = Callable[[mx.array, mx.array], mx.array]
+Head = Callable[[mx.array], mx.array]
+
 
 def masked_cross_entropy(
-    logits: mx.array, targets: mx.array, mask: mx.array
+    logits: mx.array,
+    targets: mx.array,
+    mask: mx.array,
+    cross_entropy: CrossEntropy = nn.losses.cross_entropy,
 ) -> tuple[mx.array, mx.array]:
     """Sum of cross-entropy over the tokens that count, and their number.
 
@@ -16,10 +27,64 @@ def masked_cross_entropy(
         logits: (..., V), any float dtype; summed in float32.
         targets: (...) int32 token ids.
         mask: (...) bool, true on the tokens that count.
+        cross_entropy: (..., V) float32 and (...) int32 -> (...) float32.
 
     Returns:
         loss_sum: () float32, nats.
         num_tokens: () int32.
     """
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
+    losses = cross_entropy(logits.astype(mx.float32), targets)
     return mx.where(mask, losses, 0).sum(), mask.sum()
+
+
+def chunked_cross_entropy(
+    head: Head,
+    hidden: mx.array,
+    targets: mx.array,
+    mask: mx.array,
+    chunk: int,
+    cross_entropy: CrossEntropy = nn.losses.cross_entropy,
+) -> mx.array:
+    """The loss sum of a frozen head, with logits of no more than `chunk` tokens at once.
+
+    The gradient of the hidden states is computed along with the loss, chunk by
+    chunk, so that no chunk's logits wait for the backward pass. The head's own
+    weights get none.
+
+    Args:
+        head: hidden states (N, C) -> logits (N, V).
+        hidden: (N, C).
+        targets: (N,) int32 token ids.
+        mask: (N,) bool, true on the tokens that count.
+        chunk: tokens.
+        cross_entropy: as in `masked_cross_entropy`.
+
+    Returns:
+        () float32, nats.
+    """
+
+    @mx.custom_function
+    def loss_sum(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        total, gradients = mx.array(0.0), []
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+
+            def loss_of_part(states: mx.array, part: slice = part) -> mx.array:
+                return masked_cross_entropy(
+                    head(states), targets[part], mask[part], cross_entropy
+                )[0]
+
+            # The next chunk waits for this one, so that their logits never exist together.
+            (states,) = mx.depends([hidden[part]], gradients[-1:] or [total])
+            loss, gradient = mx.value_and_grad(loss_of_part)(states)
+            total += loss
+            gradients.append(gradient)
+        return total, mx.concatenate(gradients)
+
+    @loss_sum.vjp
+    def _(
+        _: mx.array, cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
+    ) -> mx.array:
+        return (cotangents[0] * outputs[1]).astype(outputs[1].dtype)
+
+    return loss_sum(hidden)[0]

@@ -15,6 +15,7 @@ from interviewmate_mlx.data.prompts import Example, encode_records
 from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.errors import BackendError, DataError, TrainingError, list_faults
 from interviewmate_mlx.files import Progress
+from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.model.lora import add_lora, count_parameters
 from interviewmate_mlx.training.checkpoint import KEEP, checkpoints
@@ -69,6 +70,8 @@ def prepare(run: RunConfig, progress: Progress | None = None) -> Task:
     mx.random.seed(run.train.seed)
     lora = run.lora
     add_lora(model, lora.targets, lora.rank, lora.alpha, lora.dropout, rslora=lora.rslora)
+    if backend.machine().device == "cpu" and dtype == mx.float32:
+        use_cpu_kernels(model)
     widest = padded_width(max(map(len, train_rows + valid_rows)))
     return Task(
         run=run,

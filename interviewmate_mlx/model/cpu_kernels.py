@@ -1,0 +1,181 @@
+"""GELU, attention and cross-entropy of what a CPU vectorises: sums, products, quotients.
+
+MLX's Linux CPU backend takes `exp`, `erf` and `softmax` number by number, so that
+they cost as much as the matrix products beside them. Inside one `mx.compile`,
+plain arithmetic is vectorised; here the three are built of it, each with a
+derivative of its own. For float32 on a CPU alone: every other backend has fast
+kernels. Largest errors against float64, held by `tests/model/test_cpu_kernels.py`:
+
+    exp    3e-7, relative, for -87 <= x <= 0
+    gelu   1e-6 for |x| <= 8, derivative 1e-6
+
+Polynomials are summed pairwise (Estrin's scheme): a chain as deep as Horner's is
+longer than what MLX fuses into one kernel, and would be stored halfway.
+"""
+
+import math
+from typing import Any
+
+import mlx.core as mx
+
+from interviewmate_mlx.model.falcon import Model
+
+# exp(x) = 2**k * exp(r) with x = k * ln 2 + r and |r| <= ln(2) / 2. ln 2 in two parts, so
+# that r is exact (Cody and Waite, Software Manual for the Elementary Functions, 1980).
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+_EXP = [1 / math.factorial(i) for i in range(8)]  # Taylor's series; remainder 6e-9
+_LEAST = -88.0  # where k is -127 and the power of two so 0: no subnormals, which are slow
+
+# Both GELU and its derivative are 1/2 + x * p(x**2) / q(x**2) where |x| < limit, times x for
+# GELU itself. p and q: minimax fits (iteratively reweighted least squares in float64) to
+# (Phi(x) - 1/2) / x and (Phi(x) + x * phi(x) - 1/2) / x; errors 2e-8 and 1.1e-7.
+_GELU_LIMIT = 5.5
+_GELU = (
+    [0.39894199, 0.035141785, 0.0047615808, 1.8285227e-4, 6.5306672e-6, 2.2216170e-8],
+    [1.0, 0.25475097, 0.029398376, 0.0019624014, 7.8608202e-5, 1.1953995e-6],
+)
+_SLOPE_LIMIT = 5.75
+_SLOPE = (
+    [0.79788536, -0.030995172, 0.014230176, 1.9237660e-5, 3.5954257e-5, 1.9290658e-7],
+    [1.0, 0.29449490, 0.040980343, 0.0035230261, 1.9203730e-4, 8.9516943e-6],
+)
+
+
+def _polynomial(coefficients: list[float], x: mx.array) -> mx.array:
+    """c[0] + c[1] x + c[2] x**2 + ..., pairwise."""
+    terms: list[Any] = list(coefficients)
+    while len(terms) > 1:
+        pairs = zip(terms[0::2], terms[1::2], strict=False)
+        odd_one = terms[len(terms) - len(terms) % 2 :]
+        terms = [low + high * x for low, high in pairs] + odd_one
+        x = x * x
+    return terms[0]
+
+
+def exp(x: mx.array) -> mx.array:
+    """exp of float32 numbers at most 0; from about -87.7 down it is 0."""
+    x = mx.maximum(x, _LEAST)
+    # To the nearest integer: a cast cuts towards 0. In a float32's bits, k stands from 23 on.
+    bits = ((x * (1 / math.log(2)) - 0.5).astype(mx.int32) + 127) << 23
+    k = ((bits >> 23) - 127).astype(mx.float32)
+    return _polynomial(_EXP, (x - k * _LN2_HIGH) - k * _LN2_LOW) * bits.view(mx.float32)
+
+
+def _rational(
+    fit: tuple[list[float], list[float]], limit: float, x: mx.array, factor: mx.array
+) -> mx.array:
+    """factor * (1/2 + x * p(x**2) / q(x**2)), with x cut to the limits."""
+    # Twice x between the limits; absolute values are vectorised, minimum and maximum are not.
+    twice = mx.abs(x + limit) - mx.abs(x - limit)
+    p, q = ([c / 4**i for i, c in enumerate(polynomial)] for polynomial in fit)
+    square = twice * twice
+    return 0.5 * (factor + factor * twice * (_polynomial(p, square) / _polynomial(q, square)))
+
+
+@mx.custom_function
+@mx.compile
+def gelu(x: mx.array) -> mx.array:
+    """The exact GELU, x * Phi(x), of float32."""
+    return _rational(_GELU, _GELU_LIMIT, x, factor=x)
+
+
+@gelu.vjp
+@mx.compile
+def _gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+    return _rational(_SLOPE, _SLOPE_LIMIT, x, factor=cotangent)
+
+
+@mx.compile
+def _exp_minus(x: mx.array, top: mx.array) -> mx.array:
+    return exp(x - top)
+
+
+@mx.compile
+def _times_difference(x: mx.array, y: mx.array, z: mx.array) -> mx.array:
+    return x * (y - z)
+
+
+def _scores(queries: mx.array, keys: mx.array, bias: mx.array) -> mx.array:
+    return queries @ keys.swapaxes(-1, -2) + bias
+
+
+@mx.custom_function
+def _attention(
+    queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Attention, and the logarithm of each row's sum of exponentials, (B, H, L, 1)."""
+    scores = _scores(queries, keys, bias)
+    top = scores.max(axis=-1, keepdims=True)
+    exponentials = _exp_minus(scores, top)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    return (exponentials @ values) / total, top + mx.log(total)
+
+
+@_attention.vjp
+def _attention_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    queries, keys, values, bias = primals
+    out, log_total = outputs
+    cotangent = cotangents[0]
+    # Computed anew: to keep them would take more memory than all else of a layer.
+    probabilities = _exp_minus(_scores(queries, keys, bias), log_total)
+    inner = (cotangent * out).sum(axis=-1, keepdims=True)
+    score_gradient = _times_difference(probabilities, cotangent @ values.swapaxes(-1, -2), inner)
+    return (
+        score_gradient @ keys,
+        score_gradient.swapaxes(-1, -2) @ queries,
+        probabilities.swapaxes(-1, -2) @ cotangent,
+        mx.zeros_like(bias),
+    )
+
+
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    cache: Any = None,
+    scale: float,
+    mask: mx.array,
+) -> mx.array:
+    """softmax(scale * queries keys^T + mask) values, float32; the mask gets no gradient.
+
+    Args:
+        queries, keys, values: (B, H, L, D), (B, H, K, D) twice.
+        cache: ignored; for the signature of mlx-lm's function.
+        scale: of the scores.
+        mask: (1 or B, H, L, K) float32, added to the scaled scores.
+
+    Returns:
+        (B, H, L, D).
+    """
+    return _attention(queries * scale, keys, values, mask)[0]
+
+
+@mx.custom_function
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """log sum exp(logits) - logits[targets]: (N, V) float32 and (N,) int32 -> (N,) float32."""
+    top = logits.max(axis=-1, keepdims=True)
+    total = _exp_minus(logits, top).sum(axis=-1)
+    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
+    return mx.log(total) + (top.squeeze(-1) - chosen)
+
+
+@cross_entropy.vjp
+def _cross_entropy_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, losses: mx.array
+) -> tuple[mx.array, mx.array]:
+    logits, targets = primals
+    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)
+    gradient = _exp_minus(logits, losses[:, None] + chosen) * cotangent[:, None]
+    rows = mx.arange(logits.shape[0])
+    return gradient.at[rows, targets].add(-cotangent), mx.zeros_like(targets)
+
+
+def use_cpu_kernels(model: Model) -> None:
+    """Let a float32 model on a CPU compute with these functions, in place."""
+    for block in model.layers:
+        block.mlp.activation = gelu
+        block.self_attention.attend = attention
+    model.cross_entropy = cross_entropy
