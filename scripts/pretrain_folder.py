@@ -1,0 +1,141 @@
+"""For pretrain.py: the trained model becomes a folder as the Hub has it, with its card."""
+
+import argparse
+import hashlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate
+from mlx_lm.sample_utils import make_sampler
+from pretrain_text import Text
+
+from interviewmate_mlx.data.packing import collate_rows, rows_in_order
+from interviewmate_mlx.files import atomic_folder
+from interviewmate_mlx.model.falcon import Model
+from interviewmate_mlx.training.step import compile_loss
+from interviewmate_mlx.weights.base import load_base
+from interviewmate_mlx.weights.converted import write_json, write_tokenizer
+from interviewmate_mlx.weights.source import read_tokenizer
+
+PROMPTS = (
+    "Gradient descent is",
+    "The validation set is used to",
+    "In order to avoid overfitting,",
+    "A transformer is a neural network that",
+)
+
+
+def falcon_config(args: argparse.Namespace) -> dict[str, Any]:
+    """config.json, with the keys that tell a Falcon-RW from the other Falcons."""
+    end_id = args.vocab - 1
+    return {
+        "architectures": ["FalconForCausalLM"],
+        "model_type": "falcon",
+        "alibi": True,
+        "apply_residual_connection_post_layernorm": False,
+        "attention_dropout": 0.0,
+        "bias": True,
+        "bos_token_id": end_id,
+        "eos_token_id": end_id,
+        "hidden_dropout": 0.0,
+        "hidden_size": args.hidden,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-5,
+        "multi_query": False,
+        "new_decoder_architecture": False,
+        "num_attention_heads": args.heads,
+        "num_hidden_layers": args.layers,
+        "parallel_attn": False,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": args.vocab,
+    }
+
+
+def write_folder(args: argparse.Namespace, text: Text, model: Model, steps: int) -> None:
+    """Write `args.out`, whole or not at all. The card's figures are those of the weights in it."""
+    config = falcon_config(args)
+    weights = {name: w.astype(mx.bfloat16) for name, w in tree_flatten(model.parameters())}
+    with atomic_folder(args.out) as folder:
+        write_tokenizer(folder, text.tokenizer, read_tokenizer(text.tokenizer))
+        write_json(folder / "config.json", config)
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+        write_json(folder / "generation_config.json", ids)
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+        card = model_card(args, text, steps, *load_base(folder, mx.float32))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_checksums(folder)
+
+
+def write_checksums(folder: Path) -> None:
+    """What `sha256sum -c SHA256SUMS` reads."""
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
+    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+
+
+def evaluate(
+    compiled_loss: Callable[..., Any], rows: Sequence[np.ndarray], microbatch: int
+) -> tuple[float, float]:
+    """Mean loss a token, and its sum, in nats."""
+    loss_sum, num_tokens = 0.0, 0
+    for _, same_length in groupby(rows, key=len):  # the last row is shorter
+        group = list(same_length)
+        for start in range(0, len(group), microbatch):
+            batch = collate_rows(group[start : start + microbatch])
+            loss, tokens = compiled_loss(*batch.arrays())
+            loss_sum, num_tokens = loss_sum + loss.item(), num_tokens + tokens.item()
+    return loss_sum / num_tokens, loss_sum
+
+
+def model_card(
+    args: argparse.Namespace, text: Text, steps: int, model: Model, tokenizer: Any
+) -> str:
+    """README.md: what the model is, how it was made, how good it is, and what it is not."""
+    rows = rows_in_order(text.held_out, text.end_id, args.width)
+    mean, total = evaluate(compile_loss(model), rows, args.microbatch)
+    num_parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
+    seen, num_tokens = steps * args.rows * args.width, len(text.train)
+    facts = {
+        "parameters": f"{num_parameters:,}, the tied head counted once; stored in bfloat16",
+        "shape": f"{args.layers} layers, hidden size {args.hidden}, {args.heads} heads of "
+        f"{args.hidden // args.heads}, {args.vocab} tokens",
+        "text": f"{num_tokens:,} tokens to learn from; every hundredth document, "
+        f"{len(text.held_out):,} tokens, held out",
+        "tokens seen": f"{seen:,}, or {seen / num_tokens:.1f} epochs: {steps:,} steps of "
+        f"{args.rows} packed rows of {args.width} tokens",
+        "optimizer": "Muon for the matrices of the blocks, AdamW for the rest; learning rate "
+        f"{args.learning_rate:g} after {args.warmup:.0%} warmup, then linear to 0; weight decay "
+        f"{args.weight_decay:g}; gradients clipped to {args.max_grad_norm:g}; seed {args.seed}",
+        "held-out loss": f"{mean:.4f} nats a token",
+        "held-out perplexity": f"{math.exp(mean):.2f}",
+        "held-out bits per byte": f"{total / math.log(2) / text.held_out_bytes:.4f}",
+    }
+    sources = args.sources.read_text(encoding="utf-8") if args.sources else "Not stated."
+    card = Path(__file__).with_name("pretrain_card.md").read_text(encoding="utf-8")
+    return card.format(
+        name=args.out.name,
+        width=args.width,
+        table="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        samples="\n\n".join(sample(model, tokenizer)),
+        sources=re.sub("^# .*\n", "", sources).strip(),  # the card has a heading for them
+    )
+
+
+def sample(model: Model, tokenizer: Any) -> list[str]:
+    """How the model goes on from a few prompts: with a fixed seed, none picked out."""
+    mx.random.seed(0)
+    sampler = make_sampler(temp=0.7, top_p=0.9)
+    more = [generate(model, tokenizer, p, max_tokens=80, sampler=sampler) for p in PROMPTS]
+    return [
+        f"> **{prompt}**{text}".replace("\n", "\n> ")
+        for prompt, text in zip(PROMPTS, more, strict=True)
+    ]

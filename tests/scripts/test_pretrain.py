@@ -1,0 +1,179 @@
+"""The recipe of a small base, on a tiny text: what it writes, and that it can be interrupted."""
+
+import hashlib
+import importlib
+import json
+import os
+import signal
+from pathlib import Path
+from types import ModuleType
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from checkpoints import CORPUS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from interviewmate_mlx.weights.base import load_base
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+_SHAPE = {"vocab": 320, "hidden": 32, "layers": 2, "heads": 2, "width": 16, "rows": 4}
+SIZES = [word for name, n in _SHAPE.items() for word in (f"--{name}", str(n))]
+SIZES += ["--microbatch", "2"]
+STEPS = 12
+TOKENS = ["--tokens", str(STEPS * 4 * 16)]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        return importlib.import_module("pretrain")
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n<|endoftext|>\n".join(CORPUS * 3), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(script: ModuleType, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder from a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("made") / "small"
+    sources = text.with_name("SOURCES.md")
+    sources.write_text("# Sources\n\nNine lines of the tests, Apache-2.0.", encoding="utf-8")
+    words = [str(text), "--out", str(out), "--sources", str(sources), *SIZES, *TOKENS]
+    assert script.main(words) == 0
+    return out
+
+
+def test_interrupted_and_resumed_run_ends_in_the_same_weights(
+    script, text, made, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "small"
+    words = [str(text), "--out", str(out), *SIZES, *TOKENS, "--save-minutes", "0"]
+    describe = script.describe
+
+    def interrupt_in_step_5(args, step, *numbers):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return describe(args, step, *numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "describe", interrupt_in_step_5)
+        assert script.main(words) == 130
+    assert "interrupted after step 5" in capsys.readouterr().err
+    assert not out.exists()
+    encoded = out.with_name("small.work") / "train.npy"
+    before = encoded.stat().st_mtime_ns
+    assert script.main(words) == 1
+    assert "Go on with --resume" in capsys.readouterr().err
+    assert script.main([*words, "--resume"]) == 0
+    assert encoded.stat().st_mtime_ns == before
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (out / name).read_bytes() == (made / name).read_bytes()
+
+
+def test_loss_of_the_tiny_text_falls(script, made, text, capsys, tmp_path):
+    words = [str(text), "--out", str(tmp_path / "small"), *SIZES, *TOKENS]
+    assert script.main([*words, "--save-minutes", "0"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    losses = [float(line.split()[-1]) for line in lines if "held-out sample" in line]
+    assert len(losses) == STEPS - 1
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_transformers_loads_the_folder_and_agrees(made):
+    model, _ = load_base(made, mx.float32)
+    reference = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32).eval()
+    assert reference.config.eos_token_id == reference.generation_config.eos_token_id == 319
+    tokens = np.random.default_rng(0).integers(0, 320, (2, 24))
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens)).logits.numpy()
+    got = np.array(model(mx.array(tokens.astype(np.int32))))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_transformers_tokenizer_gives_the_ids_that_were_trained_on(made, script):
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    trained = np.load(made.with_name("small.work") / "train.npy")
+    held_out = np.load(made.with_name("small.work") / "held_out.npy")
+    ids = [tokenizer.encode(text.strip("\n")) for text in CORPUS * 3]
+    end = tokenizer.eos_token_id
+    assert end == tokenizer.bos_token_id == 319
+    assert tokenizer.encode("<|endoftext|>") == [end]
+    assert held_out.tolist() == [*ids[0], end]
+    assert trained.tolist() == [token for document in ids[1:] for token in (*document, end)]
+    for text in ("A mean\n\n  of 3 values — naïve, 模型", *CORPUS):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_folder_fits_its_checksums_and_has_a_card(made):
+    lines = (made / "SHA256SUMS").read_text().splitlines()
+    sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    assert set(sums) == {path.name for path in made.iterdir()} - {"SHA256SUMS"}
+    for name, digest in sums.items():
+        assert hashlib.sha256((made / name).read_bytes()).hexdigest() == digest
+    card = (made / "README.md").read_text()
+    assert "Nine lines of the tests, Apache-2.0." in card
+    assert "# Sources\n" not in card
+    assert f"{STEPS} steps of 4 packed rows of 16 tokens" in card
+    assert "> **Gradient descent is**" in card
+
+
+def test_held_out_figures_are_those_of_the_stored_weights(made):
+    """Computed anew by transformers, row by row."""
+    reference = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32).eval()
+    stream = np.concatenate([[319], np.load(made.with_name("small.work") / "held_out.npy")])
+    total = 0.0
+    for start in range(0, len(stream) - 1, 16):
+        row = torch.tensor(stream[start : start + 17].astype(np.int64))
+        with torch.no_grad():
+            logits = reference(row[None, :-1]).logits[0]
+        total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
+    bits = total / np.log(2) / len(CORPUS[0].encode())
+    card = (made / "README.md").read_text()
+    assert f"| held-out loss | {total / (len(stream) - 1):.4f} nats a token |" in card
+    assert f"| held-out bits per byte | {bits:.4f} |" in card
+
+
+def test_config_has_what_tells_a_falcon_rw(made):
+    config = json.loads((made / "config.json").read_text())
+    assert config["architectures"] == ["FalconForCausalLM"]
+    assert (config["alibi"], config["bias"]) == (True, True)
+    for key in ("multi_query", "parallel_attn", "new_decoder_architecture"):
+        assert config[key] is False
+    template = json.loads((made / "tokenizer_config.json").read_text())["chat_template"]
+    assert template == (made / "chat_template.jinja").read_text()
+
+
+def test_existing_folder_is_not_replaced(script, text, made, capsys):
+    assert script.main([str(text), "--out", str(made), *SIZES, *TOKENS]) == 1
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_resume_refuses_another_recipe(script, text, made, capsys, tmp_path):
+    out = tmp_path / "small"
+    work = out.with_name("small.work")
+    work.mkdir()
+    (work / "recipe.json").write_text((made.with_name("small.work") / "recipe.json").read_text())
+    words = [str(text), "--out", str(out), *SIZES, *TOKENS, "--seed", "1", "--resume"]
+    assert script.main(words) == 1
+    assert "began with other values of: seed" in capsys.readouterr().err
+
+
+def test_text_that_is_too_small_for_the_vocabulary_is_refused(script, text, tmp_path, capsys):
+    words = [str(text), "--out", str(tmp_path / "small"), *SIZES, "--vocab", "30000"]
+    assert script.main(words) == 1
+    assert "expected 30000" in capsys.readouterr().err
