@@ -104,7 +104,7 @@ def main(ctx: click.Context, version: bool, verbose: bool) -> None:
 _model_option = click.option(
     "--model",
     metavar="BASE",
-    help="The base: a folder or a Hub id. By default the one that the run or adapter names.",
+    help="The base: mini (shipped), a folder or a Hub id. By default the run's or adapter's own.",
 )
 _dtype_option = click.option(
     "--dtype",
@@ -165,10 +165,10 @@ def convert(
         from interviewmate_mlx.weights.base import models_folder
         from interviewmate_mlx.weights.convert import convert as convert_folder
         from interviewmate_mlx.weights.hub import pull
-        from interviewmate_mlx.weights.names import is_hub_id, local_path
+        from interviewmate_mlx.weights.names import is_hub_id, local_path, shipped_base
 
         console = _console()
-        folder, name = local_path(source), source
+        folder, name = shipped_base(source) or local_path(source), source
         if not folder.exists() and is_hub_id(source):
             out = out or models_folder(source)
             with byte_bar(f"pulling {source}", console) as progress:
@@ -177,12 +177,13 @@ def convert(
         elif not folder.exists():
             raise ConfigError(
                 f"No folder {source}, and no Hub id like owner/name.\n"
-                "Give a folder, or a Hub id such as tiiuae/falcon-rw-1b."
+                "Give mini, a folder, or a Hub id such as tiiuae/falcon-rw-1b."
             )
         elif revision:
             raise ConfigError(f"--revision is for Hub ids, and {source} is a folder.")
         else:
-            out, name = out or models_folder(folder.resolve().name), str(folder.resolve())
+            out = out or models_folder(folder.resolve().name)
+            name = source if shipped_base(source) else str(folder.resolve())
         with byte_bar(f"converting to {out}", console) as progress:
             converted = convert_folder(
                 folder,

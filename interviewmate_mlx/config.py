@@ -46,7 +46,7 @@ def _is_name(value: str) -> bool:
 class BaseModel:
     """[model]"""
 
-    base: str = _name("tiiuae/falcon-rw-1b")  # a folder or a Hub id
+    base: str = _name("tiiuae/falcon-rw-1b")  # mini, a folder or a Hub id
     # auto: float32 on a CPU, bfloat16 on a GPU
     dtype: str = _one_of("auto", "float32", "bfloat16", "float16")
 

@@ -136,7 +136,7 @@ def test_wrong_usage_exits_with_2_and_says_why(imate, words, said):
         ("train TRAIN --out FILE", "TrainingError: FILE is a file."),
         ("train TRAIN --out FILE/adapter", "Cannot write or read FILE/adapter: Not a directory"),
         ("bench TRAIN --set nonsense", "ConfigError: The run A cannot be trained:\n  nonsense: ex"),
-        ("generate x", "ConfigError: No base: give --model (a folder, or a Hub id such as"),
+        ("generate x", "ConfigError: No base: give --model (mini, a folder, or a Hub id"),
         ("generate x --model FILE", "ModelError: No model at FILE"),
         ("generate x --model QUESTIONS", "ModelError: No model at QUESTIONS"),
         ("generate x --model CHECKPOINT", "ModelError: CHECKPOINT holds no model*.safetensors."),

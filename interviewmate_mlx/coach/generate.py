@@ -38,7 +38,7 @@ def load_coach(
     """Load a base and, if given, an adapter onto it.
 
     Args:
-        base: a folder or a Hub id; by default the one that the adapter names.
+        base: `mini`, a folder or a Hub id; by default the one that the adapter names.
         adapter: a PEFT folder.
         dtype: of the weights.
         progress: bytes done and in all, while a base is pulled and converted.
@@ -49,8 +49,8 @@ def load_coach(
     name = base or (read_adapter_config(adapter).base if adapter else "")
     if not name:
         raise ConfigError(
-            "No base: give --model (a folder, or a Hub id such as tiiuae/falcon-rw-1b), or an "
-            "adapter that names its base."
+            "No base: give --model (mini, a folder, or a Hub id such as tiiuae/falcon-rw-1b), "
+            "or an adapter that names its base."
         )
     model, tokenizer = load_base(find_base(name, progress), backend.resolve_dtype(dtype))
     if adapter:

@@ -15,7 +15,7 @@ from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.errors import TrainingError
 from interviewmate_mlx.files import atomic_file
 from interviewmate_mlx.training.events import Event, Finished, Started, Stepped, Validated
-from interviewmate_mlx.weights.names import is_hub_id
+from interviewmate_mlx.weights.names import is_hub_id, shipped_base
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -155,6 +155,13 @@ def write_card(out: Path, run: RunConfig, summary: Summary) -> None:
     header = ["library_name: peft", "tags: [lora, mlx, interviewmate]"]
     if is_hub_id(base):
         header.append(f"base_model: {base}")
+    # A shipped base has its name here alone: transformers needs its folder.
+    where, hint = base, ""
+    if shipped_base(base):
+        where, hint = (
+            f"models/{base}",
+            f"# The base is shipped: `imate-mlx convert {base}` first.\n",
+        )
     valid = ""
     if summary.base_valid_loss is not None and summary.best_valid_loss is not None:
         valid = (
@@ -187,8 +194,8 @@ question-and-answer rows ({run.data.path}). `run.toml` beside this page repeats 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
-tokenizer = AutoTokenizer.from_pretrained("{base}")
+{hint}base = AutoModelForCausalLM.from_pretrained("{where}")
+tokenizer = AutoTokenizer.from_pretrained("{where}")
 model = PeftModel.from_pretrained(base, "PATH_OR_HUB_ID_OF_THIS_FOLDER")
 prompt = tokenizer("Question: What is overfitting?\\nAnswer:", return_tensors="pt")
 answer = model.generate(**prompt, max_new_tokens=200, eos_token_id=tokenizer.eos_token_id)

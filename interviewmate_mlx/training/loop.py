@@ -45,7 +45,7 @@ from interviewmate_mlx.training.task import (
     prepare,
 )
 from interviewmate_mlx.weights.adapter_config import AdapterConfig
-from interviewmate_mlx.weights.names import local_path
+from interviewmate_mlx.weights.names import local_path, shipped_base
 from interviewmate_mlx.weights.peft import adapter_weights, save_adapter
 
 
@@ -261,9 +261,10 @@ def started(task: Task, step: int) -> Started:
 
 def adapter_config(run: RunConfig) -> AdapterConfig:
     """What the adapter's folder says of it."""
-    lora, folder = run.lora, local_path(run.model.base)
+    lora, base = run.lora, run.model.base
     # A folder by its whole path: the adapter is loaded from elsewhere too.
-    base = str(folder.resolve()) if folder.exists() else run.model.base
+    if not shipped_base(base) and local_path(base).exists():
+        base = str(local_path(base).resolve())
     return AdapterConfig(base, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.rslora)
 
 

@@ -14,7 +14,7 @@ from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model import falcon
 from interviewmate_mlx.weights.convert import convert
 from interviewmate_mlx.weights.hub import pull
-from interviewmate_mlx.weights.names import is_hub_id, local_path
+from interviewmate_mlx.weights.names import is_hub_id, local_path, shipped_base
 
 # What the libraries raise on files that are not what they should be.
 _FAULTS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError)
@@ -22,19 +22,21 @@ _SAMPLE_BYTES = 4096  # twice a tensor: to read all of a large model would take 
 
 
 def find_base(name: str, progress: Progress | None = None) -> Path:
-    """The folder of a base: a folder as it is, a Hub id pulled and converted once into `models/`.
+    """The folder of a base: `mini`, which is shipped; a folder; or a Hub id.
+
+    A Hub id is pulled and converted once, into `models/`.
 
     Raises:
         ModelError: no such folder, or what was pulled cannot be converted.
         HubError: the Hub did not give it.
     """
-    folder = local_path(name)
+    folder = shipped_base(name) or local_path(name)
     if (folder / "config.json").is_file():
         return folder
     if folder.exists() or not is_hub_id(name):
         raise ModelError(
             f"No model at {name}: no folder with a config.json, and no Hub id like owner/name.\n"
-            "Give a folder, or a Hub id such as tiiuae/falcon-rw-1b."
+            "Give mini, a folder, or a Hub id such as tiiuae/falcon-rw-1b."
         )
     out = models_folder(name)
     if (out / "config.json").is_file():

@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
+from interviewmate_mlx.config import shipped
 from interviewmate_mlx.data.records import shipped_data
 from interviewmate_mlx.errors import ConfigError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.weights.hub import pull_dataset
+
+MINI = "mini"  # the base that comes with the package
+
+
+def shipped_base(name: str) -> Path | None:
+    """The folder of a base that comes with the package, for its name; `./mini` is a path."""
+    return shipped(MINI) if name == MINI else None
 
 
 def local_path(name: str | Path) -> Path:
