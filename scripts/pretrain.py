@@ -13,7 +13,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from pretrain_folder import evaluate, falcon_config, write_folder
 from pretrain_text import Text, prepare_text, progress_bar
 from rich.console import Console
 
-from interviewmate_mlx.data.packing import collate_rows, packed_rows, rows_in_order
+from interviewmate_mlx.data.packing import collate_groups, packed_rows, rows_in_order
 from interviewmate_mlx.errors import InterviewMateError, TrainingError
+from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.training.checkpoint import (
     State,
@@ -37,7 +39,7 @@ from interviewmate_mlx.training.checkpoint import (
     save_checkpoint,
 )
 from interviewmate_mlx.training.optimizer import Muon, learning_rate_at
-from interviewmate_mlx.training.step import MicrobatchFunction, compile_loss, compile_step
+from interviewmate_mlx.training.step import AddMicrobatches, Update, compile_loss, compile_step
 from interviewmate_mlx.weights.converted import write_json
 from interviewmate_mlx.weights.source import read_json
 
@@ -94,11 +96,12 @@ def pretrain(args: argparse.Namespace, console: Console, stop: Callable[[], bool
     keep_recipe(args, work)
     text = prepare_text(args.text, args.vocab, work, console)
     model, optimizer = build_model(args), Muon(args.vocab, args.weight_decay)
-    # Kernels that are faster than MLX's own would be put into the model here.
+    if backend.machine().device == "cpu":
+        use_cpu_kernels(model)
     num_parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
     console.print(f"{num_parameters:,} parameters, {len(text.train):,} tokens to learn from")
-    with backend.memory_limits():
-        state = train(args, work, text, model, optimizer, console, stop)
+    with backend.memory_limits(), backend.cpu_workers() as workers:
+        state = train(args, work, text, model, optimizer, workers, console, stop)
         if state.step < total_steps(args):
             console.print(f"interrupted after step {state.step}; --resume goes on")
             return
@@ -155,12 +158,13 @@ def train(
     text: Text,
     model: Model,
     optimizer: Muon,
+    workers: Sequence[Executor],
     console: Console,
     stop: Callable[[], bool],
 ) -> State:
     """Train to the last step or until `stop`, from the newest checkpoint if there is one."""
-    compiled_step = compile_step(model, optimizer, args.max_grad_norm)
-    compiled_loss = compile_loss(model)
+    compiled_step = compile_step(model, optimizer, args.max_grad_norm, workers)
+    total_loss = compile_loss(model, workers)
     state = restore(work, model, optimizer) if checkpoints(work) else State()
     sample = rows_in_order(text.held_out, text.end_id, args.width)[:SAMPLE_ROWS]
     first, last = state.step, total_steps(args)
@@ -188,7 +192,7 @@ def train(
             if is_over:
                 break
             if saved > now:
-                loss, _ = evaluate(compiled_loss, sample, args.microbatch)
+                loss, _ = evaluate(total_loss, sample, args.microbatch)
                 console.print(f"step {state.step}/{last}  saved  held-out sample {loss:.4f}")
     return state
 
@@ -196,17 +200,16 @@ def train(
 def steps(
     args: argparse.Namespace,
     text: Text,
-    compiled_step: tuple[MicrobatchFunction, Callable[[mx.array], dict[str, mx.array]]],
+    compiled_step: tuple[AddMicrobatches, Update],
     first: int,
 ) -> Iterator[dict[str, mx.array]]:
     """Take the steps from `first` on, and yield what each update says, not yet evaluated."""
-    add_microbatch, update = compiled_step
+    add_microbatches, update = compiled_step
     last = total_steps(args)
     rows = packed_rows(text.train, text.end_id, args.width, args.seed, first * args.rows)
     for step in range(first, last):
-        for start in range(0, args.rows, args.microbatch):
-            group = list(islice(rows, min(args.microbatch, args.rows - start)))
-            mx.eval(add_microbatch(*collate_rows(group).arrays()))
+        taken = list(islice(rows, args.rows))
+        add_microbatches(collate_groups(taken, args.microbatch), entropy=[args.seed, step])
         rate = learning_rate_at(step, last, args.learning_rate, "linear", args.warmup)
         yield update(mx.array(rate))
 

@@ -4,8 +4,7 @@ import argparse
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from mlx_lm.generate import generate
 from mlx_lm.sample_utils import make_sampler
 from pretrain_text import Text
 
-from interviewmate_mlx.data.packing import collate_rows, rows_in_order
+from interviewmate_mlx.data.packing import collate_groups, rows_in_order
 from interviewmate_mlx.files import atomic_folder
 from interviewmate_mlx.model.falcon import Model
-from interviewmate_mlx.training.step import compile_loss
+from interviewmate_mlx.training.step import TotalLoss, compile_loss
 from interviewmate_mlx.weights.base import load_base
 from interviewmate_mlx.weights.converted import write_json, write_tokenizer
 from interviewmate_mlx.weights.source import read_tokenizer
@@ -83,16 +82,10 @@ def write_checksums(folder: Path) -> None:
 
 
 def evaluate(
-    compiled_loss: Callable[..., Any], rows: Sequence[np.ndarray], microbatch: int
+    total_loss: TotalLoss, rows: Sequence[np.ndarray], microbatch: int
 ) -> tuple[float, float]:
     """Mean loss a token, and its sum, in nats."""
-    loss_sum, num_tokens = 0.0, 0
-    for _, same_length in groupby(rows, key=len):  # the last row is shorter
-        group = list(same_length)
-        for start in range(0, len(group), microbatch):
-            batch = collate_rows(group[start : start + microbatch])
-            loss, tokens = compiled_loss(*batch.arrays())
-            loss_sum, num_tokens = loss_sum + loss.item(), num_tokens + tokens.item()
+    loss_sum, num_tokens = total_loss(collate_groups(rows, microbatch))
     return loss_sum / num_tokens, loss_sum
 
 

@@ -72,3 +72,13 @@ def collate_rows(rows: Sequence[np.ndarray]) -> Microbatch:
         num_tokens=block.size,
         num_predicted=targets.size,
     )
+
+
+def collate_groups(rows: Sequence[np.ndarray], size: int) -> list[Microbatch]:
+    """Rows as microbatches of up to `size` rows of equal length."""
+    by_length = [list(group) for _, group in itertools.groupby(rows, key=len)]
+    return [
+        collate_rows(group[start : start + size])
+        for group in by_length
+        for start in range(0, len(group), size)
+    ]

@@ -88,7 +88,8 @@ def compile_step(
         seeds = np.random.SeedSequence(entropy).generate_state(len(microbatches), np.uint64)
         remaining = iter(seeds.tolist())
         hands = [[(m, next(remaining)) for m in hand] for hand in deal(microbatches, len(adders))]
-        share_out(workers, [model.state, sums], add_in_turn, adders, hands)
+        state = [model.state, sums, [m.arrays() for m in microbatches]]
+        share_out(workers, state, add_in_turn, adders, hands)
 
     state = [model.state, optimizer.state, sums, health]
 
@@ -182,7 +183,8 @@ def compile_loss(model: nn.Module, workers: Sequence[Executor] = ()) -> TotalLos
 
     def total_loss(microbatches: Sequence[Microbatch]) -> tuple[float, int]:
         hands = deal(microbatches, len(compiled))
-        sums = share_out(workers, model.state, add_up, compiled, hands)
+        state = [model.state, [m.arrays() for m in microbatches]]
+        sums = share_out(workers, state, add_up, compiled, hands)
         return sum(loss for loss, _ in sums), sum(tokens for _, tokens in sums)
 
     return total_loss
