@@ -23,6 +23,7 @@ from interviewmate_mlx.model.falcon import Model
 # exp(x) = 2**k * exp(r) with x = k * ln 2 + r, |r| <= ln(2) / 2. exp(r): a minimax fit
 # (iteratively reweighted least squares in float64); relative error 2e-9.
 _LN2 = math.log(2)
+_HIDDEN = -1e4  # for the mask's lowest finite number, which is out of exp's domain
 _EXP = [1.0, 1.0, 0.49999991, 0.1666642, 0.041668226, 0.0083748323, 0.0013836825]
 
 # Both GELU and its derivative are 1/2 + x * p(x**2) / q(x**2) where |x| < limit, times x for
@@ -153,7 +154,7 @@ def attention(
     Returns:
         (B, H, L, D).
     """
-    return _attention(queries * scale, keys, values, mask)[0]
+    return _attention(queries * scale, keys, values, mx.maximum(mask, _HIDDEN))[0]
 
 
 @mx.custom_function
