@@ -69,11 +69,12 @@ def _rational(
     fit: tuple[list[float], list[float]], limit: float, x: mx.array, factor: mx.array
 ) -> mx.array:
     """factor * (1/2 + x * p(x**2) / q(x**2)), with x cut to the limits."""
-    # Twice x between the limits; absolute values are vectorised, minimum and maximum are not.
-    twice = mx.abs(x + limit) - mx.abs(x - limit)
-    p, q = ([c / 4**i for i, c in enumerate(polynomial)] for polynomial in fit)
-    square = twice * twice
-    return 0.5 * (factor + factor * twice * (_polynomial(p, square) / _polynomial(q, square)))
+    # A comparison keeps the compiler from vectorising the rest of its kernel:
+    # `stop_gradient` is not fused, and so gives it a kernel of its own.
+    x = mx.stop_gradient(mx.clip(x, -limit, limit))
+    square = x * x
+    ratio = _polynomial(fit[0], square) / _polynomial(fit[1], square)
+    return 0.5 * factor + factor * x * ratio
 
 
 @mx.custom_function

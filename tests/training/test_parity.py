@@ -13,6 +13,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from interviewmate_mlx.data.batches import collate, epoch_steps, split_step
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
+from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.model.lora import add_lora
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
@@ -75,7 +76,8 @@ def train_in_torch(model, steps, schedule, peak) -> list[float]:
         ("linear", get_linear_schedule_with_warmup, ["query_key_value", "dense_h_to_4h"]),
     ],
 )
-def test_fifty_updates_equal_peft_s(schedule, reference_schedule, targets):
+@pytest.mark.parametrize("fast", [False, True], ids=["mlx", "cpu_kernels"])
+def test_fifty_updates_equal_peft_s(schedule, reference_schedule, targets, fast):
     base = tiny_falcon(heads=6, head_size=8, layers=2)
     model = Model(ModelArgs.from_dict(base.config.to_dict()))
     state = {name: mx.array(t.numpy()) for name, t in base.state_dict().items()}
@@ -94,11 +96,13 @@ def test_fifty_updates_equal_peft_s(schedule, reference_schedule, targets):
     steps, peak = steps_of(random_rows(22)), 5e-3
     expected = train_in_torch(reference, steps, reference_schedule, peak)
 
-    add_microbatch, update = compile_step(model.train(), adamw(DECAY), CLIP)
+    if fast:
+        use_cpu_kernels(model)
+    add_microbatches, update = compile_step(model.train(), adamw(DECAY), CLIP)
     losses, norms = [], []
     for step, rows in enumerate(steps):
-        for group in split_step(rows, token_budget=128):
-            add_microbatch(*collate(group).arrays())
+        groups = split_step(rows, token_budget=128)
+        add_microbatches([collate(group) for group in groups], [0, step])
         rate = learning_rate_at(step, STEPS, peak, schedule, warmup_ratio=0.1)
         numbers = update(mx.array(rate))
         losses.append(numbers["loss"].item())

@@ -1,6 +1,7 @@
 """The compiled step: any split gives the same update; nothing bad is applied."""
 
 import math
+from contextlib import nullcontext
 
 import mlx.core as mx
 import numpy as np
@@ -9,24 +10,29 @@ import torch
 from checkpoints import tiny_falcon
 from mlx.utils import tree_flatten
 
+from interviewmate_mlx import backend
 from interviewmate_mlx.data.batches import collate
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
+from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.model.lora import add_lora
 from interviewmate_mlx.training.loss import masked_cross_entropy
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
-from interviewmate_mlx.training.step import compile_loss, compile_step
+from interviewmate_mlx.training import step as step_module
+from interviewmate_mlx.training.step import compile_loss, compile_step, deal
 from interviewmate_mlx.weights.peft import adapter_weights
 
 
-def tiny_model(seed: int = 0) -> Model:
+def tiny_model(seed: int = 0, fast: bool = False) -> Model:
     reference = tiny_falcon()
     model = Model(ModelArgs.from_dict(reference.config.to_dict()))
     state = {name: mx.array(t.numpy()) for name, t in reference.state_dict().items()}
     model.load_weights(list(model.sanitize(state).items()))
     mx.random.seed(seed)
     add_lora(model, ["query_key_value", "dense"], rank=4, alpha=8)
+    if fast:
+        use_cpu_kernels(model)
     return model.train()
 
 
@@ -38,40 +44,83 @@ def rows_of_unequal_length() -> list[Example]:
     ]
 
 
-def one_update(groups: list[list[int]], width: int | None = None) -> tuple[dict, dict]:
+def one_update(
+    groups: list[list[int]], width: int | None = None, *, fast: bool = False, workers: bool = False
+) -> tuple[dict, dict]:
     """Two updates, so that moments count too, over the four rows in the given microbatches."""
-    rows, model = rows_of_unequal_length(), tiny_model()
-    add_microbatch, update = compile_step(model, adamw(0.01), max_grad_norm=1.0)
-    for _ in range(2):
-        for group in groups:
-            add_microbatch(*collate([rows[i] for i in group], width).arrays())
-        numbers = update(mx.array(1e-2))
+    rows, model = rows_of_unequal_length(), tiny_model(fast=fast)
+    with backend.cpu_workers() if workers else nullcontext([]) as threads:
+        assert len(threads) == (2 if workers else 0)
+        add_microbatches, update = compile_step(model, adamw(0.01), 1.0, threads)
+        for step in range(2):
+            batches = [collate([rows[i] for i in group], width) for group in groups]
+            add_microbatches(batches, [0, step])
+            numbers = update(mx.array(1e-2))
+        mx.eval(numbers, model.parameters())
     return adapter_weights(model), numbers
 
 
-@pytest.mark.parametrize(
-    "groups",
-    [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[3, 0, 2], [1]], [[2], [0, 1, 3]]],
-)
-def test_accumulation_equals_one_large_batch(groups):
+SPLITS = [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[3, 0, 2], [1]], [[2], [0, 1, 3]]]
+
+
+@pytest.mark.parametrize("groups", SPLITS)
+@pytest.mark.parametrize("fast", [False, True], ids=["mlx", "cpu_kernels"])
+@pytest.mark.parametrize("workers", [False, True], ids=["in_turn", "workers"])
+def test_accumulation_equals_one_large_batch(groups, fast, workers):
+    if workers and not two_cores():
+        pytest.skip("workers need a CPU backend with two cores and a known BLAS")
     expected, numbers = one_update([[0, 1, 2, 3]])
-    weights, split_numbers = one_update(groups)
+    weights, split_numbers = one_update(groups, fast=fast, workers=workers)
     for name in expected:
-        np.testing.assert_allclose(np.array(weights[name]), np.array(expected[name]), atol=2e-6)
+        np.testing.assert_allclose(np.array(weights[name]), np.array(expected[name]), atol=4e-6)
     for name in ("loss", "grad_norm"):
         assert split_numbers[name].item() == pytest.approx(numbers[name].item(), rel=1e-5)
 
 
+def two_cores() -> bool:
+    with backend.cpu_workers() as workers:
+        return len(workers) == 2
+
+
+def test_logits_in_chunks_give_the_same_update(monkeypatch):
+    expected, numbers = one_update([[0, 1, 2, 3]])
+    monkeypatch.setattr(step_module, "CHUNK_ELEMENTS", 7 * 384)
+    weights, chunked = one_update([[0, 1, 2, 3]])
+    for name in expected:
+        np.testing.assert_allclose(np.array(weights[name]), np.array(expected[name]), atol=2e-6)
+    for name in ("loss", "grad_norm"):
+        assert chunked[name].item() == pytest.approx(numbers[name].item(), rel=1e-5)
+
+
+def test_trainable_head_is_never_chunked(monkeypatch):
+    """In chunks its own weights would get no gradient."""
+    monkeypatch.setattr(step_module, "CHUNK_ELEMENTS", 7 * 384)
+    model = tiny_model()
+    model.unfreeze()
+    before = np.array(model.transformer.word_embeddings.weight)
+    add_microbatches, update = compile_step(model, adamw(), 0.0)
+    add_microbatches([collate(rows_of_unequal_length())], [0, 0])
+    mx.eval(update(mx.array(1e-2)), model.parameters())
+    changed = np.array(model.transformer.word_embeddings.weight) != before
+    # Also rows of tokens that no input holds: their gradient comes from the head alone.
+    assert changed.any(axis=1).all()
+
+
+def test_microbatches_are_dealt_so_that_no_worker_has_much_more_to_do():
+    rows = rows_of_unequal_length()
+    hands = deal([collate([row]) for row in rows], 2)
+    assert [[m.inputs.shape[1] for m in hand] for hand in hands] == [[96, 32], [64, 32]]
+
+
 def test_memory_does_not_grow_with_the_number_of_microbatches():
     model = tiny_model()
-    add_microbatch, update = compile_step(model, adamw(), max_grad_norm=1.0)
-    batch = collate([rows_of_unequal_length()[2]] * 8).arrays()
+    add_microbatches, update = compile_step(model, adamw(), max_grad_norm=1.0)
+    batch = collate([rows_of_unequal_length()[2]] * 8)
     peaks = []
     for count in (1, 1, 8):
         mx.clear_cache()
         mx.reset_peak_memory()
-        for _ in range(count):
-            mx.eval(add_microbatch(*batch))
+        add_microbatches([batch] * count, [0, 0])
         mx.eval(update(mx.array(1e-3)), model.trainable_parameters())
         peaks.append(mx.get_peak_memory())
     assert peaks[2] < 1.1 * peaks[1]
@@ -88,18 +137,18 @@ def test_padding_never_matters(width):
 def test_update_that_is_not_finite_is_not_applied_and_neither_is_what_follows():
     model, rows = tiny_model(), rows_of_unequal_length()
     optimizer = adamw()
-    add_microbatch, update = compile_step(model, optimizer, max_grad_norm=1.0)
-    batch = collate(rows).arrays()
-    add_microbatch(*batch)
+    add_microbatches, update = compile_step(model, optimizer, max_grad_norm=1.0)
+    batch = collate(rows)
+    add_microbatches([batch], [0, 0])
     assert update(mx.array(1e-2))["is_finite"].item()
     before = [np.array(a) for _, a in tree_flatten([adapter_weights(model), optimizer.state])]
     embedding = model.transformer.word_embeddings
     good = embedding.weight
     embedding.weight = good * math.nan
-    add_microbatch(*batch)
+    add_microbatches([batch], [0, 0])
     assert not update(mx.array(1e-2))["is_finite"].item()
     embedding.weight = good
-    add_microbatch(*batch)
+    add_microbatches([batch], [0, 0])
     assert not update(mx.array(1e-2))["is_finite"].item()
     after = [np.array(a) for _, a in tree_flatten([adapter_weights(model), optimizer.state])]
     for one, other in zip(before, after, strict=True):
@@ -109,8 +158,8 @@ def test_update_that_is_not_finite_is_not_applied_and_neither_is_what_follows():
 def test_frozen_weights_stay_as_they_were():
     model = tiny_model()
     frozen = {n: np.array(a) for n, a in tree_flatten(model.parameters()) if "lora" not in n}
-    add_microbatch, update = compile_step(model, adamw(0.1), max_grad_norm=0.0)
-    add_microbatch(*collate(rows_of_unequal_length()).arrays())
+    add_microbatches, update = compile_step(model, adamw(0.1), max_grad_norm=0.0)
+    add_microbatches([collate(rows_of_unequal_length())], [0, 0])
     mx.eval(update(mx.array(1e-2)), model.parameters())
     now = dict(tree_flatten(model.parameters()))
     for name, array in frozen.items():
@@ -137,12 +186,12 @@ def test_loss_is_the_reference_s_sum_and_count():
 
 def test_validation_loss_is_the_training_loss_before_the_update():
     model, rows = tiny_model(), rows_of_unequal_length()
-    batch = collate(rows).arrays()
-    loss_sum, num_tokens = compile_loss(model)(*batch)
-    add_microbatch, update = compile_step(model, adamw(), 1.0)
-    add_microbatch(*batch)
+    batch = collate(rows)
+    loss_sum, num_tokens = compile_loss(model)([batch])
+    add_microbatches, update = compile_step(model, adamw(), 1.0)
+    add_microbatches([batch], [0, 0])
     loss = update(mx.array(1e-3))["loss"].item()
-    assert loss_sum.item() / num_tokens.item() == pytest.approx(loss, rel=1e-6)
+    assert loss_sum / num_tokens == pytest.approx(loss, rel=1e-6)
 
 
 def test_adamw_equals_torch_s_from_the_first_step_on():

@@ -1,0 +1,116 @@
+"""The functions for a CPU against float64, and their derivatives against autodiff's."""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import torch
+from checkpoints import tiny_falcon
+
+from interviewmate_mlx.model import cpu_kernels
+from interviewmate_mlx.model.cpu_kernels import attention, cross_entropy, gelu, use_cpu_kernels
+from interviewmate_mlx.model.falcon import Model, ModelArgs, alibi_slopes, attention_bias
+
+
+def evenly(low: float, high: float, count: int = 200_001) -> np.ndarray:
+    return np.linspace(low, high, count).astype(np.float32)
+
+
+def test_exp_errs_as_if_its_argument_had_been_rounded():
+    x = np.concatenate([evenly(-87, 0), -np.logspace(-30, 0, 1001).astype(np.float32)])
+    got = np.array(mx.compile(cpu_kernels.exp)(mx.array(x))).astype(np.float64)
+    exact = np.exp(x.astype(np.float64))
+    assert np.max(np.abs(got / exact - 1) / (1 + np.abs(x))) < 2e-7
+
+
+@pytest.mark.parametrize("x", [-88.5, -100.0, -1e4, -1e5])
+def test_exp_is_zero_where_no_normal_number_is_left(x):
+    assert mx.compile(cpu_kernels.exp)(mx.array([x, 0.0])).tolist() == [0.0, 1.0]
+
+
+def test_gelu_and_its_derivative_are_the_exact_one_s():
+    x = evenly(-8, 8)
+    double = torch.tensor(x.astype(np.float64), requires_grad=True)
+    exact = torch.nn.functional.gelu(double)
+    exact.sum().backward()
+    got, slope = mx.compile(lambda x: (gelu(x), mx.grad(lambda x: gelu(x).sum())(x)))(mx.array(x))
+    np.testing.assert_allclose(np.array(got), exact.detach().numpy(), atol=1e-6, rtol=0)
+    np.testing.assert_allclose(np.array(slope), double.grad.numpy(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("x", [-1e30, -1e4, -20.0, -0.0, 1e-30, 20.0, 1e4, 1e30])
+def test_gelu_far_out_is_the_straight_line(x):
+    assert gelu(mx.array(x)).item() == pytest.approx(max(x, 0.0), abs=1e-7 * max(1, abs(x)))
+
+
+@pytest.mark.parametrize("x", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so(x):
+    """Training finds it by that."""
+    assert not math.isfinite(gelu(mx.array(x)).item())
+    logits = mx.array([[0.0, x, 1.0]])
+    assert not math.isfinite(cross_entropy(logits, mx.array([0])).item())
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 7, 8), (3, 4, 40, 16), (1, 1, 1, 4)])
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_attention_and_its_derivatives_equal_mlx_s(shape, size):
+    mx.random.seed(0)
+    queries, keys, values, weights = (size * mx.random.normal(shape) for _ in range(4))
+    positions = mx.arange(shape[2])[None]
+    scale = shape[-1] ** -0.5
+    mask = attention_bias(alibi_slopes(shape[1]), positions, positions, scale, mx.float32)
+
+    def ours(q, k, v):
+        return (weights * attention(q, k, v, scale=scale, mask=mask)).sum()
+
+    def theirs(q, k, v):
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        return (weights * out).sum()
+
+    got = mx.compile(mx.value_and_grad(ours, argnums=(0, 1, 2)))(queries, keys, values)
+    expected = mx.value_and_grad(theirs, argnums=(0, 1, 2))(queries, keys, values)
+    assert got[0].item() == pytest.approx(expected[0].item(), rel=1e-4, abs=1e-4)
+    for one, other in zip(got[1], expected[1], strict=True):
+        np.testing.assert_allclose(np.array(one), np.array(other), atol=2e-5 * size**3, rtol=1e-4)
+
+
+def test_a_query_takes_exactly_nothing_from_a_key_it_may_not_see():
+    mx.random.seed(0)
+    queries, keys, values = (mx.random.normal((1, 2, 9, 4)) for _ in range(3))
+    positions = mx.arange(9)[None]
+    mask = attention_bias(alibi_slopes(2), positions, positions, 0.5, mx.float32)
+    later = mx.where((mx.arange(9) >= 5)[None, None, :, None], 1e6, values)
+    one = attention(queries, keys, values, scale=0.5, mask=mask)[:, :, :5]
+    other = attention(queries, keys, later, scale=0.5, mask=mask)[:, :, :5]
+    np.testing.assert_array_equal(np.array(one), np.array(other))
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_cross_entropy_and_its_derivative_equal_mlx_s(size):
+    mx.random.seed(0)
+    logits, weights = size * mx.random.normal((11, 301)), mx.random.normal((11,))
+    targets = mx.random.randint(0, 301, (11,))
+
+    def total(function):
+        return mx.value_and_grad(lambda x: (weights * function(x, targets)).sum())
+
+    got = mx.compile(total(cross_entropy))(logits)
+    expected = total(nn.losses.cross_entropy)(logits)
+    assert got[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    # MLX's own probabilities are off by as much: logits of 100 are rounded to 8e-6.
+    np.testing.assert_allclose(np.array(got[1]), np.array(expected[1]), atol=1e-6 * (1 + size))
+
+
+def test_model_with_cpu_kernels_gives_the_reference_s_logits():
+    reference = tiny_falcon(heads=6, head_size=8, layers=2)
+    model = Model(ModelArgs.from_dict(reference.config.to_dict()))
+    state = {name: mx.array(t.numpy()) for name, t in reference.state_dict().items()}
+    model.load_weights(list(model.sanitize(state).items()))
+    use_cpu_kernels(model)
+    tokens = np.random.default_rng(0).integers(0, 384, (2, 70))
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens)).logits.numpy()
+    got = np.array(mx.compile(model)(mx.array(tokens.astype(np.int32))))
+    np.testing.assert_allclose(got, expected, atol=1e-4)

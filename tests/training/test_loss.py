@@ -1,0 +1,44 @@
+"""The loss by chunks against the loss at once."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from interviewmate_mlx.model import cpu_kernels
+from interviewmate_mlx.training.loss import chunked_cross_entropy, masked_cross_entropy
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20, 64])
+@pytest.mark.parametrize("function", [nn.losses.cross_entropy, cpu_kernels.cross_entropy])
+def test_chunks_give_the_loss_and_the_gradient_of_the_whole(chunk, function):
+    mx.random.seed(0)
+    weight, hidden = mx.random.normal((50, 8)), mx.random.normal((20, 8))
+    targets, mask = mx.random.randint(0, 50, (20,)), mx.arange(20) < 17
+
+    def head(states):
+        return states @ weight.T
+
+    def whole(states):
+        return masked_cross_entropy(head(states), targets, mask)[0]
+
+    def chunked(states):
+        return chunked_cross_entropy(head, states, targets, mask, chunk, function)
+
+    # Not the loss itself but its third: the chunks' gradients follow what comes after.
+    loss, gradient = mx.compile(mx.value_and_grad(lambda h: chunked(h) / 3))(hidden)
+    expected, reference = mx.value_and_grad(lambda h: whole(h) / 3)(hidden)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    np.testing.assert_allclose(np.array(gradient), np.array(reference), atol=1e-6)
+
+
+def test_chunks_keep_a_gradient_in_the_hidden_states_dtype():
+    hidden = mx.random.normal((6, 8)).astype(mx.bfloat16)
+    weight = mx.random.normal((50, 8)).astype(mx.bfloat16)
+    targets, mask = mx.zeros(6, dtype=mx.int32), mx.ones(6, dtype=mx.bool_)
+
+    def loss(states):
+        return chunked_cross_entropy(lambda s: s @ weight.T, states, targets, mask, 4)
+
+    value, gradient = mx.value_and_grad(loss)(hidden)
+    assert (value.dtype, gradient.dtype) == (mx.float32, mx.bfloat16)
