@@ -1,4 +1,5 @@
-# `make demo` shows the whole job, `make test` runs the tests. Both need only Python and make.
+# `make demo` shows the whole job, `make test` runs the tests, `make peers` measures this package
+# beside its peers. All need only Python and make.
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +18,7 @@ endif
 comma := ,
 backend_and = $(if $(BACKEND),$(BACKEND)$(comma))$(1)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint peers clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -29,6 +30,10 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# make peers ARGS="--only 1,4": some of the contenders; see benchmarks/README.md.
+peers: $(VENV)/.test
+	$(BIN)/python benchmarks/peers.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
