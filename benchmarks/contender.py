@@ -1,4 +1,6 @@
-"""What a contender is told, and what it answers. Imports no framework: each brings its own BLAS.
+"""Who the contenders are, what they are told, and what they answer.
+
+Imports no framework, for each brings a BLAS of its own.
 
 A contender is a script that is run in a process of its own with one argument,
 a file of JSON: a `Job`. It writes a `Result` to the job's `result`.
@@ -14,6 +16,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A script, and what its job says beside the work."""
+
+    name: str
+    script: str
+    dtype: str
+    one_row_padded_to: int = 0  # 0: all rows of an update in one batch
+
+
+CONTENDERS = {
+    1: Contender("this package", "contender_ours.py", "auto"),
+    2: Contender("mlx-lm's trainer", "contender_mlx_lm.py", "auto"),
+    3: Contender("PEFT as in the seed, fp32", "contender_peft.py", "float32", 256),
+    4: Contender("PEFT tuned, fp32", "contender_peft.py", "float32"),
+    5: Contender("PEFT tuned, bf16", "contender_peft.py", "bfloat16"),
+}
 
 
 @dataclass(frozen=True)

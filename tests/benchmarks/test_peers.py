@@ -5,9 +5,10 @@ import math
 
 import numpy as np
 import peers
+import peers_report
 import pytest
 import random_base
-from contender import Result
+from contender import Contender, Result
 from transformers import AutoConfig, FalconForCausalLM
 
 from interviewmate_mlx.data.batches import epoch_steps
@@ -92,7 +93,7 @@ def test_a_wrong_loss_is_refused_and_shown(
 def test_a_contender_that_fails_is_named(tiny_base, questions, monkeypatch, capsys, tmp_path):
     (tmp_path / "broken.py").write_text("raise SystemExit('no such thing here')")
     monkeypatch.setattr(peers, "HERE", tmp_path)
-    monkeypatch.setitem(peers.CONTENDERS, 4, peers.Contender("PEFT broken", "broken.py", "float32"))
+    monkeypatch.setitem(peers.CONTENDERS, 4, Contender("PEFT broken", "broken.py", "float32"))
 
     assert peers.main(["--model", str(tiny_base), "--data", str(questions), "--only", "4"]) == 1
 
@@ -107,13 +108,13 @@ def test_speeds_are_medians_and_ratios_of_the_same_round():
     ]
     shape = {"C": 8, "F": 32, "V": 100, "layers": 3}
 
-    ours = peers.speeds(1, rounds, rows=4, tokens=200, predicted=100, shape=shape)
-    theirs = peers.speeds(4, rounds, rows=4, tokens=200, predicted=100, shape=shape)
+    ours = peers_report.speeds(1, rounds, rows=4, tokens=200, predicted=100, shape=shape)
+    theirs = peers_report.speeds(4, rounds, rows=4, tokens=200, predicted=100, shape=shape)
 
     assert (ours["samples_per_s"], ours["samples_per_s_range"]) == (2.0, [1.0, 2.0])
     assert theirs["ours_is_faster_by"] == 3.0
     # Four products a layer, forward and backward, but for the first layer's last one; the head.
-    needed = 200 * (3 * 8 - 1) * 1e-3 + 100 * 2e-3
+    needed = (200 - 4) * (3 * 8 - 1) * 1e-3 + 100 * 2e-3
     assert ours["products_needed_share"] == pytest.approx(needed / 2)
 
 
