@@ -169,6 +169,10 @@ def print_workload(options: argparse.Namespace, run: RunConfig, steps: list[list
         f"{options.threads} CPU threads",
         file=sys.stderr,
     )
+    if (load := os.getloadavg()[0]) > 0.5:
+        print(
+            f"Something else is running (load {load:.1f}): times will be too long", file=sys.stderr
+        )
 
 
 def measure(

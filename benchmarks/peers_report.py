@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ def describe(
         "machine": processor(),
         "system": platform.platform(),
         "threads": options.threads,
+        "load_average": os.getloadavg()[0],
         "versions": {name: version for of in versions for name, version in of.items()},
         "base": base.name,
         "shape": shape,
