@@ -49,6 +49,11 @@ def models_folder(name: str) -> Path:
     return Path("models") / name
 
 
+def is_here(name: str) -> bool:
+    """Whether a base needs no pulling."""
+    return local_path(name).exists() or not is_hub_id(name) or models_folder(name).exists()
+
+
 def load_base(folder: Path, dtype: mx.Dtype) -> tuple[falcon.Model, TokenizerWrapper]:
     """Load a Falcon-RW folder, quantised or not, and its tokenizer. No code of the folder is run.
 
@@ -59,6 +64,13 @@ def load_base(folder: Path, dtype: mx.Dtype) -> tuple[falcon.Model, TokenizerWra
     Raises:
         ModelError: the folder is no Falcon-RW's, or its weights do not fit.
     """
+    model = build_base(folder, dtype)
+    read_weights(model, folder)
+    return model, load_base_tokenizer(folder)
+
+
+def build_base(folder: Path, dtype: mx.Dtype) -> falcon.Model:
+    """The model of a folder, checked but not in memory yet: see `load_base` and `read_weights`."""
     if not list(folder.glob("model*.safetensors")):
         raise ModelError(
             f"{folder} holds no model*.safetensors.\n"
@@ -73,12 +85,21 @@ def load_base(folder: Path, dtype: mx.Dtype) -> tuple[falcon.Model, TokenizerWra
             get_model_classes=lambda config: (falcon.Model, falcon.ModelArgs),
         )
         model.set_dtype(dtype)
+    except _FAULTS as error:
+        raise _unloadable(folder, error) from error
+    return model
+
+
+def read_weights(model: falcon.Model, folder: Path) -> None:
+    """Read the weights of a built model into memory.
+
+    Raises:
+        ModelError: a file is not as its header said.
+    """
+    try:
         mx.eval(model.parameters())
     except _FAULTS as error:
-        raise ModelError(
-            f"Cannot load {folder}: {error}\nConvert it anew, or choose another base."
-        ) from error
-    return model, load_base_tokenizer(folder)
+        raise _unloadable(folder, error) from error
 
 
 def load_base_tokenizer(folder: Path) -> TokenizerWrapper:
@@ -103,7 +124,11 @@ def load_base_tokenizer(folder: Path) -> TokenizerWrapper:
     return tokenizer
 
 
-def fingerprint(folder: Path) -> str:
+def _unloadable(folder: Path, error: Exception) -> ModelError:
+    return ModelError(f"Cannot load {folder}: {error}\nConvert it anew, or choose another base.")
+
+
+def hash_base(folder: Path) -> str:
     """A hash of a model's config and tokenizer, and of a sample of each of its tensors."""
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json"):

@@ -21,6 +21,7 @@ from interviewmate_mlx.weights.adapter_config import (
     AdapterConfig,
     read_adapter_config,
 )
+from interviewmate_mlx.weights.safetensors_file import save_tensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -61,6 +62,9 @@ def save_adapter(folder: Path, weights: dict[str, mx.array], config: AdapterConf
         folder: made when it is not there; other files in it are left alone.
         weights: matrices by parameter path, as `adapter_weights` gives them.
         config: what to say of them.
+
+    Raises:
+        OSError: they cannot be written.
     """
     content = {
         "peft_type": "LORA",
@@ -84,7 +88,7 @@ def save_adapter(folder: Path, weights: dict[str, mx.array], config: AdapterConf
     # The weights first: a folder with a config counts as an adapter.
     with atomic_file(folder / WEIGHTS_FILE) as temporary:
         named = {PREFIX + path: matrix for path, matrix in weights.items()}
-        mx.save_safetensors(str(temporary), named, metadata={"format": "pt"})
+        save_tensors(temporary, named, {"format": "pt"})
     with atomic_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
