@@ -107,7 +107,7 @@ def run_task(
         state, best = restore(saved, model, optimizer)
         # What a save does after its checkpoint; the run may have been killed before that.
         prune(out, run.train.keep_checkpoints)
-        save_adapter(out, best or adapter_weights(model), adapter_config(run))
+        save_adapter(out, best or adapter_weights(model), adapter_config(run), task.base_hash)
     else:
         write_run(run, out)
     yield started(task, state.step, notes)
@@ -121,7 +121,7 @@ def run_task(
         moments = dict(tree_flatten(optimizer.state))
         tensors = {"adapter": adapter, "optimizer": moments, "best": best}
         save_checkpoint(out, state, tensors, run.train.keep_checkpoints)
-        save_adapter(out, best or adapter, adapter_config(run))
+        save_adapter(out, best or adapter, adapter_config(run), task.base_hash)
 
     with backend.memory_limits():
         if state.step == 0 and task.valid:

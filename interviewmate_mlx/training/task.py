@@ -30,6 +30,7 @@ from interviewmate_mlx.weights.base import (
     build_base,
     find_base,
     hash_base,
+    hash_weights,
     is_here,
     load_base_tokenizer,
     read_weights,
@@ -49,6 +50,7 @@ class Task:
     num_dropped_rows: int
     token_budget: int
     fingerprint: dict[str, str]
+    base_hash: str  # of its weights, for the adapter to tell
 
     @property
     def steps_per_epoch(self) -> int:
@@ -117,6 +119,7 @@ def prepare(
         num_dropped_rows=rows.num_dropped,
         token_budget=budget,
         fingerprint=fingerprint,
+        base_hash=hash_weights(folder),
     )
 
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import load_model
@@ -15,10 +17,13 @@ from interviewmate_mlx.model import falcon
 from interviewmate_mlx.weights.convert import convert
 from interviewmate_mlx.weights.hub import pull
 from interviewmate_mlx.weights.names import is_hub_id, local_path
+from interviewmate_mlx.weights.safetensors_file import TensorEntry, read_safetensors_header
 
 # What the libraries raise on files that are not what they should be.
 _FAULTS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError)
 _SAMPLE_BYTES = 4096  # twice a tensor: to read all of a large model would take seconds
+_SAMPLE_NUMBERS = 2048  # of a tensor
+_GRID = 1024  # steps a unit
 
 
 def find_base(name: str, progress: Progress | None = None) -> Path:
@@ -146,4 +151,29 @@ def hash_base(folder: Path) -> str:
                     for position in (begin, (begin + end) // 2):
                         file.seek(data + position)
                         digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def hash_weights(folder: Path) -> str:
+    """What tells a base's weights from another's; empty for a quantised one.
+
+    The same in float32, bfloat16 and float16, in one file and in shards, with the vocabulary
+    trimmed or not: the first numbers of each tensor, on a grid too coarse for a dtype to matter
+    (to weights that were bfloat16 once) and fine enough for any training.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for path in folder.glob("model*.safetensors"):
+        entries |= read_safetensors_header(path)
+    if any(name.endswith(".scales") for name in entries):
+        return ""
+    digest = hashlib.sha256()
+    for name, entry in sorted(entries.items()):
+        if entry.dtype in ("float32", "bfloat16", "float16") and name != "lm_head.weight":
+            kind = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[entry.dtype]
+            count = min(_SAMPLE_NUMBERS, math.prod(entry.shape))
+            sample = np.fromfile(entry.path, kind, count, offset=entry.offset)
+            if entry.dtype == "bfloat16":
+                sample = (sample.astype(np.uint32) << 16).view(np.float32)
+            steps = np.nan_to_num(sample.astype(np.float64) * _GRID)
+            digest.update(name.encode() + (np.rint(steps) + 0.0).tobytes() + b".")
     return digest.hexdigest()
