@@ -84,6 +84,7 @@ class Machine:
     device_name: str
     dtype: str  # the default for weights and activations
     blas: str | None  # where the CPU's matrix products come from
+    cpu_workers: int  # threads that share a CPU's training; 0 where MLX's device is a GPU
     memory_bytes: int  # what training may plan with
     mlx_version: str
 
@@ -99,6 +100,7 @@ def machine() -> Machine:
         device_name=str(info.get("device_name", platform.machine())),
         dtype="float32" if device == "cpu" else "bfloat16",
         blas="Accelerate" if sys.platform == "darwin" else BLAS,
+        cpu_workers=_num_workers() if device == "cpu" else 0,
         memory_bytes=int(total * _MEMORY_SHARE),
         mlx_version=metadata.version("mlx"),
     )
@@ -167,19 +169,29 @@ def cpu_workers() -> Iterator[list[Executor]]:
     has a stream of its own and its share of the BLAS's threads, so that two
     microbatches side by side keep the cores busy.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    set_threads = _blas_threads_setter()
-    if _device() != "cpu" or cores < _NUM_WORKERS or not set_threads:
+    num_workers = machine().cpu_workers
+    if not num_workers:
         yield []
         return
+    set_threads = _blas_threads_setter()
+    assert set_threads is not None
     _keep_freed_memory()
     with ExitStack() as stack:
-        stack.callback(set_threads, cores)
-        set_threads(cores // _NUM_WORKERS)
-        workers = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(_NUM_WORKERS)]
+        stack.callback(set_threads, _num_cores())
+        set_threads(_num_cores() // num_workers)
+        workers = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(num_workers)]
         for worker in workers:
             stack.callback(lambda w=worker: w.submit(mx.clear_streams).result())
         yield workers
+
+
+def _num_workers() -> int:
+    """As many as there are cores for, if the BLAS can be told to leave them to us."""
+    return _NUM_WORKERS if _num_cores() >= _NUM_WORKERS and _blas_threads_setter() else 0
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:

@@ -242,8 +242,8 @@ def train(
         from interviewmate_mlx.results.log import Summary, record
         from interviewmate_mlx.results.terminal import byte_bar, show, summary_table
         from interviewmate_mlx.training.events import Finished, Started
+        from interviewmate_mlx.training.folder import read_run
         from interviewmate_mlx.training.loop import train as train_run
-        from interviewmate_mlx.training.task import read_run
 
         named = ctx.get_parameter_source("run_name") != ParameterSource.DEFAULT
         if resume and out and not (named or overrides or model):
@@ -251,7 +251,7 @@ def train(
         else:
             run = _load_run(run_name, overrides, model)
         out = out or Path("adapters") / run.name
-        console, stop = _console(), _StopOnSignal()
+        console, stop, summary = _console(), _StopOnSignal(), None
         with byte_bar(f"fetching {run.model.base}", console) as progress, ExitStack() as stack:
             events = train_run(
                 run,
@@ -267,9 +267,10 @@ def train(
                 if isinstance(event, Finished) and event.interrupted:
                     console.print(f"interrupted after step {event.step}; everything is saved.")
                     console.print(f"Go on with: {_resume_command()}", soft_wrap=True)
-                    sys.exit(INTERRUPTED)
                 if isinstance(event, Summary):
                     summary = event
+    if not summary:
+        ctx.exit(INTERRUPTED)
     if as_json:
         click.echo(json.dumps({**asdict(summary), "adapter": str(out)}))
     else:
@@ -589,13 +590,21 @@ def _console(file: Any = None) -> "Console":
 
 
 class _StopOnSignal:
-    """The first SIGINT or SIGTERM asks for a stop after the step; the second stops at once."""
+    """The first SIGINT or SIGTERM asks for a stop after the step; the second stops at once.
+
+    SIGHUP (the terminal was closed) asks too, however often it comes, and nothing is said any
+    more: there is nowhere to say it. `nohup` holds: what is ignored stays ignored.
+    """
 
     def __init__(self) -> None:
         self.wanted = False
 
     def __enter__(self) -> "_StopOnSignal":
-        self._previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        asking = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            asking.append(signal.SIGHUP)
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        self._previous = {number: signal.signal(number, self._ask) for number in asking}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -603,10 +612,14 @@ class _StopOnSignal:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.wanted:
+        if number == signal.SIGHUP:
+            for stream in self._terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        elif self.wanted:
             raise KeyboardInterrupt
-        self.wanted = True
-        click.echo("\nfinishing this step, then saving; once more to stop at once", err=True)
+        if not self.wanted:
+            self.wanted = True
+            click.echo("\nfinishing this step, then saving; once more to stop at once", err=True)
 
 
 def _resume_command() -> str:

@@ -84,6 +84,7 @@ class Train:
     weight_decay: float = _at_least(0.0, 0)
     max_grad_norm: float = _at_least(1.0, 0)  # 0: no clipping
     save_every: int = _at_least(50, 0)  # steps; 0: only when validating
+    keep_checkpoints: int = _at_least(2, 1)  # the newest; the best adapter is in each
     seed: int = _option(42, lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1")
 
     @property

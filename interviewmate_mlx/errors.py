@@ -15,7 +15,9 @@ in its last line what to do. The command line prints it and exits with 1;
 anything that is not an InterviewMateError is a bug.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
 
 
 class InterviewMateError(Exception):
@@ -60,3 +62,20 @@ def list_faults(faults: Sequence[str], most: int = 10) -> str:
     if len(faults) > most:
         lines.append(f"  ... and {len(faults) - most} more")
     return "\n".join(lines)
+
+
+@contextmanager
+def collected(faults: list[InterviewMateError]) -> Iterator[None]:
+    """Put the error that ends the block on a list, for `raise_together`."""
+    try:
+        yield
+    except InterviewMateError as error:
+        faults.append(error)
+
+
+def raise_together(faults: Sequence[InterviewMateError], what: str) -> NoReturn:
+    """Raise collected errors: a single one as it is, more as a `TrainingError` that holds all."""
+    if len(faults) == 1:
+        raise faults[0]
+    listed = "\n\n".join(f"{type(fault).__name__}: {fault}" for fault in faults)
+    raise TrainingError(f"{what}, for {len(faults)} reasons:\n\n{listed}")

@@ -4,9 +4,12 @@ Everything is written inside a hidden sibling, `.NAME.tmp-XXXX/`, and moved to
 its name when it is complete and on the disk. The sibling is held by a lock
 that dies with its process, so what a killed process left behind is known for
 certain, and cleared by the next one that writes to the same name.
+
+`locked` keeps a folder to one process at a time.
 """
 
 import ctypes
+import errno
 import fcntl
 import glob
 import os
@@ -15,6 +18,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+LOCK_FILE = ".lock"  # in a folder that is in use; holds the process's id
 
 Progress = Callable[[int, int], None]  # told of bytes done and bytes in all
 
@@ -70,6 +75,82 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         _sync(path.parent)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process while the block runs, also when the block is killed.
+
+    The folder is made when it is not there, with its parents, and what was made is
+    removed again when it is left empty. Where the file system has no locks, this
+    keeps nobody out.
+
+    Raises:
+        BlockingIOError: a process has it; `strerror` says which.
+        OSError: the folder cannot be written to.
+    """
+    path = folder / LOCK_FILE
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        descriptor = _take_lock(path)
+        stack.callback(os.close, descriptor)
+        stack.callback(_remove_lock, path, descriptor)
+        yield
+
+
+def _take_lock(path: Path) -> int:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # who had it has just removed the folder that it had made
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(descriptor, 20).decode() or "another"
+            os.close(descriptor)
+            message = f"process {owner} is using it"
+            raise BlockingIOError(errno.EAGAIN, message, str(path.parent)) from error
+        except OSError:
+            pass  # no locks on this file system
+        if _is_at(path, descriptor):
+            with suppress(OSError):  # a full disk: then others are not told who has it
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            return descriptor
+        os.close(descriptor)  # who had it removed the file before it was locked here
+
+
+def _remove_lock(path: Path, descriptor: int) -> None:
+    with suppress(OSError):  # a file left behind locks nothing
+        if _is_at(path, descriptor):
+            path.unlink()
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left of a file or folder that they were writing.
+
+    Args:
+        path: its name may be a pattern, as `glob` takes it.
+    """
+    for leftover in path.parent.glob(f".{path.name}.tmp-{'?' * 8}"):  # as mkdtemp names it
+        name = leftover.name[1:].rpartition(".tmp-")[0]
+        _clear_if_stale(leftover, path.with_name(name))
+
+
 def _refuse_existing(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} is already there")
@@ -79,12 +160,9 @@ def _refuse_existing(path: Path) -> None:
 def _workspace(path: Path) -> Iterator[Path]:
     """A locked folder beside `path`, on the same file system, gone when the block ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}.tmp-"
-    random_part = "?" * 8  # what mkdtemp adds
-    for leftover in path.parent.glob(glob.escape(prefix) + random_part):
-        _clear_if_stale(leftover, path)
+    clear_leftovers(path.with_name(glob.escape(path.name)))
     with ExitStack() as stack:
-        workspace, lock = _make_locked_folder(prefix, path.parent)
+        workspace, lock = _make_locked_folder(f".{path.name}.tmp-", path.parent)
         stack.callback(os.close, lock)
         stack.callback(shutil.rmtree, workspace, ignore_errors=True)
         yield workspace

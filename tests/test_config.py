@@ -130,6 +130,7 @@ def test_every_key_of_a_file_arrives(write_run):
         weight_decay = 0.01
         max_grad_norm = 0
         save_every = 7
+        keep_checkpoints = 3
         seed = 0
         [validate]
         every = 10
@@ -142,7 +143,7 @@ def test_every_key_of_a_file_arrives(write_run):
         model=BaseModel("models/mine", "bfloat16"),
         lora=Lora(16, 32.0, 0.0, ("dense", "query_key_value"), True),
         data=Data("rows", 128, "all"),
-        train=Train(5, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 0),
+        train=Train(5, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, 0),
         validate=Validate(10, 2),
     )
     defaults = RunConfig()
@@ -252,6 +253,7 @@ RANGES = [
     ("train.weight_decay", "0", "-0.1", "at least 0"),
     ("train.max_grad_norm", "0", "-0.1", "at least 0"),
     ("train.save_every", "0", "-1", "at least 0"),
+    ("train.keep_checkpoints", "1", "0", "at least 1"),
     ("train.seed", "0", "-1", "from 0 to 2**32 - 1"),
     ("train.seed", "4294967295", "4294967296", "from 0 to 2**32 - 1"),
     ("validate.every", "0", "-1", "at least 0"),

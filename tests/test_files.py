@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from interviewmate_mlx import files
-from interviewmate_mlx.files import atomic_file, atomic_folder
+from interviewmate_mlx.files import atomic_file, atomic_folder, locked
 
 
 def write_folder(path: Path, text: str, replace: bool = False) -> None:
@@ -228,3 +228,28 @@ def test_a_writer_that_is_at_work_is_left_alone(tmp_path: Path) -> None:
         assert slow.read_text() == "slow"
     assert path.read_text() == "slow"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_locked_folder_is_made_and_gone_again_when_nothing_was_put_there(tmp_path):
+    folder = tmp_path / "a" / "b"
+    with locked(folder):
+        assert (folder / ".lock").read_text() == str(os.getpid())
+    assert list(tmp_path.iterdir()) == []
+    with locked(folder):
+        (folder / "kept").touch()
+    assert [path.name for path in folder.iterdir()] == ["kept"]
+    folder.joinpath("kept").unlink()
+    with locked(folder):
+        pass
+    assert folder.is_dir(), "a folder that was there stays"
+
+
+def test_locked_folder_is_refused_with_its_owner_and_free_again_after(tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(BlockingIOError) as refused, locked(tmp_path):
+            pass
+        assert refused.value.strerror == f"process {os.getpid()} is using it"
+        assert refused.value.filename == str(tmp_path)
+    (tmp_path / ".lock").write_text("of a process that is gone")
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())

@@ -1,5 +1,6 @@
 """Answers from a base and an adapter."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from interviewmate_mlx.errors import ConfigError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.weights.adapter_config import read_adapter_config
-from interviewmate_mlx.weights.base import find_base, load_base
-from interviewmate_mlx.weights.peft import load_adapter
+from interviewmate_mlx.weights.base import find_base, hash_weights, load_base
+from interviewmate_mlx.weights.peft import load_adapter, trained_on
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ def load_coach(
 
     Raises:
         InterviewMateError: one of them is missing or does not fit.
+
+    Warns:
+        UserWarning: the adapter fits, and was trained on other weights. No error: they may be
+            those of a base trained further, which only the user can know.
     """
     name = base or (read_adapter_config(adapter).base if adapter else "")
     if not name:
@@ -52,9 +57,17 @@ def load_coach(
             "No base: give --model (mini, a folder, or a Hub id such as tiiuae/falcon-rw-1b), "
             "or an adapter that names its base."
         )
-    model, tokenizer = load_base(find_base(name, progress), backend.resolve_dtype(dtype))
+    folder = find_base(name, progress)
+    model, tokenizer = load_base(folder, backend.resolve_dtype(dtype))
     if adapter:
         load_adapter(model, adapter)
+        expected, got = trained_on(adapter), hash_weights(folder)
+        if expected and got and expected != got:
+            warnings.warn(
+                f"{adapter} was trained on other weights than those in {folder}; "
+                "what it answers on these may make no sense.",
+                stacklevel=2,
+            )
     model.eval()
     return model, tokenizer
 

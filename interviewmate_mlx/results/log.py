@@ -5,6 +5,7 @@ the clock stands under `timing`, so that the rest of two equal runs is equal.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from interviewmate_mlx import __version__
 from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.errors import TrainingError
 from interviewmate_mlx.files import atomic_file
-from interviewmate_mlx.training.events import Event, Finished, Started, Stepped, Validated
+from interviewmate_mlx.training.events import Event, Finished, Saving, Started, Stepped, Validated
 from interviewmate_mlx.weights.names import is_hub_id, shipped_base
 
 METRICS_FILE = "metrics.jsonl"
@@ -70,50 +71,70 @@ def record(events: Iterator[Event], run: RunConfig, out: Path) -> Iterator[Event
         TrainingError: the lines of earlier steps are damaged or not there.
     """
     path = out / METRICS_FILE
-    started: Started | None = None
+    started, finished, summary = None, None, None
     for event in events:
         if isinstance(event, Started):
             started = event
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in read_metrics(path) if line["step"] <= event.step]
-            _check_complete(path, kept, event.step)
+            kept = _lines_until(path, event.step) if event.step else []
             with atomic_file(path) as temporary:
-                temporary.write_text("".join(map(_line, kept if event.step else [])), "utf-8")
+                temporary.write_text("".join(map(_line, kept)), "utf-8")
         elif isinstance(event, Stepped | Validated):
             with path.open("a", encoding="utf-8") as file:
                 file.write(_line(_as_dict(event)))
+        elif isinstance(event, Saving):
+            # A checkpoint must not be there without the lines that led to it.
+            with path.open("a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
         elif isinstance(event, Finished) and started:
+            finished = event
             summary = summarise(run, started, event, read_metrics(path))
             with atomic_file(out / SUMMARY_FILE) as temporary:
                 temporary.write_text(json.dumps(asdict(summary), indent=2) + "\n", "utf-8")
             write_card(out, run, summary)
-            yield event
-            if not event.interrupted:
-                yield summary
-            return
         yield event
+    if summary and finished and not finished.interrupted:
+        yield summary
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; none if there is no file. A torn last line is left out."""
+    lines, fault = _read_lines(path)
+    if fault:
+        raise TrainingError(
+            f"{path} is damaged: {fault}\nRestore it, or train anew with another --out."
+        )
+    return lines
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The lines before the first that is damaged, and what is wrong with that one."""
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines[:-1]]
-    except ValueError as error:
-        raise TrainingError(
-            f"{path} is damaged: {error}\nRestore it, or train anew with another --out."
-        ) from error
+        return [], ""
+    lines: list[dict[str, Any]] = []
+    # Bytes: what a power cut leaves at the end need not be text.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict) or not {"event", "step"} <= value.keys():
+                raise ValueError("it tells of no step")
+        except (ValueError, RecursionError) as error:
+            return lines, f"line {number}: {error}"
+        lines.append(value)
+    return lines, ""
 
 
-def _check_complete(path: Path, lines: list[dict[str, Any]], last_step: int) -> None:
-    found = [line["step"] for line in lines if line["event"] == "step"]
+def _lines_until(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """The lines of the steps up to one; what comes after, damaged or not, is given up."""
+    lines, fault = _read_lines(path)
+    kept = [line for line in lines if line["step"] <= last_step]
+    found = [line["step"] for line in kept if line["event"] == "step"]
     if found != list(range(1, last_step + 1)):
+        damage = f"; it is damaged at {fault}" if fault else ""
         raise TrainingError(
-            f"{path}: got {len(found)} of the {last_step} steps before this one.\n"
+            f"{path}: got {len(found)} of the {last_step} steps before this one{damage}.\n"
             "Restore it, or train anew with another --out."
         )
+    return kept
 
 
 def summarise(

@@ -167,6 +167,8 @@ def _print_start(event: Started, console: Console) -> None:
         console.print(f"{event.num_cut_rows} rows are longer than data.max_length and were cut")
     if event.num_dropped_rows:
         console.print(f"{event.num_dropped_rows} rows had nothing left to learn and were dropped")
+    for note in event.notes:
+        console.print(note, soft_wrap=True)
     if event.step:
         console.print(f"going on after step {event.step}")
 

@@ -2,24 +2,28 @@
 
 `checkpoints/step-000053.safetensors` holds the adapter, the optimizer's moments
 and the best adapter so far as tensors, and all else as JSON in the file's
-metadata. One file is there or not; there is no half of a save.
+metadata, with a hash over all of it. One file is there or not; there is no half
+of a save.
 
 No random state is kept: the order of an epoch and the dropout of a step follow
 from the seed and the step alone.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from interviewmate_mlx.errors import TrainingError
+from interviewmate_mlx.errors import TrainingError, WeightsError, list_faults
 from interviewmate_mlx.files import atomic_file
+from interviewmate_mlx.weights.safetensors_file import save_tensors
 
 FOLDER = "checkpoints"
-KEEP = 2  # the newest; one more than needed, should the newest be damaged
+PATTERN = "step-*.safetensors"
 
 
 @dataclass
@@ -32,49 +36,113 @@ class State:
     bad_validations: int = 0  # in a row, without a new best
     token_budget: int = 0  # of a microbatch; kept, so that a resumed run splits steps alike
     fingerprint: dict[str, str] = field(default_factory=dict)  # of base and data
+    versions: dict[str, str] = field(default_factory=dict)  # of what the bytes depend on
 
 
 Tensors = dict[str, dict[str, mx.array]]  # by group: adapter, optimizer, best
 
 
-def save_checkpoint(out: Path, state: State, tensors: Tensors) -> Path:
-    """Write one checkpoint, then remove those that are older than the newest few."""
+@dataclass(frozen=True)
+class Saved:
+    """A run as it was saved last."""
+
+    state: State
+    tensors: Tensors
+    damaged: dict[Path, str]  # newer checkpoints that are not whole, and why
+
+
+def save_checkpoint(out: Path, state: State, tensors: Tensors, keep: int) -> Path:
+    """Write one checkpoint, then remove all but the newest `keep`.
+
+    Raises:
+        OSError: it cannot be written; those there stay.
+    """
     path = out / FOLDER / f"step-{state.step:06d}.safetensors"
     flat = {f"{group}/{name}": a for group, arrays in tensors.items() for name, a in arrays.items()}
+    text = json.dumps(asdict(state))
     with atomic_file(path) as temporary:
-        try:
-            mx.save_safetensors(str(temporary), flat, metadata={"state": json.dumps(asdict(state))})
-        except RuntimeError as error:
-            raise TrainingError(
-                f"Cannot write {path}: {error}\nMake room on the disk, then go on with --resume."
-            ) from error
-    for old in checkpoints(out)[:-KEEP]:
-        old.unlink()
+        save_tensors(temporary, flat, {"state": text, "sha256": _hash(text, flat)})
+    prune(out, keep)
     return path
+
+
+def prune(out: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest few."""
+    for old in checkpoints(out)[:-keep]:
+        old.unlink()
 
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run's folder, oldest first."""
-    return sorted((out / FOLDER).glob("step-*.safetensors"))
+    return sorted((out / FOLDER).glob(PATTERN))
+
+
+def load_newest(out: Path) -> Saved | None:
+    """Read the newest checkpoint that is whole; None where there are none at all.
+
+    Raises:
+        TrainingError: none is whole, or another version of this package wrote it.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(checkpoints(out)):
+        try:
+            state, tensors = load_checkpoint(path)
+        except WeightsError as error:
+            damaged[path] = str(error)
+        else:
+            return Saved(state, tensors, damaged)
+    if damaged:
+        faults = [f"{path.name}: {fault}" for path, fault in damaged.items()]
+        raise TrainingError(
+            f"{out / FOLDER} holds no checkpoint that is whole:\n{list_faults(faults)}\n"
+            "Restore one, or train anew with another --out."
+        )
+    return None
 
 
 def load_checkpoint(path: Path) -> tuple[State, Tensors]:
     """Read one checkpoint.
 
     Raises:
-        TrainingError: it is damaged.
+        WeightsError: it is damaged.
+        TrainingError: it is whole, and of another version of this package.
     """
     try:
         loaded: Any = mx.load(str(path), return_metadata=True)
         flat, meta = loaded
-        state = State(**json.loads(meta["state"]))
-        mx.eval(flat)
+        text = meta["state"]
+        is_whole = _hash(text, flat) == meta["sha256"]
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(
-            f"{path} is damaged: {error}\nRemove it to resume from the one before."
-        ) from error
+        raise WeightsError(f"damaged: {error}") from error
+    if not is_whole:
+        raise WeightsError("damaged: its bytes are not those that were written")
     tensors: Tensors = {"adapter": {}, "optimizer": {}, "best": {}}
-    for key, array in flat.items():
-        group, _, name = key.partition("/")
-        tensors[group][name] = array
+    try:
+        state = State(**json.loads(text))
+        for key, array in flat.items():
+            group, _, name = key.partition("/")
+            tensors[group][name] = array
+    except (TypeError, KeyError) as error:
+        raise TrainingError(
+            f"{path} was written by another version of this package: {error}\n"
+            "Go on with that version, or train anew with another --out."
+        ) from error
     return state, tensors
+
+
+def set_aside(damaged: dict[Path, str]) -> list[str]:
+    """Rename damaged checkpoints, so that none is taken for the newest; say so of each."""
+    notes = []
+    for path, fault in damaged.items():
+        aside = path.rename(path.with_name(f"{path.name}.damaged"))
+        notes.append(f"{path} is {fault}; it was set aside as {aside.name}")
+    return notes
+
+
+def _hash(state: str, tensors: dict[str, mx.array]) -> str:
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        array = np.asarray(tensors[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -16,6 +16,7 @@ class Started:
     num_dropped_rows: int  # with nothing left to learn from
     num_trainable: int
     num_parameters: int
+    notes: tuple[str, ...] = ()  # what to know of a run that goes on
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,13 @@ class Validated:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """The state after `step` updates is about to be saved; what tells of them comes first."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Finished:
     """The adapter folder is complete, or (`interrupted`) can be resumed."""
 
@@ -54,4 +62,4 @@ class Finished:
     stopped_early: bool
 
 
-Event = Started | Stepped | Validated | Finished
+Event = Started | Stepped | Validated | Saving | Finished

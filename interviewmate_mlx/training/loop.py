@@ -4,10 +4,11 @@
 whoever iterates over it prints, logs or draws.
 """
 
+import dataclasses
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,36 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from interviewmate_mlx import backend
-from interviewmate_mlx.config import RunConfig, to_toml
+from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.data.batches import collate, epoch_steps, in_order, split_step
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.errors import TrainingError
-from interviewmate_mlx.files import Progress, atomic_file
+from interviewmate_mlx.files import Progress
+from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.model.lora import count_parameters
 from interviewmate_mlx.training.checkpoint import (
+    Saved,
     State,
-    checkpoints,
-    load_checkpoint,
+    load_newest,
+    prune,
     save_checkpoint,
+    set_aside,
 )
-from interviewmate_mlx.training.events import Event, Finished, Started, Stepped, Validated
+from interviewmate_mlx.training.events import (
+    Event,
+    Finished,
+    Saving,
+    Started,
+    Stepped,
+    Validated,
+)
+from interviewmate_mlx.training.folder import (
+    check_out,
+    check_same_run,
+    clear,
+    hold,
+    write_run,
+)
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
 from interviewmate_mlx.training.step import (
     AddMicrobatches,
@@ -37,13 +55,7 @@ from interviewmate_mlx.training.step import (
     compile_loss,
     compile_step,
 )
-from interviewmate_mlx.training.task import (
-    Task,
-    check_disk,
-    check_out,
-    check_same_run,
-    prepare,
-)
+from interviewmate_mlx.training.task import Task, changed_versions, prepare, versions
 from interviewmate_mlx.weights.adapter_config import AdapterConfig
 from interviewmate_mlx.weights.names import local_path, shipped_base
 from interviewmate_mlx.weights.peft import adapter_weights, save_adapter
@@ -63,7 +75,7 @@ def train(
     Args:
         run: what to train.
         out: the adapter's folder, made here.
-        resume: go on from the newest checkpoint in `out`.
+        resume: go on from the newest whole checkpoint in `out`.
         replace: remove the run in `out`, once all that the new one needs is there.
         stop: asked after each step; true saves the state and ends.
         progress: bytes done and in all, while a base is pulled and converted.
@@ -74,69 +86,87 @@ def train(
     Raises:
         InterviewMateError: the run cannot start or go on. What was saved stays.
     """
-    check_out(out, resume, replace)
-    if resume:
-        check_same_run(run, out)
-    task = prepare(run, progress)
-    check_disk(task, out)
-    if replace and not resume and out.exists():
-        shutil.rmtree(out)
-    model, patience = task.model, run.validate.early_stop_patience
-    optimizer = adamw(run.train.weight_decay)
-    best: dict[str, mx.array] = {}
-    with backend.memory_limits(), backend.cpu_workers() as workers:
-        compiled_step = compile_step(model, optimizer, run.train.max_grad_norm, workers)
-        total_loss = compile_loss(model, workers)
-        state = State(token_budget=task.token_budget, fingerprint=task.fingerprint)
+    with hold(out):
+        check_out(out, resume, replace)
+        saved = None
         if resume:
-            state, best = restore(out, task, optimizer)
-            # The run may have been killed between its checkpoint and its adapter.
-            save_adapter(out, best or adapter_weights(model), adapter_config(run))
-        else:
-            write_run(run, out)
-        yield started(task, state.step)
+            check_same_run(run, out)
+            saved = load_newest(out)
+        task = prepare(run, progress, out, saved.state.fingerprint if saved else None)
+        if replace and not resume:
+            clear(out)
+        with backend.memory_limits(), backend.cpu_workers() as workers:
+            yield from run_task(task, out, saved, workers, stop)
 
-        def is_over() -> bool:
-            return state.step == task.total_steps or 0 < patience <= state.bad_validations
 
-        def save() -> None:
-            adapter = adapter_weights(model)
-            moments = dict(tree_flatten(optimizer.state))
-            save_checkpoint(out, state, {"adapter": adapter, "optimizer": moments, "best": best})
-            save_adapter(out, best or adapter, adapter_config(run))
+def run_task(
+    task: Task,
+    out: Path,
+    saved: Saved | None,
+    workers: Sequence[Executor],
+    stop: Callable[[], bool],
+) -> Iterator[Event]:
+    """Train, from the start or from what was saved; see `train`."""
+    run, model, patience = task.run, task.model, task.run.validate.early_stop_patience
+    optimizer = adamw(run.train.weight_decay)
+    compiled_step = compile_step(model, optimizer, run.train.max_grad_norm, workers)
+    total_loss = compile_loss(model, workers)
+    best: dict[str, mx.array] = {}
+    state = State(token_budget=task.token_budget, fingerprint=task.fingerprint, versions=versions())
+    notes: list[str] = []
+    if saved:
+        notes = set_aside(saved.damaged) + changed_versions(saved.state.versions)
+        state, best = restore(saved, model, optimizer)
+        # What a save does after its checkpoint; the run may have been killed before that.
+        prune(out, run.train.keep_checkpoints)
+        save_adapter(out, best or adapter_weights(model), adapter_config(run), task.base_hash)
+    else:
+        write_run(run, out)
+    yield started(task, state.step, notes)
 
-        if state.step == 0 and task.valid:
+    def is_over() -> bool:
+        return state.step == task.total_steps or 0 < patience <= state.bad_validations
+
+    def save() -> Iterator[Event]:
+        yield Saving(state.step)
+        adapter = adapter_weights(model)
+        moments = dict(tree_flatten(optimizer.state))
+        tensors = {"adapter": adapter, "optimizer": moments, "best": best}
+        save_checkpoint(out, state, tensors, run.train.keep_checkpoints)
+        save_adapter(out, best or adapter, adapter_config(run), task.base_hash)
+
+    if state.step == 0 and task.valid:
+        loss, elapsed_s = validate(task, total_loss, state.token_budget)
+        yield Validated(0, loss, is_best=False, elapsed_s=elapsed_s)
+    while not is_over():
+        until = next_pause(task, state.step)
+        try:
+            for event in run_steps(
+                task, compiled_step, state.step, until, state.token_budget, len(workers), stop
+            ):
+                state.step = event.step
+                yield event
+        except TrainingError as error:
+            yield from save()  # the last good state: what was not finite was not applied
+            where = f"The state after step {state.step} is saved in {out}."
+            raise TrainingError(f"{error}\n{where}") from error
+        if task.valid and state.step == until and is_validation(task, until):
             loss, elapsed_s = validate(task, total_loss, state.token_budget)
-            yield Validated(0, loss, is_best=False, elapsed_s=elapsed_s)
-        while not is_over():
-            until = next_pause(task, state.step)
-            try:
-                for event in run_steps(
-                    task, compiled_step, state.step, until, state.token_budget, len(workers), stop
-                ):
-                    state.step = event.step
-                    yield event
-            except TrainingError as error:
-                save()  # the last good state: what was not finite was not applied
-                saved = f"The state after step {state.step} is saved in {out}."
-                raise TrainingError(f"{error}\n{saved}") from error
-            if task.valid and state.step == until and is_validation(task, until):
-                loss, elapsed_s = validate(task, total_loss, state.token_budget)
-                if not math.isfinite(loss):
-                    raise TrainingError(
-                        f"The validation loss after step {until} is {loss}.\n"
-                        "The last checkpoint stays. Train anew with a lower train.learning_rate."
-                    )
-                is_best = state.best_loss is None or loss < state.best_loss
-                if is_best:
-                    best = adapter_weights(model)
-                    state.best_loss, state.best_step, state.bad_validations = loss, state.step, 0
-                else:
-                    state.bad_validations += 1
-                yield Validated(state.step, loss, is_best, elapsed_s)
-            save()
-            if stop():
-                break
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"The validation loss after step {until} is {loss}.\n"
+                    "The last checkpoint stays. Train anew with a lower train.learning_rate."
+                )
+            is_best = state.best_loss is None or loss < state.best_loss
+            if is_best:
+                best = adapter_weights(model)
+                state.best_loss, state.best_step, state.bad_validations = loss, state.step, 0
+            else:
+                state.bad_validations += 1
+            yield Validated(state.step, loss, is_best, elapsed_s)
+        yield from save()
+        if stop():
+            break
     yield Finished(
         step=state.step,
         best_step=state.best_step if best else None,
@@ -243,7 +273,7 @@ def next_pause(task: Task, step: int) -> int:
     return next(s for s in later if is_validation(task, s) or (save_every and s % save_every == 0))
 
 
-def started(task: Task, step: int) -> Started:
+def started(task: Task, step: int, notes: Sequence[str]) -> Started:
     """What is known before the first step."""
     num_trainable, num_parameters = count_parameters(task.model)
     return Started(
@@ -256,6 +286,7 @@ def started(task: Task, step: int) -> Started:
         num_dropped_rows=task.num_dropped_rows,
         num_trainable=num_trainable,
         num_parameters=num_parameters,
+        notes=tuple(notes),
     )
 
 
@@ -268,37 +299,21 @@ def adapter_config(run: RunConfig) -> AdapterConfig:
     return AdapterConfig(base, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.rslora)
 
 
-def write_run(run: RunConfig, out: Path) -> None:
-    """Keep the resolved run beside its adapter."""
-    with atomic_file(out / "run.toml") as temporary:
-        temporary.write_text(to_toml(run), encoding="utf-8")
-
-
-def restore(out: Path, task: Task, optimizer: optim.Optimizer) -> tuple[State, dict[str, mx.array]]:
-    """Put the newest checkpoint's numbers into model and optimizer, in place.
+def restore(
+    saved: Saved, model: Model, optimizer: optim.Optimizer
+) -> tuple[State, dict[str, mx.array]]:
+    """Put a checkpoint's numbers into model and optimizer, in place.
 
     Returns:
         The state and the best adapter so far (empty if none was validated).
-
-    Raises:
-        TrainingError: it is damaged, or of another run, base or data.
     """
-    path = checkpoints(out)[-1]
-    state, tensors = load_checkpoint(path)
-    changed = [
-        name for name, value in task.fingerprint.items() if state.fingerprint.get(name) != value
-    ]
-    if changed:
-        raise TrainingError(
-            f"{path} cannot be resumed, for this has changed since: {', '.join(changed)}.\n"
-            "Restore it, or train anew with another --out."
-        )
-    task.model.load_weights(list(tensors["adapter"].items()), strict=False)
-    moments = tensors["optimizer"]
+    model.load_weights(list(saved.tensors["adapter"].items()), strict=False)
+    moments = saved.tensors["optimizer"]
     optimizer.state.update(tree_map_with_path(lambda name, _: moments[name], optimizer.state))
     # In the model's order, for a file's bytes follow from it.
-    best = tensors["best"]
-    return state, {name: best[name] for name in adapter_weights(task.model) if name in best}
+    best = saved.tensors["best"]
+    in_order = {name: best[name] for name in adapter_weights(model) if name in best}
+    return dataclasses.replace(saved.state, versions=versions()), in_order
 
 
 def _number(scalar: mx.array) -> float:

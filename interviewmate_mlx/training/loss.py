@@ -70,9 +70,9 @@ def chunked_cross_entropy(
             part = slice(start, start + chunk)
 
             def loss_of_part(states: mx.array, part: slice = part) -> mx.array:
-                return masked_cross_entropy(
-                    head(states), targets[part], mask[part], cross_entropy
-                )[0]
+                return masked_cross_entropy(head(states), targets[part], mask[part], cross_entropy)[
+                    0
+                ]
 
             # The next chunk waits for this one, so that their logits never exist together.
             (states,) = mx.depends([hidden[part]], gradients[-1:] or [total])

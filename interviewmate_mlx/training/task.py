@@ -3,24 +3,39 @@
 import hashlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-from interviewmate_mlx import backend
-from interviewmate_mlx.config import RunConfig, parse_run
+from interviewmate_mlx import __version__, backend
+from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.data.batches import padded_width, steps_per_epoch
 from interviewmate_mlx.data.prompts import Example, encode_records
-from interviewmate_mlx.data.records import load_splits
-from interviewmate_mlx.errors import BackendError, DataError, TrainingError, list_faults
+from interviewmate_mlx.data.records import Record, load_splits
+from interviewmate_mlx.errors import (
+    BackendError,
+    DataError,
+    InterviewMateError,
+    TrainingError,
+    collected,
+    raise_together,
+)
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.model.lora import add_lora, count_parameters
-from interviewmate_mlx.training.checkpoint import KEEP, checkpoints
 from interviewmate_mlx.training.memory import token_budget
-from interviewmate_mlx.weights.base import find_base, fingerprint, load_base
+from interviewmate_mlx.weights.base import (
+    build_base,
+    find_base,
+    hash_base,
+    hash_weights,
+    is_here,
+    load_base_tokenizer,
+    read_weights,
+)
 from interviewmate_mlx.weights.names import find_data
 
 
@@ -36,6 +51,7 @@ class Task:
     num_dropped_rows: int
     token_budget: int
     fingerprint: dict[str, str]
+    base_hash: str  # of its weights, for the adapter to tell
 
     @property
     def steps_per_epoch(self) -> int:
@@ -46,122 +62,169 @@ class Task:
         return self.run.train.epochs * self.steps_per_epoch
 
 
-def prepare(run: RunConfig, progress: Progress | None = None) -> Task:
+def prepare(
+    run: RunConfig,
+    progress: Progress | None = None,
+    out: Path | None = None,
+    began: dict[str, str] | None = None,
+) -> Task:
     """Load and check the base and the data of a run, and put the LoRA on.
 
+    Everything is checked before the weights are read, and a base is not pulled for a
+    run whose data is at fault.
+
+    Args:
+        run: what to train.
+        progress: bytes done and in all, while base or data is pulled.
+        out: where the run will write; the disk is checked. None: it writes nothing.
+        began: the fingerprint of the run that goes on.
+
     Raises:
-        InterviewMateError: any of it is missing or faulty.
+        InterviewMateError: what is missing, faulty or changed, all of it.
     """
-    splits = load_splits(find_data(run.data.path, progress))
-    folder = find_base(run.model.base, progress)
-    dtype = backend.resolve_dtype(run.model.dtype)
-    model, tokenizer = load_base(folder, dtype)
+    faults: list[InterviewMateError] = []
+    splits: dict[str, list[Record]] = {}
+    folder, rows, model = None, None, None
+    with collected(faults):
+        splits = load_splits(find_data(run.data.path, progress))
+    if splits or is_here(run.model.base):
+        with collected(faults):
+            folder = find_base(run.model.base, progress)
+            tokenizer = load_base_tokenizer(folder)
+            if splits:
+                rows = encode_rows(run, splits, tokenizer)
+    if folder and rows:
+        fingerprint = {"base": hash_base(folder), "data": _hash_examples(rows.all)}
+        if began:
+            check_unchanged(fingerprint, began)
+    if folder:
+        with collected(faults):
+            model = build_model(run, folder)
+            if out:
+                check_disk(run, model, out)
+    if model and rows:
+        with collected(faults):
+            width = padded_width(max(map(len, rows.all)))
+            itemsize = backend.resolve_dtype(run.model.dtype).size
+            memory_bytes = backend.machine().memory_bytes
+            budget = token_budget(model, model.args, width, itemsize, memory_bytes)
+    if faults or not (folder and rows and model):
+        raise_together(faults, f"The run {run.name} cannot start")
+    read_weights(model, folder)
+    return Task(
+        run=run,
+        model=model,
+        train=rows.train,
+        valid=rows.valid,
+        num_cut_rows=sum(example.num_cut > 0 for example in rows.all),
+        num_dropped_rows=rows.num_dropped,
+        token_budget=budget,
+        fingerprint=fingerprint,
+        base_hash=hash_weights(folder),
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a run learns from and is validated on."""
+
+    train: list[Example]
+    valid: list[Example]
+    num_dropped: int
+
+    @property
+    def all(self) -> list[Example]:
+        return self.train + self.valid
+
+
+def encode_rows(run: RunConfig, splits: dict[str, list[Record]], tokenizer: Any) -> Rows:
+    """Encode a run's rows.
+
+    Raises:
+        DataError: none has anything left to learn from.
+    """
     data = run.data
-    encoded = {
-        split: encode_records(tokenizer, splits.get(split, []), data.max_length, data.train_on)
+    (train, train_dropped), (valid, valid_dropped) = (
+        encode_records(tokenizer, splits.get(split, []), data.max_length, data.train_on)
         for split in ("train", "valid")
-    }
-    (train_rows, train_dropped), (valid_rows, valid_dropped) = encoded.values()
-    if not train_rows:
+    )
+    if not train:
         raise DataError(
             f"{data.path}: of {len(train_dropped)} rows none has a token left to learn from after "
             f"{data.max_length} tokens.\nRaise data.max_length."
         )
+    return Rows(train, valid, len(train_dropped) + len(valid_dropped))
+
+
+def build_model(run: RunConfig, folder: Path) -> Model:
+    """A run's base with the LoRA on, not in memory yet."""
+    model = build_base(folder, backend.resolve_dtype(run.model.dtype))
     mx.random.seed(run.train.seed)
     lora = run.lora
     add_lora(model, lora.targets, lora.rank, lora.alpha, lora.dropout, rslora=lora.rslora)
-    if backend.machine().device == "cpu" and dtype == mx.float32:
+    if backend.machine().device == "cpu" and backend.resolve_dtype(run.model.dtype) == mx.float32:
         use_cpu_kernels(model)
-    widest = padded_width(max(map(len, train_rows + valid_rows)))
-    return Task(
-        run=run,
-        model=model,
-        train=train_rows,
-        valid=valid_rows,
-        num_cut_rows=sum(example.num_cut > 0 for example in train_rows + valid_rows),
-        num_dropped_rows=len(train_dropped) + len(valid_dropped),
-        token_budget=token_budget(
-            model, model.args, widest, dtype.size, backend.machine().memory_bytes
-        ),
-        fingerprint={
-            "base": fingerprint(folder),
-            "data": _hash_examples(train_rows + valid_rows),
-        },
-    )
+    return model
 
 
-def check_out(out: Path, resume: bool, replace: bool = False) -> None:
-    """Refuse to mix a new run with an old one, and to replace what is no run.
+def versions() -> dict[str, str]:
+    """What a run's bytes depend on beside the run, its base and its data."""
+    here = backend.machine()
+    return {
+        "interviewmate-mlx": __version__,
+        "mlx": here.mlx_version,
+        "device": here.device_name,
+        "BLAS": Path(here.blas or "MLX's own").name,
+        "CPU workers": str(here.cpu_workers),
+    }
+
+
+def check_unchanged(fingerprint: dict[str, str], began: dict[str, str]) -> None:
+    """Refuse to go on with another base or data than those the run began with.
 
     Raises:
-        TrainingError: `out` holds something already, or, to resume, nothing.
+        TrainingError: what has changed, all of it.
     """
-    if resume and not checkpoints(out):
-        raise TrainingError(f"Nothing to resume in {out}: it holds no checkpoint.\nTrain anew.")
-    if resume or not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not replace:
+    changed = [name for name, value in fingerprint.items() if began.get(name) != value]
+    if changed:
         raise TrainingError(
-            f"{out} is {'not empty' if out.is_dir() else 'a file'}.\n"
-            "Go on with --resume, replace it with --force, or choose another --out."
-        )
-    if not (out / "run.toml").is_file():
-        raise TrainingError(
-            f"{out} holds no run of this package, so it is not replaced.\n"
-            "Remove it yourself, or choose another --out."
+            f"The run cannot be resumed, for this has changed since: {', '.join(changed)}.\n"
+            "Restore it, or train anew with another --out."
         )
 
 
-def read_run(out: Path) -> RunConfig:
-    """The run that began in a folder, by the folder's name.
+def changed_versions(began: dict[str, str]) -> list[str]:
+    """Say what else has changed since a run was saved.
 
-    Raises:
-        TrainingError: the folder holds no `run.toml`.
+    It goes on all the same: the state means the same to every version that can read it, and
+    hours of training are worth more than the last bits that another MLX rounds otherwise.
     """
-    try:
-        return parse_run(out.name, (out / "run.toml").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TrainingError(
-            f"Cannot read {out}/run.toml: {error.strerror}.\nTrain anew with another --out."
-        ) from error
-
-
-def check_same_run(run: RunConfig, out: Path) -> None:
-    """Refuse to go on with other settings than those the run began with.
-
-    Raises:
-        TrainingError: keys that differ from `out/run.toml`, all of them.
-    """
-    began = read_run(out)
-    tables = {"got": asdict(run), "expected": asdict(began)}
-    faults = [
-        f"{table}.{key}: got {value!r}, expected {tables['expected'][table][key]!r}"
-        for table, keys in tables["got"].items()
-        if isinstance(keys, dict)
-        for key, value in keys.items()
-        if value != tables["expected"][table][key]
+    changed = [
+        f"{name} {began.get(name)} -> {value}"
+        for name, value in versions().items()
+        if began.get(name) != value
     ]
-    if faults:
-        raise TrainingError(
-            f"{out} began as another run:\n{list_faults(faults)}\n"
-            "Resume with what it began with, or train anew with another --out."
-        )
+    if not changed:
+        return []
+    return [
+        f"changed since the run was saved: {', '.join(changed)}; "
+        "it may end in other last digits than without the change"
+    ]
 
 
-def check_disk(task: Task, out: Path) -> None:
+def check_disk(run: RunConfig, model: Model, out: Path) -> None:
     """Refuse to start where the checkpoints will not fit.
 
     Raises:
         BackendError: less free than a run writes.
     """
-    folder = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     # A checkpoint holds the adapter, two moments and the best adapter, float32 each; one more
     # than is kept lies there while it is written.
-    needed = 4 * 4 * count_parameters(task.model)[0] * (KEEP + 1)
-    free = shutil.disk_usage(folder).free
+    needed = 4 * 4 * count_parameters(model)[0] * (run.train.keep_checkpoints + 1)
+    free = shutil.disk_usage(out).free
     if free < needed:
         raise BackendError(
-            f"{folder}: {free / 1e6:.0f} MB are free, the run writes up to {needed / 1e6:.0f}.\n"
+            f"{out}: {free / 1e6:.0f} MB are free, the run writes up to {needed / 1e6:.0f}.\n"
             "Make room, or choose an --out on another disk."
         )
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import load_model
@@ -15,10 +17,13 @@ from interviewmate_mlx.model import falcon
 from interviewmate_mlx.weights.convert import convert
 from interviewmate_mlx.weights.hub import pull
 from interviewmate_mlx.weights.names import is_hub_id, local_path, shipped_base
+from interviewmate_mlx.weights.safetensors_file import TensorEntry, read_safetensors_header
 
 # What the libraries raise on files that are not what they should be.
 _FAULTS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError)
 _SAMPLE_BYTES = 4096  # twice a tensor: to read all of a large model would take seconds
+_SAMPLE_NUMBERS = 2048  # of a tensor
+_GRID = 1024  # steps a unit
 
 
 def find_base(name: str, progress: Progress | None = None) -> Path:
@@ -51,6 +56,11 @@ def models_folder(name: str) -> Path:
     return Path("models") / name
 
 
+def is_here(name: str) -> bool:
+    """Whether a base needs no pulling."""
+    return local_path(name).exists() or not is_hub_id(name) or models_folder(name).exists()
+
+
 def load_base(folder: Path, dtype: mx.Dtype) -> tuple[falcon.Model, TokenizerWrapper]:
     """Load a Falcon-RW folder, quantised or not, and its tokenizer. No code of the folder is run.
 
@@ -61,6 +71,13 @@ def load_base(folder: Path, dtype: mx.Dtype) -> tuple[falcon.Model, TokenizerWra
     Raises:
         ModelError: the folder is no Falcon-RW's, or its weights do not fit.
     """
+    model = build_base(folder, dtype)
+    read_weights(model, folder)
+    return model, load_base_tokenizer(folder)
+
+
+def build_base(folder: Path, dtype: mx.Dtype) -> falcon.Model:
+    """The model of a folder, checked but not in memory yet: see `load_base` and `read_weights`."""
     if not list(folder.glob("model*.safetensors")):
         raise ModelError(
             f"{folder} holds no model*.safetensors.\n"
@@ -75,12 +92,21 @@ def load_base(folder: Path, dtype: mx.Dtype) -> tuple[falcon.Model, TokenizerWra
             get_model_classes=lambda config: (falcon.Model, falcon.ModelArgs),
         )
         model.set_dtype(dtype)
+    except _FAULTS as error:
+        raise _unloadable(folder, error) from error
+    return model
+
+
+def read_weights(model: falcon.Model, folder: Path) -> None:
+    """Read the weights of a built model into memory.
+
+    Raises:
+        ModelError: a file is not as its header said.
+    """
+    try:
         mx.eval(model.parameters())
     except _FAULTS as error:
-        raise ModelError(
-            f"Cannot load {folder}: {error}\nConvert it anew, or choose another base."
-        ) from error
-    return model, load_base_tokenizer(folder)
+        raise _unloadable(folder, error) from error
 
 
 def load_base_tokenizer(folder: Path) -> TokenizerWrapper:
@@ -105,7 +131,11 @@ def load_base_tokenizer(folder: Path) -> TokenizerWrapper:
     return tokenizer
 
 
-def fingerprint(folder: Path) -> str:
+def _unloadable(folder: Path, error: Exception) -> ModelError:
+    return ModelError(f"Cannot load {folder}: {error}\nConvert it anew, or choose another base.")
+
+
+def hash_base(folder: Path) -> str:
     """A hash of a model's config and tokenizer, and of a sample of each of its tensors."""
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json"):
@@ -123,4 +153,29 @@ def fingerprint(folder: Path) -> str:
                     for position in (begin, (begin + end) // 2):
                         file.seek(data + position)
                         digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def hash_weights(folder: Path) -> str:
+    """What tells a base's weights from another's; empty for a quantised one.
+
+    The same in float32, bfloat16 and float16, in one file and in shards, with the vocabulary
+    trimmed or not: the first numbers of each tensor, on a grid too coarse for a dtype to matter
+    (to weights that were bfloat16 once) and fine enough for any training.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for path in folder.glob("model*.safetensors"):
+        entries |= read_safetensors_header(path)
+    if any(name.endswith(".scales") for name in entries):
+        return ""
+    digest = hashlib.sha256()
+    for name, entry in sorted(entries.items()):
+        if entry.dtype in ("float32", "bfloat16", "float16") and name != "lm_head.weight":
+            kind = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[entry.dtype]
+            count = min(_SAMPLE_NUMBERS, math.prod(entry.shape))
+            sample = np.fromfile(entry.path, kind, count, offset=entry.offset)
+            if entry.dtype == "bfloat16":
+                sample = (sample.astype(np.uint32) << 16).view(np.float32)
+            steps = np.nan_to_num(sample.astype(np.float64) * _GRID)
+            digest.update(name.encode() + (np.rint(steps) + 0.0).tobytes() + b".")
     return digest.hexdigest()

@@ -21,9 +21,11 @@ from interviewmate_mlx.weights.adapter_config import (
     AdapterConfig,
     read_adapter_config,
 )
+from interviewmate_mlx.weights.safetensors_file import save_tensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_BASE_KEY = "base_weights"  # in the metadata of WEIGHTS_FILE
 # What an adapter folder holds for others; checkpoints are the trainer's own.
 ADAPTER_FILES = (
     WEIGHTS_FILE,
@@ -54,13 +56,30 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterConfig:
     return config
 
 
-def save_adapter(folder: Path, weights: dict[str, mx.array], config: AdapterConfig) -> None:
+def trained_on(folder: Path) -> str:
+    """The `hash_weights` of the base an adapter was trained on; empty where that is not known."""
+    path = folder / WEIGHTS_FILE
+    try:
+        loaded: Any = mx.load(str(path), return_metadata=True)
+    except (RuntimeError, ValueError):
+        return ""  # reading it will say why
+    return str(loaded[1].get(_BASE_KEY, ""))
+
+
+def save_adapter(
+    folder: Path, weights: dict[str, mx.array], config: AdapterConfig, base_hash: str = ""
+) -> None:
     """Write the two PEFT files, each whole or not at all.
 
     Args:
         folder: made when it is not there; other files in it are left alone.
         weights: matrices by parameter path, as `adapter_weights` gives them.
         config: what to say of them.
+        base_hash: `hash_weights` of the base that they were trained on. It goes into the metadata
+            of the weights: PEFT passes that over, and warns of keys it does not know in its JSON.
+
+    Raises:
+        OSError: they cannot be written.
     """
     content = {
         "peft_type": "LORA",
@@ -84,7 +103,8 @@ def save_adapter(folder: Path, weights: dict[str, mx.array], config: AdapterConf
     # The weights first: a folder with a config counts as an adapter.
     with atomic_file(folder / WEIGHTS_FILE) as temporary:
         named = {PREFIX + path: matrix for path, matrix in weights.items()}
-        mx.save_safetensors(str(temporary), named, metadata={"format": "pt"})
+        known = {_BASE_KEY: base_hash} if base_hash else {}
+        save_tensors(temporary, named, {"format": "pt", **known})
     with atomic_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -5,6 +5,7 @@ header's length, the header in JSON, then the tensors' bytes without gaps,
 little-endian, row by row.
 """
 
+import errno
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from interviewmate_mlx.errors import WeightsError
@@ -154,6 +156,18 @@ def safetensors_header(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # keeps the tensors aligned
     return len(text).to_bytes(8, "little") + text
+
+
+def save_tensors(path: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    """Write arrays to a safetensors file.
+
+    Raises:
+        OSError: it cannot be written. MLX does not say why.
+    """
+    try:
+        mx.save_safetensors(str(path), tensors, metadata=metadata)
+    except RuntimeError as error:
+        raise OSError(errno.EIO, f"{error} Is the disk full?", str(path)) from error
 
 
 def _check_tensor(name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:

@@ -13,12 +13,20 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interviewmate_mlx.coach.generate import Sampling, answer, load_coach, stream_answer
+from interviewmate_mlx.config import load_run
 from interviewmate_mlx.data.prompts import encode_question
 from interviewmate_mlx.errors import AdapterError, ConfigError, ModelError
 from interviewmate_mlx.model.lora import add_lora, lora_layers, merge_lora
+from interviewmate_mlx.training.loop import train
 from interviewmate_mlx.weights.adapter_config import AdapterConfig
+from interviewmate_mlx.weights.base import hash_weights
 from interviewmate_mlx.weights.convert import convert
-from interviewmate_mlx.weights.peft import adapter_weights, save_adapter
+from interviewmate_mlx.weights.peft import (
+    adapter_weights,
+    export_adapter,
+    save_adapter,
+    trained_on,
+)
 
 QUESTION = "What is a validation set?"
 
@@ -148,3 +156,38 @@ def test_missing_base_or_adapter_is_named(tmp_path, tiny_base):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="Convert it first"):
         load_coach(str(tmp_path), None)
+
+
+def test_adapter_of_other_weights_is_warned_of_and_of_another_dtype_is_not(
+    tmp_path, tiny_checkpoint, questions
+):
+    # Weights that were bfloat16 once, as the Hub's are.
+    hub = write_checkpoint(tmp_path / "hub", tiny_falcon(seed=5).to(torch.bfloat16))
+    bases = {
+        dtype: convert(hub, tmp_path / dtype, dtype=dtype).path
+        for dtype in ("bfloat16", "float32", "float16")
+    }
+    assert len({hash_weights(folder) for folder in bases.values()}) == 1
+    other = convert(tiny_checkpoint, tmp_path / "other").path
+    assert hash_weights(other) != hash_weights(bases["float32"])
+
+    run = load_run(
+        "A", [f"model.base={bases['bfloat16']}", f"data.path={questions}", "train.epochs=1"]
+    )
+    out = tmp_path / "adapter"
+    for _ in train(run, out):
+        pass
+    for folder in bases.values():
+        load_coach(str(folder), out)  # a warning would be an error here
+    with pytest.warns(UserWarning, match=r"adapter was trained on other weights than those in"):
+        load_coach(str(other), out)
+    copy = export_adapter(out, tmp_path / "copy")
+    assert trained_on(copy) == hash_weights(bases["float32"])
+
+
+def test_weights_that_training_touched_are_told_from_those_before(tmp_path, tiny_base):
+    weights = mx.load(str(tiny_base / "model.safetensors"))
+    name = "transformer.h.1.mlp.dense_4h_to_h.weight"
+    weights[name] = weights[name] + 1e-3 * mx.random.normal(weights[name].shape)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    assert hash_weights(tmp_path) != hash_weights(tiny_base)

@@ -7,10 +7,11 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
+from interviewmate_mlx import __version__
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.errors import BackendError, DataError, TrainingError
 from interviewmate_mlx.results.log import Summary, read_metrics, record
-from interviewmate_mlx.training import loop, task
+from interviewmate_mlx.training import checkpoint, loop, task
 from interviewmate_mlx.training.checkpoint import checkpoints
 from interviewmate_mlx.training.events import Finished, Started, Stepped, Validated
 from interviewmate_mlx.training.loop import train
@@ -264,13 +265,110 @@ def test_changed_base_cannot_be_resumed(run, tmp_path):
         next(train(run, tmp_path / "out", resume=True))
 
 
-def test_damaged_checkpoint_is_refused(run, tmp_path):
+def test_changes_are_named_before_the_base_is_built(run, tmp_path, questions, monkeypatch):
+    def build_base(*_):
+        raise AssertionError("the base was built")
+
+    base, data = tmp_path / "base", tmp_path / "data"
+    shutil.copytree(run.model.base, base)
+    shutil.copytree(questions, data)
+    run = change(run, model={"base": str(base)}, data={"path": str(data)})
+    finish(run, tmp_path / "out", stop=lambda: True)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    monkeypatch.setattr(task, "build_base", build_base)
+    with pytest.raises(TrainingError, match="began as another run"):
+        next(train(change(run, train={"seed": 1}), tmp_path / "out", resume=True))
+    (base / "config.json").write_text((base / "config.json").read_text() + " ")
+    file = data / "valid.jsonl"
+    file.write_text(file.read_text().replace("number", "figure"))
+    with pytest.raises(TrainingError, match="changed since: base, data"):
+        next(train(run, tmp_path / "out", resume=True))
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
+
+def test_changed_version_is_named_and_the_run_goes_on(run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     finish(run, out, stop=lambda: True)
-    path = checkpoints(out)[-1]
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(TrainingError, match="damaged"):
+    monkeypatch.setattr(task, "__version__", "9.9")
+    events = finish(run, out, resume=True, stop=lambda: True)
+    (note,) = events[0].notes
+    assert note.startswith(f"changed since the run was saved: interviewmate-mlx {__version__} -> 9")
+    assert finish(run, out, resume=True)[0].notes == ()  # said once
+
+
+def test_checkpoint_of_another_version_is_no_damage(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    state = checkpoint.asdict
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "asdict", lambda value: state(value) | {"news": 1})
+        finish(run, out, stop=lambda: True)
+    names = [path.name for path in checkpoints(out)]
+    with pytest.raises(TrainingError, match=r"another version of this package: .*news"):
         next(train(run, out, resume=True))
+    assert [path.name for path in checkpoints(out)] == names
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [9]), (2, [8, 9]), (20, list(range(1, 10)))])
+def test_newest_checkpoints_are_kept_as_many_as_asked(run, tmp_path, monkeypatch, keep, kept):
+    run = change(run, train={"save_every": 1, "keep_checkpoints": keep})
+    needed = []
+    usage = shutil._ntuple_diskusage(0, 0, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(task.shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(BackendError) as refused:
+            next(train(run, tmp_path / "out"))
+        needed = str(refused.value)
+    finish(run, tmp_path / "out")
+    paths = checkpoints(tmp_path / "out")
+    assert [path.name for path in paths] == [f"step-{step:06d}.safetensors" for step in kept]
+    # The best adapter so far is in each, and what the disk was asked for is what they take.
+    state, tensors = checkpoint.load_checkpoint(paths[0])
+    best = mx.load(str(tmp_path / "out" / "adapter_model.safetensors"))
+    assert state.best_step == 9 or kept[0] < 9
+    if state.best_step == 9:
+        for name, array in tensors["best"].items():
+            assert mx.array_equal(array, best[f"base_model.model.{name}"])
+    bytes_needed = 4 * sum(a.size for a in best.values()) * 4 * (keep + 1)
+    assert f"the run writes up to {bytes_needed / 1e6:.0f}." in needed
+
+
+def test_all_that_keeps_a_run_from_starting_is_said_at_once(run, tmp_path, monkeypatch):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    data_and_targets = change(run, data={"path": str(bad)}, lora={"targets": ("q_proj",)})
+    with pytest.raises(TrainingError) as refused:
+        next(train(data_and_targets, tmp_path / "out"))
+    said = str(refused.value)
+    assert said.startswith("The run run_A cannot start, for 2 reasons:\n\nDataError: ")
+    assert "bad.jsonl" in said
+    assert "\n\nAdapterError: LoRA targets" in said
+
+    small = replace(task.backend.machine(), memory_bytes=1_000_000)
+    usage = shutil._ntuple_diskusage(9, 9, 0)
+    monkeypatch.setattr(task.backend, "machine", lambda: small)
+    monkeypatch.setattr(task.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(TrainingError) as refused:
+        next(train(run, tmp_path / "out"))
+    said = str(refused.value)
+    assert "0 MB are free" in said
+    assert "Training needs about" in said
+    with pytest.raises(TrainingError, match=r"(?s)DataError: .*BackendError: .* 0 MB are free"):
+        next(train(change(run, data={"path": str(bad)}), tmp_path / "out"))
+    with pytest.raises(TrainingError, match=r"(?s)DataError: .*ModelError: No model at"):
+        next(train(change(run, data={"path": str(bad)}, model={"base": "/no"}), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_base_is_not_pulled_for_a_run_whose_data_is_at_fault(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def pull(*_):
+        raise AssertionError("pulled")
+
+    monkeypatch.setattr(task, "find_base", pull)
+    run = change(run, data={"path": "/nowhere"}, model={"base": "owner/falcon"})
+    with pytest.raises(DataError, match="No data at /nowhere"):
+        next(train(run, tmp_path / "out"))
 
 
 def test_rows_that_are_all_too_long_are_refused(run, tmp_path):

@@ -1,0 +1,93 @@
+"""A process that dies at any moment loses nothing: the run ends as if it had not."""
+
+import shutil
+import signal
+
+
+def first(moments: list[str], beginning: str, after: int = 0) -> int:
+    return next(n for n in range(after, len(moments)) if moments[n].startswith(beginning))
+
+
+def killed_moments(moments: list[str]) -> list[int]:
+    """All moments of the first save, every fifth of the others, and the end."""
+    save = first(moments, "os.mkdir /run/checkpoints")
+    end_of_save = first(moments, "open run/metrics.jsonl", after=save)
+    last = len(moments) - 1
+    return sorted({*range(0, last, 5), *range(save - 5, end_of_save + 1), last})
+
+
+def torn_moments(moments: list[str]) -> list[int]:
+    """Those at which half of a file, for each name, or half a line can be on the disk."""
+    names = {}
+    for number, moment in enumerate(moments):
+        if moment.startswith("fsync") and ".tmp-" in moment:
+            names.setdefault(moment.rpartition("/")[2], number)
+    lines = [n for n, moment in enumerate(moments) if moment == "open run/metrics.jsonl"]
+    return sorted([*names.values(), *lines[::3]])
+
+
+def test_run_killed_at_any_moment_ends_as_if_it_was_not(launchers, whole, tmp_path):
+    chosen = killed_moments(whole.moments)
+    assert len(chosen) >= 40
+
+    def check(moment: int) -> str:
+        work, what = tmp_path / str(moment), f"{moment} {whole.moments[moment]}"
+        killed = launchers.train(work, at=moment)
+        if killed.code != -signal.SIGKILL:
+            return f"{what}: not killed, but exit code {killed.code}"
+        resumed = launchers.go_on(work)
+        return whole.compare(work, what) if resumed.code == 0 else f"{what}: {resumed.stderr}"
+
+    launchers.each(check, chosen)
+
+
+def test_run_killed_with_half_a_file_written_ends_as_if_it_was_not(launchers, whole, tmp_path):
+    chosen = torn_moments(whole.moments)
+    assert len(chosen) >= 4 + 6 + 3
+
+    def check(moment: int) -> str:
+        work, what = tmp_path / str(moment), f"{moment} {whole.moments[moment]}"
+        assert launchers.train(work, at=moment, act="tear").code == -signal.SIGKILL
+        resumed = launchers.go_on(work)
+        return whole.compare(work, what) if resumed.code == 0 else f"{what}: {resumed.stderr}"
+
+    launchers.each(check, chosen)
+
+
+def test_run_killed_again_and_again_ends_as_if_it_was_not(launchers, whole, tmp_path):
+    """Each time a few moments later than where it went on, until it is through."""
+
+    def check(stride: int) -> str:
+        work, times = tmp_path / str(stride), 0
+        while True:
+            ended = launchers.go_on(work, at=stride + times)
+            if ended.code == 0:
+                break
+            if ended.code != -signal.SIGKILL:
+                return f"after {times} kills: {ended.stderr}"
+            times += 1
+        return whole.compare(work, f"{times} kills") if times >= 2 else "killed once alone"
+
+    launchers.each(check, (40, 50, 60))
+
+
+def test_kill_while_a_run_is_replaced_leaves_one_that_can_be(launchers, whole, tmp_path):
+    options = ["--set", "train.seed=7"]
+    assert launchers.train(tmp_path / "old", *options).code == 0
+    shutil.copytree(tmp_path / "old", tmp_path / "dry")
+    moments = launchers.train(tmp_path / "dry", "--force").moments
+    assert whole.compare(tmp_path / "dry", "replaced") == ""
+    begin = first(moments, "os.r")
+    end = first(moments, "os.rename /run/.metrics.jsonl", after=begin)
+    assert end - begin >= 12
+
+    def check(moment: int) -> str:
+        work, what = tmp_path / str(moment), f"{moment} {moments[moment]}"
+        shutil.copytree(tmp_path / "old", work)
+        assert launchers.train(work, "--force", at=moment).code == -signal.SIGKILL
+        run = work / "run"
+        force = ["--force"] if (run / "run.toml").exists() else []
+        ended = launchers.train(work, *force)
+        return whole.compare(work, what) if ended.code == 0 else f"{what}: {ended.stderr}"
+
+    launchers.each(check, range(begin, end, 2))

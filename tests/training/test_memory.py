@@ -1,0 +1,59 @@
+"""Memory does not creep, and few variants are compiled: 2,000 steps, by hand (`-m slow`).
+
+INTERVIEWMATE_SLOW_BASE names another base than the tiny one, INTERVIEWMATE_SLOW_DATA other rows.
+"""
+
+import math
+import os
+import subprocess
+from collections.abc import Iterator
+
+import mlx.core as mx
+import pytest
+
+from interviewmate_mlx.config import load_run
+from interviewmate_mlx.training import loop
+from interviewmate_mlx.training.events import Started, Stepped
+
+STEPS = 2000
+
+
+def resident_bytes() -> int:
+    listed = subprocess.run(
+        ["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True
+    )
+    return int(listed.stdout) * 1024
+
+
+@pytest.mark.slow
+def test_memory_at_the_end_is_that_of_step_100(tiny_base, questions, tmp_path, monkeypatch, capsys):
+    base = os.environ.get("INTERVIEWMATE_SLOW_BASE", str(tiny_base))
+    data = os.environ.get("INTERVIEWMATE_SLOW_DATA", str(questions))
+    shapes = set()
+    original = loop.collate
+
+    def collate(rows):
+        microbatch = original(rows)
+        shapes.add(tuple(array.shape for array in microbatch.arrays()))
+        return microbatch
+
+    monkeypatch.setattr(loop, "collate", collate)
+
+    def train(epochs: int) -> Iterator[object]:
+        settings = [f"model.base={base}", f"data.path={data}", f"train.epochs={epochs}"]
+        settings += ["validate.every=500", "train.save_every=500"]
+        return loop.train(load_run("A", settings), tmp_path / str(epochs))
+
+    started = next(iter(train(1)))
+    assert isinstance(started, Started)
+    active, resident, variants = {}, {}, {}
+    for event in train(math.ceil(STEPS / started.steps_per_epoch)):
+        if isinstance(event, Stepped) and event.step in (100, 1000, STEPS):
+            active[event.step], resident[event.step] = mx.get_active_memory(), resident_bytes()
+            variants[event.step] = len(shapes)
+    with capsys.disabled():
+        print(f"\nactive {active}\nresident {resident}\nvariants {variants}")
+    assert active[STEPS] <= 1.05 * active[100]
+    assert resident[STEPS] <= 1.05 * resident[100]
+    # A microbatch's width and its rows, or what it predicts, come in few sizes.
+    assert variants[STEPS] <= 64
