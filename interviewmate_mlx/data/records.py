@@ -13,7 +13,9 @@ there is taken:
 ignored, unless they look like one of these beside a question and its answer.
 """
 
+import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -21,10 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from interviewmate_mlx.config import shipped
-from interviewmate_mlx.errors import DataError, list_faults
+from interviewmate_mlx.errors import DataError, brief, list_faults
 
 LABELS = ("id", "category", "difficulty", "follow_up")
 DIFFICULTIES = ("beginner", "intermediate", "advanced")
+# What a file may hold, so that reading it takes a bounded share of memory and time. A .json
+# file is held as a whole, a .jsonl file row by row.
+_MOST_BYTES = {".jsonl": 256 << 20, ".json": 16 << 20}
+_MOST_ROW_BYTES = 1 << 20
+_MOST_FAULTS = 1000  # then nobody mends them by hand
 _MISSPELT = 0.85  # difflib's ratio from which an unknown key is taken for a label
 ROLES = ("system", "user", "assistant")
 SPLIT_NAMES = {
@@ -91,10 +98,11 @@ def split_files(path: Path) -> dict[str, Path]:
         DataError: no such path, or a folder without a train file.
     """
     if not path.exists():
+        looked = "" if path.is_absolute() else f"It was looked for in {Path.cwd()}. "
         raise DataError(
             f"No data at {path}.\n"
-            "Give a .jsonl or .json file, a folder with train.jsonl (and valid.jsonl, test.jsonl), "
-            "or `interview` for the shipped questions."
+            f"{looked}Give a .jsonl or .json file, a folder with train.jsonl (and valid.jsonl, "
+            "test.jsonl), or `interview` for the shipped questions."
         )
     if path.is_file():
         return {"train": path}
@@ -138,6 +146,9 @@ def scan_records(path: Path) -> tuple[list[Record], list[str]]:
     faults: list[str] = []
     lines_of_ids: dict[str, str] = {}
     for place, row in _rows(path):
+        if len(faults) == _MOST_FAULTS:
+            faults.append(f"{place}: after {_MOST_FAULTS} faults nothing more was read")
+            break
         try:
             record = _read_row(row() if callable(row) else row, f"{path.name} {place}")
         except RecursionError:
@@ -165,23 +176,33 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(
             f"{path}: got a {path.suffix or 'nameless'} file, expected .jsonl or .json."
         )
+    most = _MOST_BYTES[path.suffix]
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(most + 1)
     except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+        raise DataError(
+            f"Cannot read {path}: {error.strerror}.\nCheck the path and who may read it."
+        ) from error
+    if len(data) > most:
+        raise DataError(
+            f"{path}: got more than {most >> 20} MB, expected at most that in one file.\n"
+            "Split it into several."
+        )
     data = data.removeprefix(b"\xef\xbb\xbf")
     _refuse_encoding(path, data)
     if path.suffix == ".jsonl":
-        for number, line in enumerate(data.split(b"\n"), start=1):
+        for number, line in enumerate(io.BytesIO(data), start=1):
             if line.strip():
-                yield f"line {number}", _parser(line)
+                yield f"line {number}", _parser(line.rstrip(b"\r\n"))
         return
     try:
-        rows = json.loads(data.decode("utf-8"))
+        rows = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}.\nSave it as UTF-8.") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}\nMend that place and run again.") from error
+        fault = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise DataError(f"{path}: not JSON: {fault}\nMend that place and run again.") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: got a JSON {type(rows).__name__}, expected a list of rows.")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
@@ -192,11 +213,13 @@ def _refuse_encoding(path: Path, data: bytes) -> None:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
         found = "UTF-16 or UTF-32"
     else:
-        lines = [line for line in data.split(b"\n") if line.strip()]
-        num_bad = sum(not _is_utf8(line) for line in lines)
-        if path.suffix == ".json" or num_bad * 2 <= len(lines):
+        if path.suffix == ".json":
             return
-        found = f"{num_bad} of {len(lines)} lines that are not UTF-8"
+        valid = [_is_utf8(line) for line in io.BytesIO(data) if line.strip()]
+        num_bad = valid.count(False)
+        if num_bad * 2 <= len(valid):
+            return
+        found = f"{num_bad} of {len(valid)} lines that are not UTF-8"
     raise DataError(f"{path}: encoding: got {found}, expected UTF-8.\nSave the file as UTF-8.")
 
 
@@ -210,8 +233,10 @@ def _is_utf8(line: bytes) -> bool:
 
 def _parser(line: bytes) -> Callable[[], Any]:
     def parse() -> Any:
+        if len(line) > _MOST_ROW_BYTES:
+            raise ValueError(f"got {len(line)} bytes, expected at most {_MOST_ROW_BYTES} in a row")
         try:
-            return json.loads(line.decode("utf-8"))
+            return json.loads(line.decode("utf-8"), object_pairs_hook=_without_duplicates)
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8 at byte {error.start} of the line") from error
         except json.JSONDecodeError as error:
@@ -220,9 +245,18 @@ def _parser(line: bytes) -> Callable[[], Any]:
     return parse
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that stands twice JSON does not say which one counts."""
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"got the key {brief(repeated)} more than once, expected each key once")
+    return unique
+
+
 def _read_row(row: Any, source: str) -> Record:
     if not isinstance(row, dict):
-        raise ValueError(f"got {_brief(row)}, expected a JSON object")
+        raise ValueError(f"got {brief(row)}, expected a JSON object")
     labels: dict[str, Any] = {key: _label(row, key) for key in LABELS}
     if "messages" in row:
         return Record(source, messages=_read_messages(row["messages"]), **labels)
@@ -239,8 +273,10 @@ def _read_row(row: Any, source: str) -> Record:
         return Record(source, messages=_dialogue(question, _text(row, "output").strip()), **labels)
     if "text" in row:
         return Record(source, completion=_text(row, "text"), **labels)
+    keys = ", ".join(brief(key) for key in list(row)[:10]) or "(none)"
+    more = f" and {len(row) - 10} more" if len(row) > 10 else ""
     raise ValueError(
-        f"got the keys {', '.join(map(repr, row)) or '(none)'}, expected 'question' and 'answer' "
+        f"got the keys {keys}{more}, expected 'question' and 'answer' "
         "(or messages, prompt and completion, instruction and output, text)"
     )
 
@@ -250,7 +286,7 @@ def _refuse_misspelt(row: dict[str, Any]) -> None:
         ratios = {label: SequenceMatcher(None, key.casefold(), label).ratio() for label in LABELS}
         nearest = max(LABELS, key=ratios.__getitem__)
         if ratios[nearest] >= _MISSPELT:
-            raise ValueError(f"got the key {key!r}, expected {nearest!r} (or another name)")
+            raise ValueError(f"got the key {brief(key)}, expected {nearest!r} (or another name)")
 
 
 def _dialogue(question: str, answer: str) -> tuple[Message, ...]:
@@ -263,12 +299,13 @@ def _read_messages(value: Any) -> tuple[Message, ...]:
     messages = tuple(Message(_text(m, "role"), _text(m, "content").strip()) for m in value)
     roles = [message.role for message in messages]
     if unknown := set(roles) - set(ROLES):
-        raise ValueError(f"messages: got the role {unknown.pop()!r}, expected {', '.join(ROLES)}")
+        got = brief(min(unknown))
+        raise ValueError(f"messages: got the role {got}, expected {', '.join(ROLES)}")
     turns = roles[1:] if roles[:1] == ["system"] else roles
     expected = ["user", "assistant"] * (len(turns) // 2)
     if not turns or turns != expected:
         raise ValueError(
-            f"messages: got the roles {', '.join(roles) or '(none)'}, "
+            f"messages: got the roles {', '.join(roles[:10]) or '(none)'}, "
             "expected user and assistant in turn, ending with assistant"
         )
     return messages
@@ -277,7 +314,8 @@ def _read_messages(value: Any) -> tuple[Message, ...]:
 def _text(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise ValueError(f"{key}: got {_brief(value)}, expected a text")
+        got = "nothing" if value is None else brief(value)
+        raise ValueError(f"{key}: got {got}, expected a text")
     if not value.strip():
         raise ValueError(f"{key}: got an empty text")
     if any("\ud800" <= char <= "\udfff" for char in value):
@@ -289,11 +327,9 @@ def _label(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if value is None:
         return ""
-    return str(value) if isinstance(value, int) else _text(row, key)
-
-
-def _brief(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    text = _text(row, key)
+    if key != "follow_up" and not text.isprintable():
+        raise ValueError(f"{key}: got {brief(text)}, expected no line breaks or control characters")
+    return text

@@ -9,15 +9,30 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import load_model
 
-from interviewmate_mlx.errors import ModelError
+from interviewmate_mlx.errors import ModelError, brief
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model import falcon
 from interviewmate_mlx.weights.convert import convert
 from interviewmate_mlx.weights.hub import pull
+from interviewmate_mlx.weights.links import refuse_links_out
 from interviewmate_mlx.weights.names import is_hub_id, local_path, shipped_base
+from interviewmate_mlx.weights.safetensors_file import read_safetensors_header
+from interviewmate_mlx.weights.source import (
+    TOKENIZER_FILES,
+    check_depth,
+    model_files,
+    read_args,
+    read_json,
+)
 
-# What the libraries raise on files that are not what they should be.
-_FAULTS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError)
+# All of them read tokenizer.json, or vocab.json and merges.txt, and nothing else. Other classes
+# read pickles, or start programs.
+_TOKENIZER_CLASSES = (
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)
 _SAMPLE_BYTES = 4096  # twice a tensor: to read all of a large model would take seconds
 
 
@@ -66,6 +81,8 @@ def load_base(folder: Path, dtype: mx.Dtype) -> tuple[falcon.Model, TokenizerWra
             f"{folder} holds no model*.safetensors.\n"
             f"Convert it first: imate-mlx convert {folder} --out models/{folder.name}"
         )
+    refuse_links_out(folder, model_files(folder), ModelError)
+    _check_model_files(folder)
     try:
         model, _ = load_model(
             folder,
@@ -76,9 +93,9 @@ def load_base(folder: Path, dtype: mx.Dtype) -> tuple[falcon.Model, TokenizerWra
         )
         model.set_dtype(dtype)
         mx.eval(model.parameters())
-    except _FAULTS as error:
+    except Exception as error:  # whatever the libraries meet in files that do not fit
         raise ModelError(
-            f"Cannot load {folder}: {error}\nConvert it anew, or choose another base."
+            f"Cannot load {folder}: {_in_short(error)}\nConvert it anew, or choose another base."
         ) from error
     return model, load_base_tokenizer(folder)
 
@@ -93,16 +110,52 @@ def load_base_tokenizer(folder: Path) -> TokenizerWrapper:
         raise ModelError(
             f"{folder} holds no tokenizer.json and no vocab.json.\nConvert the model anew."
         )
+    refuse_links_out(folder, model_files(folder), ModelError)
+    _check_tokenizer_files(folder)
     try:
         tokenizer = load_tokenizer(folder, {"trust_remote_code": False})
-    except _FAULTS as error:
+    except Exception as error:  # the tokenizers library raises no narrower one
         raise ModelError(
-            f"Cannot load the tokenizer in {folder}: {type(error).__name__}: {error}\n"
-            "Convert the model anew."
+            f"Cannot load the tokenizer in {folder}: {_in_short(error)}\nConvert the model anew."
         ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"The tokenizer in {folder} has no end token.\nConvert the model anew.")
     return tokenizer
+
+
+def _check_model_files(folder: Path) -> None:
+    """Refuse what MLX would take too long over, or read past: sizes and headers that lie."""
+    args = read_args(folder, read_json(folder / "config.json"))
+    names: list[str] = []
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            names += read_safetensors_header(path)
+        except OSError as error:
+            raise ModelError(
+                f"Cannot read {path}: {error.strerror}.\nCheck the path and who may read it."
+            ) from error
+    check_depth(args, names)
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Refuse a tokenizer of another kind, and JSON that is none."""
+    for name in ("config.json", *TOKENIZER_FILES):
+        if not name.endswith(".json") or not (folder / name).is_file():
+            continue
+        found = read_json(folder / name).get("tokenizer_class")
+        if name in ("config.json", "tokenizer_config.json") and found not in (
+            None,
+            *_TOKENIZER_CLASSES,
+        ):
+            raise ModelError(
+                f"{folder / name}: tokenizer_class: got {brief(found)}, "
+                f"expected one of {', '.join(_TOKENIZER_CLASSES)}.\nConvert the model anew."
+            )
+
+
+def _in_short(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:500]}{'...' if len(said) > 500 else ''}"
 
 
 def fingerprint(folder: Path) -> str:

@@ -5,12 +5,14 @@ transformers' `models/falcon/convert_custom_code_checkpoint.py`.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from interviewmate_mlx.errors import ModelError, WeightsError, list_faults
+from interviewmate_mlx.errors import ModelError, WeightsError, brief, list_faults
+from interviewmate_mlx.model import falcon
 from interviewmate_mlx.weights.safetensors_file import TensorEntry, read_safetensors_header
 from interviewmate_mlx.weights.torch_file import read_torch_file
 
@@ -36,6 +38,17 @@ _WEIGHTS = [
     ("model.safetensors", "model-*-of-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
 ]
+# Beside the weights and the tokenizer, what this package or the libraries below it read.
+_OTHER_FILES = [
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    "chat_template.jinja",
+]
+# The largest tokenizer.json of a public model has 33 MB; in memory JSON takes up to 20 times that.
+_MOST_JSON_BYTES = 64 << 20
+# MLX counts the sizes of an array in 32 bits; the projections are up to four times as wide.
+_MOST_SIZE = 1 << 24
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -66,15 +79,82 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ModelError: it is no JSON object.
+        ModelError: it is no JSON object, or cannot be read.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(_MOST_JSON_BYTES + 1)
+        if len(data) > _MOST_JSON_BYTES:
+            raise ValueError(f"got more than {_MOST_JSON_BYTES >> 20} MB, expected less")
+        value = json.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise ModelError(
+            f"Cannot read {path}: {error.strerror}.\nCheck the path and who may read it."
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is no JSON: {error}\nDownload it again.") from error
+        fault = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ModelError(f"{path} is no JSON: {fault}\nDownload it again.") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path} is no JSON object, but a {type(value).__name__}")
+        raise ModelError(
+            f"{path}: got a JSON {type(value).__name__}, expected an object.\nDownload it again."
+        )
     return value
+
+
+def read_args(folder: Path, config: dict[str, Any]) -> falcon.ModelArgs:
+    """The shape that a `config.json` describes, its optional keys checked too.
+
+    Raises:
+        ModelError: it is no Falcon-RW's, or says what cannot be; all such keys are named.
+    """
+    faults = []
+    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+        if type(config.get(key)) is int and config[key] > _MOST_SIZE:
+            faults.append(f"{key}: got {brief(config[key])}, expected at most {_MOST_SIZE}")
+    # Absent or null, they have defaults.
+    given = {key: value for key, value in config.items() if value is not None}
+    ffn = given.get("ffn_hidden_size", 1)
+    if type(ffn) is not int or not 1 <= ffn <= _MOST_SIZE:
+        faults.append(
+            f"ffn_hidden_size: got {brief(ffn)}, expected a whole number from 1 to {_MOST_SIZE}"
+        )
+    epsilon = given.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        faults.append(f"layer_norm_epsilon: got {brief(epsilon)}, expected from 0 to below 1")
+    faults += [
+        f"{key}: got {brief(given[key])}, expected true or false"
+        for key in ("bias", "tie_word_embeddings")
+        if not isinstance(given.get(key, True), bool)
+    ]
+    try:
+        if faults:
+            raise ValueError("config.json is not a Falcon-RW's:\n" + list_faults(faults))
+        return falcon.ModelArgs.from_dict(config)
+    except ValueError as error:
+        raise ModelError(
+            f"{folder}: {error}\nChoose a Falcon-RW, such as tiiuae/falcon-rw-1b."
+        ) from error
+
+
+def check_depth(args: falcon.ModelArgs, tensors: Collection[str]) -> None:
+    """Refuse more layers than there are tensors, before so many are built.
+
+    Raises:
+        WeightsError: that is so.
+    """
+    if args.num_hidden_layers > len(tensors):
+        raise WeightsError(
+            f"config.json says num_hidden_layers: got {args.num_hidden_layers}, expected at most "
+            f"{len(tensors)}, as many as the weights have tensors.\n"
+            "Correct config.json, or download the model again."
+        )
+
+
+def model_files(folder: Path) -> list[str]:
+    """The names of a model folder's files that are read, those that are there."""
+    patterns = [*_OTHER_FILES, *TOKENIZER_FILES, "model*", "pytorch_model*"]
+    names = [path.name for path in folder.iterdir()]
+    return sorted(name for name in names if any(fnmatchcase(name, p) for p in patterns))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -102,7 +182,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for old, new in _OLD_NAMES.items():
         value = config.pop(old, None)
         if value is not None and config.setdefault(new, value) != value:
-            faults.append(f"{old} is {value!r}, {new} is {config[new]!r}")
+            faults.append(f"{old} is {brief(value)}, {new} is {brief(config[new])}")
     if faults:
         raise ModelError(f"{path} contradicts itself:\n{list_faults(faults)}\nRemove one of each.")
     return config
@@ -121,7 +201,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         ids = _token_ids(files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(
-            f"The tokenizer's files in {folder} are damaged: {error!r}\nDownload them again."
+            f"The tokenizer's files in {folder} are damaged: {brief(error, 200)}\n"
+            "Download them again."
         ) from error
     if not ids or not any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt")):
         raise ModelError(
@@ -140,7 +221,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             f"The tokenizer in {folder} names no end token.\n"
             'Add "eos_token" to its tokenizer_config.json.'
         )
-    unknown = [f"{key}: {text!r}" for key, text in special.items() if text not in ids]
+    unknown = [f"{key}: {brief(text)}" for key, text in special.items() if text not in ids]
     if unknown:
         raise ModelError(
             f"The tokenizer in {folder} names tokens that it does not have:\n"
@@ -167,7 +248,7 @@ def _token_ids(files: dict[str, dict[str, Any]]) -> dict[str, int]:
     else:
         return {}
     if odd := [token for token, number in ids.items() if type(number) is not int]:
-        raise ValueError(f"the id of {odd[0]!r} is {ids[odd[0]]!r}")
+        raise ValueError(f"the id of {brief(odd[0])} is {brief(ids[odd[0]])}")
     return ids
 
 
