@@ -9,6 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import load_model
 
+from interviewmate_mlx.data.prompts import encode
 from interviewmate_mlx.errors import ModelError, brief
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model import falcon
@@ -20,9 +21,11 @@ from interviewmate_mlx.weights.safetensors_file import read_safetensors_header
 from interviewmate_mlx.weights.source import (
     TOKENIZER_FILES,
     check_depth,
+    check_vocab,
     model_files,
     read_args,
     read_json,
+    read_tokenizer,
 )
 
 # All of them read tokenizer.json, or vocab.json and merges.txt, and nothing else. Other classes
@@ -114,7 +117,10 @@ def load_base_tokenizer(folder: Path) -> TokenizerWrapper:
     _check_tokenizer_files(folder)
     try:
         tokenizer = load_tokenizer(folder, {"trust_remote_code": False})
-    except Exception as error:  # the tokenizers library raises no narrower one
+        encode(tokenizer, "Question:")  # what it was given may fail only when it is used
+    except BaseException as error:  # the tokenizers library raises no narrower ones
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(
             f"Cannot load the tokenizer in {folder}: {_in_short(error)}\nConvert the model anew."
         ) from error
@@ -125,7 +131,8 @@ def load_base_tokenizer(folder: Path) -> TokenizerWrapper:
 
 def _check_model_files(folder: Path) -> None:
     """Refuse what MLX would take too long over, or read past: sizes and headers that lie."""
-    args = read_args(folder, read_json(folder / "config.json"))
+    config = read_json(folder / "config.json")
+    args = read_args(folder, config)
     names: list[str] = []
     for path in sorted(folder.glob("model*.safetensors")):
         try:
@@ -135,25 +142,46 @@ def _check_model_files(folder: Path) -> None:
                 f"Cannot read {path}: {error.strerror}.\nCheck the path and who may read it."
             ) from error
     check_depth(args, names)
+    packed = config.get("quantization")
+    if packed is None:
+        return
+    sizes = [packed.get(k) for k in ("group_size", "bits")] if isinstance(packed, dict) else []
+    fault = ""
+    if not sizes or not all(type(size) is int and 0 < size <= 1024 for size in sizes):
+        fault = f"got {brief(packed)}, expected group_size and bits, whole numbers above 0"
+    elif not any(name.endswith(".scales") for name in names):
+        fault = f"got {sizes[1]} bits, expected none: the weights are not quantised"
+    if fault:
+        raise ModelError(
+            f"{folder}/config.json: quantization: {fault}.\nConvert it anew, or quantise it anew."
+        )
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    """Refuse a tokenizer of another kind, and JSON that is none."""
-    for name in ("config.json", *TOKENIZER_FILES):
-        if not name.endswith(".json") or not (folder / name).is_file():
-            continue
-        found = read_json(folder / name).get("tokenizer_class")
-        if name in ("config.json", "tokenizer_config.json") and found not in (
-            None,
-            *_TOKENIZER_CLASSES,
-        ):
+    """Refuse a tokenizer of another kind, and one whose tokens the model has no rows for."""
+    config = read_json(folder / "config.json")
+    files = {
+        name: read_json(folder / name)
+        for name in TOKENIZER_FILES
+        if name.endswith(".json") and (folder / name).is_file()
+    }
+    for name in ("config.json", "tokenizer_config.json"):
+        found = (files | {"config.json": config}).get(name, {}).get("tokenizer_class")
+        if found not in (None, *_TOKENIZER_CLASSES):
             raise ModelError(
                 f"{folder / name}: tokenizer_class: got {brief(found)}, "
                 f"expected one of {', '.join(_TOKENIZER_CLASSES)}.\nConvert the model anew."
             )
+    if "Precompiled" in json.dumps(files.get("tokenizer.json", {}).get("normalizer")):
+        # The tokenizers library ends in a panic where its bytes are not what it expects.
+        raise ModelError(
+            f"{folder}/tokenizer.json: normalizer: got a Precompiled one, expected none.\n"
+            "Use the tokenizer that the model was trained with."
+        )
+    check_vocab(folder, read_tokenizer(folder), config.get("vocab_size"))
 
 
-def _in_short(error: Exception) -> str:
+def _in_short(error: BaseException) -> str:
     said = " ".join(str(error).split())
     return f"{type(error).__name__}: {said[:500]}{'...' if len(said) > 500 else ''}"
 

@@ -33,6 +33,7 @@ from interviewmate_mlx.weights.source import (
     TOKENIZER_FILES,
     WeightFiles,
     check_depth,
+    check_vocab,
     find_weights,
     model_files,
     read_args,
@@ -107,12 +108,7 @@ def convert(
         config = read_config(source)
         args = read_args(source, config)
         tokenizer = read_tokenizer(source)
-        if tokenizer.size > args.vocab_size:
-            raise ModelError(
-                f"{source}: its tokenizer has {tokenizer.size} tokens, "
-                f"its embedding only {args.vocab_size} rows (vocab_size).\n"
-                "Use the tokenizer that the model was trained with."
-            )
+        check_vocab(source, tokenizer, args.vocab_size)
         weights = find_weights(source)
         record: dict[str, Any] = {
             "source": source_name or source.name,

@@ -234,6 +234,20 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
+def check_vocab(folder: Path, tokenizer: Tokenizer, vocab_size: Any) -> None:
+    """Refuse tokens that the embedding has no row for: MLX would read past its end.
+
+    Raises:
+        ModelError: that is so.
+    """
+    if not isinstance(vocab_size, int) or tokenizer.size > vocab_size:
+        raise ModelError(
+            f"{folder}: its tokenizer has {tokenizer.size} tokens, "
+            f"its embedding only {brief(vocab_size)} rows (vocab_size).\n"
+            "Use the tokenizer that the model was trained with."
+        )
+
+
 def _token_ids(files: dict[str, dict[str, Any]]) -> dict[str, int]:
     """Every token's id. Where two files name a token, tokenizer.json is right."""
     ids: dict[str, Any] = dict(files.get("added_tokens.json", {}))
@@ -241,8 +255,13 @@ def _token_ids(files: dict[str, dict[str, Any]]) -> dict[str, int]:
     ids |= {token["content"]: int(number) for number, token in decoder.items()}
     if "tokenizer.json" in files:
         whole = files["tokenizer.json"]
-        ids |= whole["model"]["vocab"]
-        ids |= {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+        vocab = dict(whole["model"]["vocab"])
+        added = {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+        for token in vocab.keys() & added.keys():
+            if vocab[token] != added[token]:
+                said = f"{brief(vocab[token])} and {brief(added[token])}"
+                raise ValueError(f"the id of {brief(token)} is {said}")
+        ids |= vocab | added
     elif "vocab.json" in files:
         ids |= files["vocab.json"]
     else:

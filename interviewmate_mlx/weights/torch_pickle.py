@@ -26,6 +26,7 @@ _DTYPE_OF_STORAGE = {
     "torch.ByteStorage": "uint8",
     "torch.BoolStorage": "bool",
 }
+_NEWEST_PROTOCOL = 5
 _MOST_NAME = 500  # characters of a tensor's name
 _MOST_AXES = 64  # what torch allows; the product of millions of sizes would take hours
 _REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
@@ -97,7 +98,8 @@ def _follow(data: bytes) -> object:
     for instruction, argument, _ in pickletools.genops(data):
         match instruction.name:
             case "PROTO" | "FRAME":
-                pass
+                if instruction.name == "PROTO" and argument > _NEWEST_PROTOCOL:
+                    raise ValueError(f"its pickle is of protocol {argument}, expected at most 5")
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NEWTRUE": True, "NEWFALSE": False}.get(instruction.name))
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":

@@ -124,6 +124,7 @@ DATA = [
     rows("broken .json", b"[" + LINE, "not JSON: ", "char", file="rows.json"),
     rows("deep .json", b"[" * 99_999, "not JSON: nested too deeply", file="rows.json"),
     rows("empty .json", b"[]", "no rows", file="rows.json"),
+    rows("17 MB of .json", b"[" + b"[]," * (6 << 20), "got more than 16 MB", file="rows.json"),
     rows("a row of .json", b'[{"question": 1}]', "row 1: got the keys", file="rows.json"),
     rows(
         "duplicate ids",
