@@ -133,10 +133,12 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             f"No adapter in {folder}: it has no {CONFIG_FILE}.\n"
             "Give the folder that `imate-mlx train` or PEFT wrote."
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        fault = {OSError: getattr(error, "strerror", None), RecursionError: "nested too deeply"}
-        reason = next((fault[k] for k in fault if isinstance(error, k)), error)
-        raise AdapterError(f"Cannot read {path}: {reason}\nExport the adapter anew.") from error
+    except OSError as error:
+        raise _unreadable(path, f"{error.strerror}.") from error
+    except RecursionError as error:
+        raise _unreadable(path, "nested too deeply.") from error
+    except ValueError as error:
+        raise _unreadable(path, str(error)) from error
     if not isinstance(written, dict):
         raise AdapterError(
             f"{path}: got a JSON {type(written).__name__}, expected an object.\n"
@@ -168,6 +170,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         rank_pattern={name: int(rank) for name, rank in ranks.items()},
         alpha_pattern={name: float(alpha) for name, alpha in alphas.items()},
     )
+
+
+def _unreadable(path: Path, fault: str) -> AdapterError:
+    return AdapterError(f"Cannot read {path}: {fault}\nExport the adapter anew.")
 
 
 def _config_faults(config: dict[str, Any]) -> list[str]:

@@ -15,18 +15,12 @@ from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model import falcon
 from interviewmate_mlx.weights.convert import convert
 from interviewmate_mlx.weights.hub import pull
+from interviewmate_mlx.weights.json_file import read_json
 from interviewmate_mlx.weights.links import refuse_links_out
 from interviewmate_mlx.weights.names import is_hub_id, local_path, shipped_base
 from interviewmate_mlx.weights.safetensors_file import read_safetensors_header
-from interviewmate_mlx.weights.source import (
-    TOKENIZER_FILES,
-    check_depth,
-    check_vocab,
-    model_files,
-    read_args,
-    read_json,
-    read_tokenizer,
-)
+from interviewmate_mlx.weights.source import check_depth, model_files, read_args
+from interviewmate_mlx.weights.tokenizer import TOKENIZER_FILES, check_vocab, read_tokenizer
 
 # All of them read tokenizer.json, or vocab.json and merges.txt, and nothing else. Other classes
 # read pickles, or start programs.

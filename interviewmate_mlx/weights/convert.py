@@ -27,21 +27,19 @@ from interviewmate_mlx.weights.converted import (
     write_tokenizer,
     write_weights,
 )
+from interviewmate_mlx.weights.json_file import read_json
 from interviewmate_mlx.weights.links import refuse_links_out
 from interviewmate_mlx.weights.safetensors_file import ITEM_BYTES, TensorEntry
 from interviewmate_mlx.weights.source import (
-    TOKENIZER_FILES,
     WeightFiles,
     check_depth,
-    check_vocab,
     find_weights,
     model_files,
     read_args,
     read_config,
-    read_json,
     read_tensors,
-    read_tokenizer,
 )
+from interviewmate_mlx.weights.tokenizer import TOKENIZER_FILES, check_vocab, read_tokenizer
 
 _RECORD = "conversion.json"
 _WEIGHTS = "model.safetensors"

@@ -160,7 +160,7 @@ def _read_entries(folder: Path) -> dict[str, TensorEntry]:
     try:
         entries = read_safetensors_header(path)
     except (WeightsError, OSError) as error:
-        fault = str(error).splitlines()[0]
+        fault = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise AdapterError(f"{path} is damaged: {fault}\nCopy or train it anew.") from error
     faults = [
         f"{name}: got {entry.dtype}, expected one of {', '.join(FLOATS)}"

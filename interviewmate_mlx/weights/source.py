@@ -1,10 +1,9 @@
-"""A model folder as it lies on the Hub: its configuration, its tokenizer, where its tensors lie.
+"""A model folder as it lies on the Hub: its configuration, and where its tensors lie.
 
 Nothing is loaded and nothing is run. The names of old configurations follow
 transformers' `models/falcon/convert_custom_code_checkpoint.py`.
 """
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,7 +12,9 @@ from typing import Any
 
 from interviewmate_mlx.errors import ModelError, WeightsError, brief, list_faults
 from interviewmate_mlx.model import falcon
+from interviewmate_mlx.weights.json_file import read_json
 from interviewmate_mlx.weights.safetensors_file import TensorEntry, read_safetensors_header
+from interviewmate_mlx.weights.tokenizer import TOKENIZER_FILES
 from interviewmate_mlx.weights.torch_file import read_torch_file
 
 _OLD_NAMES = {
@@ -23,15 +24,6 @@ _OLD_NAMES = {
     "n_embed": "hidden_size",
 }
 _OLD_MODEL_TYPES = ("RefinedWebModel", "RefinedWeb")
-
-TOKENIZER_FILES = [
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-]
 
 # As one file, and as shards. The first that is there is taken.
 _WEIGHTS = [
@@ -45,8 +37,6 @@ _OTHER_FILES = [
     "hf_quant_config.json",
     "chat_template.jinja",
 ]
-# The largest tokenizer.json of a public model has 33 MB; in memory JSON takes up to 20 times that.
-_MOST_JSON_BYTES = 64 << 20
 # MLX counts the sizes of an array in 32 bits; the projections are up to four times as wide.
 _MOST_SIZE = 1 << 24
 _LFS_POINTER = b"version https://git-lfs"
@@ -58,47 +48,6 @@ class WeightFiles:
 
     paths: list[Path]
     index: dict[str, str] | None
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """What a tokenizer's files say of its tokens.
-
-    Attributes:
-        size: one more than the largest id.
-        special: `eos_token`, and `bos_token`, `unk_token`, `pad_token` where it has them.
-        ids: the ids of those.
-    """
-
-    size: int
-    special: dict[str, str]
-    ids: dict[str, int]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ModelError: it is no JSON object, or cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_JSON_BYTES + 1)
-        if len(data) > _MOST_JSON_BYTES:
-            raise ValueError(f"got more than {_MOST_JSON_BYTES >> 20} MB, expected less")
-        value = json.loads(data.decode("utf-8"))
-    except OSError as error:
-        raise ModelError(
-            f"Cannot read {path}: {error.strerror}.\nCheck the path and who may read it."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        fault = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ModelError(f"{path} is no JSON: {fault}\nDownload it again.") from error
-    if not isinstance(value, dict):
-        raise ModelError(
-            f"{path}: got a JSON {type(value).__name__}, expected an object.\nDownload it again."
-        )
-    return value
 
 
 def read_args(folder: Path, config: dict[str, Any]) -> falcon.ModelArgs:
@@ -186,89 +135,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if faults:
         raise ModelError(f"{path} contradicts itself:\n{list_faults(faults)}\nRemove one of each.")
     return config
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The special tokens of a folder's tokenizer and their ids.
-
-    Raises:
-        ModelError: there is no tokenizer, it names no end token, or one that it
-            does not have.
-    """
-    paths = [folder / name for name in TOKENIZER_FILES if name.endswith(".json")]
-    files = {path.name: read_json(path) for path in paths if path.is_file()}
-    try:
-        ids = _token_ids(files)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"The tokenizer's files in {folder} are damaged: {brief(error, 200)}\n"
-            "Download them again."
-        ) from error
-    if not ids or not any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt")):
-        raise ModelError(
-            f"{folder} holds no tokenizer, so its true end token is unknown.\n"
-            "Put tokenizer.json, or vocab.json and merges.txt, beside the weights."
-        )
-    special = {}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            value = files.get(name, {}).get(key)
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
-                special[key] = text
-    if "eos_token" not in special:
-        raise ModelError(
-            f"The tokenizer in {folder} names no end token.\n"
-            'Add "eos_token" to its tokenizer_config.json.'
-        )
-    unknown = [f"{key}: {brief(text)}" for key, text in special.items() if text not in ids]
-    if unknown:
-        raise ModelError(
-            f"The tokenizer in {folder} names tokens that it does not have:\n"
-            f"{list_faults(unknown)}\nDownload tokenizer.json and tokenizer_config.json again."
-        )
-    return Tokenizer(
-        size=max(ids.values()) + 1,
-        special=special,
-        ids={key: ids[text] for key, text in special.items()},
-    )
-
-
-def check_vocab(folder: Path, tokenizer: Tokenizer, vocab_size: Any) -> None:
-    """Refuse tokens that the embedding has no row for: MLX would read past its end.
-
-    Raises:
-        ModelError: that is so.
-    """
-    if not isinstance(vocab_size, int) or tokenizer.size > vocab_size:
-        raise ModelError(
-            f"{folder}: its tokenizer has {tokenizer.size} tokens, "
-            f"its embedding only {brief(vocab_size)} rows (vocab_size).\n"
-            "Use the tokenizer that the model was trained with."
-        )
-
-
-def _token_ids(files: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """Every token's id. Where two files name a token, tokenizer.json is right."""
-    ids: dict[str, Any] = dict(files.get("added_tokens.json", {}))
-    decoder = files.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
-    ids |= {token["content"]: int(number) for number, token in decoder.items()}
-    if "tokenizer.json" in files:
-        whole = files["tokenizer.json"]
-        vocab = dict(whole["model"]["vocab"])
-        added = {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
-        for token in vocab.keys() & added.keys():
-            if vocab[token] != added[token]:
-                said = f"{brief(vocab[token])} and {brief(added[token])}"
-                raise ValueError(f"the id of {brief(token)} is {said}")
-        ids |= vocab | added
-    elif "vocab.json" in files:
-        ids |= files["vocab.json"]
-    else:
-        return {}
-    if odd := [token for token, number in ids.items() if type(number) is not int]:
-        raise ValueError(f"the id of {brief(odd[0])} is {brief(ids[odd[0]])}")
-    return ids
 
 
 def find_weights(folder: Path) -> WeightFiles:

@@ -62,7 +62,7 @@ def read_torch_file(path: Path) -> dict[str, TensorEntry]:
         except zipfile.BadZipFile as error:
             fault = f"the archive is cut short or damaged ({error})"
         except (ValueError, OverflowError, NotImplementedError, struct.error, OSError) as error:
-            fault = str(error)
+            fault = getattr(error, "strerror", None) or str(error)
     raise WeightsError(
         f"{path} cannot be read as a torch file: {fault}\n"
         "Nothing in it was run. Download it again, or get the model as safetensors."
