@@ -229,6 +229,7 @@ def torch_target() -> Target:
     return Target(
         "pytorch_model.bin",
         st.one_of(
+            st.sampled_from(_torch_seeds()),
             mutated(_torch_seeds()),
             mutated([STATE]).map(torch_archive),
             programs.map(lambda parts: torch_archive(b"\x80\x02" + b"".join(parts) + b".")),
@@ -259,6 +260,7 @@ def _safetensors_contents(seeds: list[bytes]) -> st.SearchStrategy[bytes]:
     changed = changed_json(valid, keys).map(_dump)
     lengths = st.none() | st.sampled_from([n for n in _NUMBERS if n < 2**64])
     return st.one_of(
+        st.sampled_from(seeds),
         mutated(seeds),
         st.builds(with_header, changed, lengths, st.binary(max_size=256)),
         st.builds(with_header, _ANY_JSON.map(_dump), lengths),
@@ -392,7 +394,9 @@ def config_target() -> Target:
     text = st.lists(line, max_size=8).map("\n".join)
     return Target(
         "run.toml",
-        mutated(_TOML_SEEDS) | text.map(lambda t: t.encode("utf-8", "surrogatepass")),
+        st.sampled_from(_TOML_SEEDS)
+        | mutated(_TOML_SEEDS)
+        | text.map(lambda t: t.encode("utf-8", "surrogatepass")),
         _read_run,
     )
 
@@ -421,7 +425,9 @@ def data_target(suffix: str = ".jsonl") -> Target:
     )
     return Target(
         f"train{suffix}",
-        st.one_of(mutated(seeds), text, st.lists(odd, max_size=3).map(b"\n".join)),
+        st.one_of(
+            st.sampled_from(seeds), mutated(seeds), text, st.lists(odd, max_size=3).map(b"\n".join)
+        ),
         load_splits,
     )
 

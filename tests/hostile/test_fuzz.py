@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_broken_files_are_read_or_refused_within_bounds(tmp_path):
-    words = [sys.executable, str(ROOT / "scripts/fuzz.py"), "--examples", "80"]
+    words = [sys.executable, str(ROOT / "scripts/fuzz.py"), "--examples", "50"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
     lines = done.stdout.splitlines()
@@ -20,7 +20,7 @@ def test_broken_files_are_read_or_refused_within_bounds(tmp_path):
     for line in lines:
         read, refused = map(int, re.search(r"(\d+) read, (\d+) refused", line).groups())
         assert read > 0 < refused, line
-        assert read + refused >= 70, line
+        assert read + refused >= 40, line
 
 
 @pytest.mark.parametrize("fault", [KeyError("x"), RecursionError(), MemoryError()], ids=repr)
