@@ -10,6 +10,7 @@ Imports stand inside the commands, so that `--help` answers at once and
 import json
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -51,7 +52,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except InterviewMateError as error:
-            click.echo(f"{type(error).__name__}: {error}", err=True)
+            click.echo(_harmless(f"{type(error).__name__}: {error}"), err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -63,11 +64,11 @@ class _Commands(click.Group):
         except OSError as error:
             # A path that cannot be written to, a full disk: the user's to mend.
             where = f" {error.filename}" if error.filename else ""
-            click.echo(
+            said = (
                 f"Cannot write or read{where}: {error.strerror or error}\n"
-                "Check the path, its permissions and the room on its disk.",
-                err=True,
+                "Check the path, its permissions and the room on its disk."
             )
+            click.echo(_harmless(said), err=True)
             ctx.exit(1)
 
 
@@ -316,6 +317,8 @@ def generate(
     """
     if not question.strip():
         raise click.UsageError("The question is empty.")
+    if any("\ud800" <= char <= "\udfff" for char in question):
+        raise click.UsageError("The question is not in UTF-8, as this terminal's text is.")
     if temperature == 0 and (top_p, seed) != (None, None):
         raise click.UsageError("--top-p and --seed need a --temperature above 0.")
     with _backend():
@@ -363,8 +366,9 @@ def export(adapter: Path, out: Path | None, push: str | None, private: bool, for
         raise click.UsageError("--force is for --out.")
     with _backend():
         from interviewmate_mlx.weights.hub import push as push_folder
-        from interviewmate_mlx.weights.peft import export_adapter
+        from interviewmate_mlx.weights.peft import check_adapter, export_adapter
 
+        check_adapter(adapter)
         if out:
             click.echo(export_adapter(adapter, out, replace=force))
         if push:
@@ -486,8 +490,13 @@ def split(
     with _backend():
         from interviewmate_mlx.data.splits import split_rows
 
-        counts = split_rows(list(sources), out, seed, shares)
-    click.echo(f"{out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+        report = split_rows(list(sources), out, seed, shares)
+    for name, count in report.rows.items():
+        click.echo(f"{out}/{name}.jsonl: {count} rows, {report.added[name]} of them new")
+    click.echo(
+        f"{sum(report.added.values())} rows added, {report.updated} updated in their split, "
+        f"{report.unchanged} left as they were"
+    )
 
 
 @data.command()
@@ -534,6 +543,12 @@ def preview(
         _console(sys.stdout).print(preview_text(tokenizer, example), soft_wrap=True)
 
 
+def _harmless(text: str) -> str:
+    """A message that quotes files of others: it must not steer the terminal, nor bear a token."""
+    text = re.sub(r"\bhf_[A-Za-z0-9]{20,}", "***", text)
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def _print_version(verbose: bool) -> None:
     if not verbose:
         click.echo(f"imate-mlx {__version__}")
@@ -570,7 +585,7 @@ def _backend() -> Iterator[None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        click.echo(f"warning: {message}", err=True)
+        click.echo(_harmless(f"warning: {message}"), err=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -5,6 +5,7 @@ The defaults stand here and nowhere else. They are Run A.
 
 import difflib
 import math
+import sys
 import tomllib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -12,7 +13,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from interviewmate_mlx.errors import ConfigError, list_faults
+from interviewmate_mlx.errors import ConfigError, brief, list_faults
+
+_MOST_BYTES = 1 << 16  # of a run's file; a larger one is something else
+_MOST_SHOWN = 200  # characters of a wrong value
 
 
 def _option(default: Any, holds: Callable[[Any], bool], expected: str) -> Any:
@@ -143,10 +147,7 @@ def load_run(run: str, overrides: Iterable[str] = ()) -> RunConfig:
             once.
     """
     name, text = _find_run(run)
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{run} is not TOML: {error}\nMend that place and run again.") from error
+    tables = _parse_toml(run, text)
     faults: list[str] = []
     for override in overrides:
         _apply_override(tables, override, faults)
@@ -154,8 +155,12 @@ def load_run(run: str, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def parse_run(name: str, text: str) -> RunConfig:
-    """The run that `to_toml` wrote."""
-    return _from_tables(name, tomllib.loads(text), [], where=name)
+    """The run that `to_toml` wrote.
+
+    Raises:
+        ConfigError: as for `load_run`.
+    """
+    return _from_tables(name, _parse_toml(name, text), [], where=name)
 
 
 def to_toml(run: RunConfig) -> str:
@@ -191,23 +196,49 @@ def _find_run(run: str) -> tuple[str, str]:
         path = shipped("configs") / f"run_{letter}.toml"
         return f"run_{run.upper()}", path.read_text(encoding="utf-8")
     try:
-        return path.stem, path.read_text(encoding="utf-8-sig")
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ConfigError(f"{run} is no file.\nGive the path of a .toml file.")
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"Cannot read the run {run}: {error.strerror}.") from error
+        raise ConfigError(
+            f"Cannot read the run {brief(run, _MOST_SHOWN)[1:-1]}: {error.strerror}.\n"
+            f"Give a .toml file that you may read, or {', '.join(shipped_runs())}."
+        ) from error
+    if len(data) > _MOST_BYTES:
+        raise ConfigError(
+            f"{run}: got a file of more than {_MOST_BYTES} bytes, expected a run.\n"
+            "Give another file."
+        )
+    try:
+        return path.stem, data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{run} is not UTF-8 at byte {error.start}.\nSave it as UTF-8."
         ) from error
 
 
+def _parse_toml(where: str, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise _no_toml(where, "nested too deeply") from error
+    except ValueError as error:  # numbers of thousands of digits, too
+        raise _no_toml(where, str(error)) from error
+
+
+def _no_toml(where: str, fault: str) -> ConfigError:
+    return ConfigError(f"{where} is not TOML: {fault}\nMend that place and run again.")
+
+
 def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) -> None:
     key, equals, text = override.partition("=")
     table, dot, name = key.strip().partition(".")
     if not (equals and dot and name):
-        faults.append(f"{override}: expected table.key=value, as in lora.rank=16")
+        faults.append(f"{override[:_MOST_SHOWN]}: expected table.key=value, as in lora.rank=16")
         return
     value = text.strip()
-    with suppress(tomllib.TOMLDecodeError):
+    with suppress(ValueError, RecursionError):  # then it is a text, and of the wrong type
         parsed = tomllib.loads(f"value = {text}")
         expected = get_type_hints(_TABLES[table]).get(name) if table in _TABLES else None
         # A folder may be called 2024, and a line break would begin another key.
@@ -224,9 +255,9 @@ def _from_tables(name: str, tables: dict[str, Any], faults: list[str], where: st
         if not isinstance(content, dict):
             owners = [f"[{t}]" for t, kind in _TABLES.items() if table in get_type_hints(kind)]
             expected = f"it in {' or '.join(owners)}" if owners else "a table"
-            faults.append(f"{table}: got {content!r}, expected {expected}")
+            faults.append(f"{table}: got {brief(content, _MOST_SHOWN)}, expected {expected}")
         elif table not in _TABLES:
-            faults.append(f"unknown table [{table}]{_nearest(table, _TABLES)}")
+            faults.append(f"unknown table [{table[:_MOST_SHOWN]}]{_nearest(table, _TABLES)}")
         else:
             parts[table] = _read_table(table, content, faults)
     for table, values in parts.items():
@@ -240,20 +271,27 @@ def _read_table(table: str, content: dict[str, Any], faults: list[str]) -> Any:
     values = {}
     for key, value in content.items():
         if key not in types:
-            faults.append(f"unknown key {table}.{key}{_nearest(key, types, f'{table}.')}")
+            faults.append(
+                f"unknown key {table}.{key[:_MOST_SHOWN]}{_nearest(key, types, f'{table}.')}"
+            )
             continue
         try:
             values[key] = _coerce(value, types[key])
         except TypeError as error:
-            faults.append(f"{table}.{key}: got {value!r}, expected {error}")
+            faults.append(f"{table}.{key}: got {brief(value, _MOST_SHOWN)}, expected {error}")
     return _TABLES[table](**values)
 
 
 def _coerce(value: Any, expected: Any) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if expected is float and is_number:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise TypeError(f"a number of at most {sys.float_info.max:.1e}") from error
     if expected is int and is_number and isinstance(value, int):
+        if value.bit_length() > 63:
+            raise TypeError("a whole number of at most 64 bits")  # as TOML has them
         return value
     if expected in (str, bool) and isinstance(value, expected):
         return value
@@ -275,7 +313,8 @@ def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 def _range_faults(table: str, values: Any) -> list[str]:
     rules = [(f.name, f.metadata) for f in fields(values) if f.metadata]
     return [
-        f"{table}.{key}: got {getattr(values, key)!r}, expected {rule['expected']}"
+        f"{table}.{key}: got {brief(getattr(values, key), _MOST_SHOWN)}, "
+        f"expected {rule['expected']}"
         for key, rule in rules
         if not rule["holds"](getattr(values, key))
     ]

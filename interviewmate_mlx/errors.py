@@ -56,6 +56,15 @@ class TrainingError(InterviewMateError):
     """A run that cannot start, go on, or resume."""
 
 
+def brief(value: object, most: int = 80) -> str:
+    """A value as it is written, for a message; cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits than Python shows, or too deeply nested
+        text = f"a very large {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def list_faults(faults: Sequence[str], most: int = 10) -> str:
     """Lay out several faults of one kind, one an indented line, the rest counted."""
     lines = [f"  {fault}" for fault in faults[:most]]

@@ -159,13 +159,21 @@ def _refuse_existing(path: Path) -> None:
 @contextmanager
 def _workspace(path: Path) -> Iterator[Path]:
     """A locked folder beside `path`, on the same file system, gone when the block ends."""
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path.with_name(glob.escape(path.name)))
     with ExitStack() as stack:
+        stack.callback(_remove_empty, made)  # a failure leaves no parents behind
         workspace, lock = _make_locked_folder(f".{path.name}.tmp-", path.parent)
         stack.callback(os.close, lock)
         stack.callback(shutil.rmtree, workspace, ignore_errors=True)
         yield workspace
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # the first that is not empty
+        for folder in folders:
+            folder.rmdir()
 
 
 def _make_locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:

@@ -498,6 +498,20 @@ def test_data_split_writes_to_out(split, rows_with_ids):
     assert set.union(*dealt.values()) == {row["id"] for row in rows_with_ids}
 
 
+def test_data_split_says_what_it_added_updated_and_left(imate, split, rows_with_ids):
+    split("mine")
+    changed = [row | {"answer": "Another."} for row in rows_with_ids[:5]]
+    new = {"id": "new", "question": "What is new?", "answer": "This."}
+    Path("more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*changed, new]))
+    lines = imate("data", "split", "more.jsonl", "--out", "mine").stdout.splitlines()
+    assert lines[-1] == "1 rows added, 5 updated in their split, 7 left as they were"
+    counts = [re.fullmatch(r"mine/(\w+).jsonl: (\d+) rows, (\d) of them new", s) for s in lines[:3]]
+    assert [count[1] for count in counts] == ["train", "valid", "test"]
+    assert (sum(int(count[2]) for count in counts), sum(int(c[3]) for c in counts)) == (13, 1)
+    again = imate("data", "split", "more.jsonl", "--out", "mine").stdout.splitlines()
+    assert again[-1] == "0 rows added, 0 updated in their split, 13 left as they were"
+
+
 @shows("data split --seed")
 def test_data_split_deals_by_the_seed(split):
     assert split("one", "--seed", 1) == split("again", "--seed", 1)

@@ -168,12 +168,12 @@ def test_file_with_a_byte_order_mark_and_windows_line_ends_is_read(write_run):
     ],
 )
 def test_run_that_is_not_there_is_refused(run, said):
-    assert refusal(run) == said
+    assert refusal(run).startswith(said)
 
 
 def test_folder_that_ends_in_toml_is_refused(tmp_path):
     (tmp_path / "x.toml").mkdir()
-    assert refusal(str(tmp_path / "x.toml")).endswith("Is a directory.")
+    assert refusal(str(tmp_path / "x.toml")).endswith("is no file.\nGive the path of a .toml file.")
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,18 @@ there is taken:
 ignored, unless they look like one of these beside a question and its answer.
 """
 
-import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 from interviewmate_mlx.config import shipped
-from interviewmate_mlx.errors import DataError, list_faults
+from interviewmate_mlx.data.rows import read_rows
+from interviewmate_mlx.errors import DataError, brief, list_faults
 
 LABELS = ("id", "category", "difficulty", "follow_up")
 DIFFICULTIES = ("beginner", "intermediate", "advanced")
+_MOST_FAULTS = 1000  # then nobody mends them by hand
 _MISSPELT = 0.85  # difflib's ratio from which an unknown key is taken for a label
 ROLES = ("system", "user", "assistant")
 SPLIT_NAMES = {
@@ -91,10 +91,11 @@ def split_files(path: Path) -> dict[str, Path]:
         DataError: no such path, or a folder without a train file.
     """
     if not path.exists():
+        looked = "" if path.is_absolute() else f"It was looked for in {Path.cwd()}. "
         raise DataError(
             f"No data at {path}.\n"
-            "Give a .jsonl or .json file, a folder with train.jsonl (and valid.jsonl, test.jsonl), "
-            "or `interview` for the shipped questions."
+            f"{looked}Give a .jsonl or .json file, a folder with train.jsonl (and valid.jsonl, "
+            "test.jsonl), or `interview` for the shipped questions."
         )
     if path.is_file():
         return {"train": path}
@@ -137,7 +138,10 @@ def scan_records(path: Path) -> tuple[list[Record], list[str]]:
     records: list[Record] = []
     faults: list[str] = []
     lines_of_ids: dict[str, str] = {}
-    for place, row in _rows(path):
+    for place, row in read_rows(path):
+        if len(faults) == _MOST_FAULTS:
+            faults.append(f"{place}: after {_MOST_FAULTS} faults nothing more was read")
+            break
         try:
             record = _read_row(row() if callable(row) else row, f"{path.name} {place}")
         except RecursionError:
@@ -159,70 +163,9 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row's place and its parser (.jsonl) or value (.json)."""
-    if path.suffix not in (".jsonl", ".json"):
-        raise DataError(
-            f"{path}: got a {path.suffix or 'nameless'} file, expected .jsonl or .json."
-        )
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    _refuse_encoding(path, data)
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(data.split(b"\n"), start=1):
-            if line.strip():
-                yield f"line {number}", _parser(line)
-        return
-    try:
-        rows = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}.\nSave it as UTF-8.") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}\nMend that place and run again.") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: got a JSON {type(rows).__name__}, expected a list of rows.")
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _refuse_encoding(path: Path, data: bytes) -> None:
-    """Raise DataError for a file in another encoding, rather than a fault for each line."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
-        found = "UTF-16 or UTF-32"
-    else:
-        lines = [line for line in data.split(b"\n") if line.strip()]
-        num_bad = sum(not _is_utf8(line) for line in lines)
-        if path.suffix == ".json" or num_bad * 2 <= len(lines):
-            return
-        found = f"{num_bad} of {len(lines)} lines that are not UTF-8"
-    raise DataError(f"{path}: encoding: got {found}, expected UTF-8.\nSave the file as UTF-8.")
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _parser(line: bytes) -> Callable[[], Any]:
-    def parse() -> Any:
-        try:
-            return json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8 at byte {error.start} of the line") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-
-    return parse
-
-
 def _read_row(row: Any, source: str) -> Record:
     if not isinstance(row, dict):
-        raise ValueError(f"got {_brief(row)}, expected a JSON object")
+        raise ValueError(f"got {brief(row)}, expected a JSON object")
     labels: dict[str, Any] = {key: _label(row, key) for key in LABELS}
     if "messages" in row:
         return Record(source, messages=_read_messages(row["messages"]), **labels)
@@ -239,8 +182,10 @@ def _read_row(row: Any, source: str) -> Record:
         return Record(source, messages=_dialogue(question, _text(row, "output").strip()), **labels)
     if "text" in row:
         return Record(source, completion=_text(row, "text"), **labels)
+    keys = ", ".join(brief(key) for key in list(row)[:10]) or "(none)"
+    more = f" and {len(row) - 10} more" if len(row) > 10 else ""
     raise ValueError(
-        f"got the keys {', '.join(map(repr, row)) or '(none)'}, expected 'question' and 'answer' "
+        f"got the keys {keys}{more}, expected 'question' and 'answer' "
         "(or messages, prompt and completion, instruction and output, text)"
     )
 
@@ -250,7 +195,7 @@ def _refuse_misspelt(row: dict[str, Any]) -> None:
         ratios = {label: SequenceMatcher(None, key.casefold(), label).ratio() for label in LABELS}
         nearest = max(LABELS, key=ratios.__getitem__)
         if ratios[nearest] >= _MISSPELT:
-            raise ValueError(f"got the key {key!r}, expected {nearest!r} (or another name)")
+            raise ValueError(f"got the key {brief(key)}, expected {nearest!r} (or another name)")
 
 
 def _dialogue(question: str, answer: str) -> tuple[Message, ...]:
@@ -263,12 +208,13 @@ def _read_messages(value: Any) -> tuple[Message, ...]:
     messages = tuple(Message(_text(m, "role"), _text(m, "content").strip()) for m in value)
     roles = [message.role for message in messages]
     if unknown := set(roles) - set(ROLES):
-        raise ValueError(f"messages: got the role {unknown.pop()!r}, expected {', '.join(ROLES)}")
+        got = brief(min(unknown))
+        raise ValueError(f"messages: got the role {got}, expected {', '.join(ROLES)}")
     turns = roles[1:] if roles[:1] == ["system"] else roles
     expected = ["user", "assistant"] * (len(turns) // 2)
     if not turns or turns != expected:
         raise ValueError(
-            f"messages: got the roles {', '.join(roles) or '(none)'}, "
+            f"messages: got the roles {', '.join(roles[:10]) or '(none)'}, "
             "expected user and assistant in turn, ending with assistant"
         )
     return messages
@@ -277,7 +223,8 @@ def _read_messages(value: Any) -> tuple[Message, ...]:
 def _text(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise ValueError(f"{key}: got {_brief(value)}, expected a text")
+        got = "nothing" if value is None else brief(value)
+        raise ValueError(f"{key}: got {got}, expected a text")
     if not value.strip():
         raise ValueError(f"{key}: got an empty text")
     if any("\ud800" <= char <= "\udfff" for char in value):
@@ -289,11 +236,9 @@ def _label(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if value is None:
         return ""
-    return str(value) if isinstance(value, int) else _text(row, key)
-
-
-def _brief(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    text = _text(row, key)
+    if key != "follow_up" and not text.isprintable():
+        raise ValueError(f"{key}: got {brief(text)}, expected no line breaks or control characters")
+    return text

@@ -7,6 +7,7 @@ that each stretch of it gets its share of each split.
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,19 @@ SPLITS = ("train", "valid", "test")
 SHARES = (0.70, 0.15, 0.15)
 
 
+@dataclass(frozen=True)
+class SplitReport:
+    """What a split came to, in rows."""
+
+    rows: dict[str, int]  # by split, all that it holds now
+    added: dict[str, int]  # by split, those that it did not hold before
+    updated: int  # replaced where they were, by a row with the same id
+    unchanged: int  # held before, and as they were
+
+
 def split_rows(
     sources: list[Path], out: Path, seed: int = 42, shares: tuple[float, float, float] = SHARES
-) -> dict[str, int]:
+) -> SplitReport:
     """Put the rows of `sources` into `out/{train,valid,test}.jsonl`.
 
     Rows keep their keys. A row whose id `out` holds replaces that row where it
@@ -34,9 +45,6 @@ def split_rows(
         seed: of the hash that orders the rows.
         shares: of train, valid and test; they sum to 1.
 
-    Returns:
-        The number of rows of each split.
-
     Raises:
         DataError: no such shares, no rows at all, or some that cannot be read or have
             no id of their own; nothing is written.
@@ -47,16 +55,19 @@ def split_rows(
     kept = {split: _read(path) if _has_rows(path) else {} for split, path in files.items()}
     held = {row_id: split for split, rows in kept.items() for row_id in rows}
     new: dict[str, dict[str, Any]] = {}
+    num_updated = 0
     for source in _files(sources):
         for row_id, row in _read(source).items():
             if row_id in new:
                 raise DataError(f"{source}: id {row_id!r} is in another source too.\nRename one.")
             if row_id in held:
+                num_updated += kept[held[row_id]][row_id] != row
                 kept[held[row_id]][row_id] = row
             else:
                 new[row_id] = row
     if not new and not held:
         raise DataError(f"Nothing to split: {out} holds no rows.\nName the files that do.")
+    num_held = {split: len(rows) for split, rows in kept.items()}
     line = sorted(new, key=lambda row_id: _place(new[row_id], row_id, seed))
     for row_id, split in zip(
         line, _deal([len(kept[s]) for s in SPLITS], len(new), shares), strict=True
@@ -70,7 +81,12 @@ def split_rows(
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:
             with atomic_file(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-    return {split: len(rows) for split, rows in kept.items()}
+    return SplitReport(
+        rows={split: len(rows) for split, rows in kept.items()},
+        added={split: len(rows) - num_held[split] for split, rows in kept.items()},
+        updated=num_updated,
+        unchanged=len(held) - num_updated,
+    )
 
 
 def _has_rows(path: Path) -> bool:

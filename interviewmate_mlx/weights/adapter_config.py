@@ -1,19 +1,29 @@
 """What `adapter_config.json` says of a LoRA adapter, in PEFT's words."""
 
 import json
+import math
 import re
 import sys
+import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+import regex
 
-from interviewmate_mlx.errors import AdapterError, list_faults
+from interviewmate_mlx.errors import AdapterError, brief, list_faults
 from interviewmate_mlx.model.lora import find_targets, linear_paths
+from interviewmate_mlx.weights.links import refuse_links_out
 
 CONFIG_FILE = "adapter_config.json"
+_MOST_BYTES = 1 << 20
+_MOST_PATTERN = 1000  # characters
+_MOST_REPEATS = 1000  # all counts in braces multiplied: matching may write them out
+_NUMBER = re.compile(r"\d+").findall
+_MATCHING_S = 5.0  # for all patterns and layers together; some patterns would take years
 
 # What PEFT 0.21 can write that changes the maths, with the values that do not.
 _UNSUPPORTED: dict[str, Sequence[Any]] = {
@@ -82,18 +92,22 @@ class AdapterConfig:
         """Rank and alpha of each layer of a model that the adapter covers, by path.
 
         Raises:
-            AdapterError: a target matches no linear layer.
+            AdapterError: a target matches no linear layer, or a pattern takes too long.
         """
+        deadline = time.monotonic() + _MATCHING_S
         if isinstance(self.targets, str):
-            paths = [path for path in linear_paths(model) if re.fullmatch(self.targets, path)]
+            paths = [p for p in linear_paths(model) if _matches(self.targets, p, deadline)]
             if not paths:
-                raise AdapterError(f"target_modules {self.targets!r} matches no linear layer.")
+                raise AdapterError(
+                    f"target_modules {brief(self.targets)} matches no linear layer.\n"
+                    "Choose the base that the adapter was trained on."
+                )
         else:
             paths = find_targets(model, self.targets)
         return {
             path: (
-                _by_pattern(self.rank_pattern, path, self.rank),
-                _by_pattern(self.alpha_pattern, path, self.alpha),
+                _by_pattern(self.rank_pattern, path, self.rank, deadline),
+                _by_pattern(self.alpha_pattern, path, self.alpha, deadline),
             )
             for path in paths
         }
@@ -107,20 +121,32 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             supported; every such key is named.
     """
     path = folder / CONFIG_FILE
+    refuse_links_out(folder, [CONFIG_FILE], AdapterError)
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ValueError(f"got more than {_MOST_BYTES} bytes, expected a LoRA's options")
+        written = json.loads(data.decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise AdapterError(
             f"No adapter in {folder}: it has no {CONFIG_FILE}.\n"
             "Give the folder that `imate-mlx train` or PEFT wrote."
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"Cannot read {path}: {error}\nExport the adapter anew.") from error
+    except OSError as error:
+        raise _unreadable(path, f"{error.strerror}.") from error
+    except RecursionError as error:
+        raise _unreadable(path, "nested too deeply.") from error
+    except ValueError as error:
+        raise _unreadable(path, str(error)) from error
     if not isinstance(written, dict):
-        raise AdapterError(f"{path}: got a JSON {type(written).__name__}, expected an object.")
+        raise AdapterError(
+            f"{path}: got a JSON {type(written).__name__}, expected an object.\n"
+            "Export the adapter anew."
+        )
     if written.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{path}: peft_type: got {written.get('peft_type')!r}, expected 'LORA'.\n"
+            f"{path}: peft_type: got {brief(written.get('peft_type'))}, expected 'LORA'.\n"
             "Only LoRA adapters are supported."
         )
     # PEFT falls back to 8 where rank or alpha is absent.
@@ -135,7 +161,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     targets = config["target_modules"]
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     return AdapterConfig(
-        base=str(config.get("base_model_name_or_path") or ""),
+        base=config.get("base_model_name_or_path") or "",
         rank=int(config["r"]),
         alpha=float(config["lora_alpha"]),
         dropout=float(config["lora_dropout"]),
@@ -146,14 +172,18 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     )
 
 
+def _unreadable(path: Path, fault: str) -> AdapterError:
+    return AdapterError(f"Cannot read {path}: {fault}\nExport the adapter anew.")
+
+
 def _config_faults(config: dict[str, Any]) -> list[str]:
     faults = [
-        f"{key}: got {config[key]!r}, expected {neutral[0]!r}"
+        f"{key}: got {brief(config[key])}, expected {neutral[0]!r}"
         for key, neutral in _UNSUPPORTED.items()
         if key in config and config[key] not in neutral
     ]
     faults += [
-        f"{key}: got {value!r}, expected no such key (written by a newer PEFT)"
+        f"{key[:80]}: got {brief(value)}, expected no such key (written by a newer PEFT)"
         for key, value in config.items()
         if key not in _UNSUPPORTED and key not in _OTHER_KEYS
         # By identity: a 0 may say something.
@@ -161,36 +191,50 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
     ]
     rank, alpha, dropout = (config[key] for key in ("r", "lora_alpha", "lora_dropout"))
     if not _is_rank(rank):
-        faults.append(f"r: got {rank!r}, expected a whole number of at least 1")
+        faults.append(f"r: got {brief(rank)}, expected a whole number of at least 1")
     if not _is_number(alpha):
-        faults.append(f"lora_alpha: got {alpha!r}, expected a finite number")
+        faults.append(f"lora_alpha: got {brief(alpha)}, expected a finite number")
     if not _is_number(dropout) or not 0 <= dropout < 1:
-        faults.append(f"lora_dropout: got {dropout!r}, expected from 0 to below 1")
+        faults.append(f"lora_dropout: got {brief(dropout)}, expected from 0 to below 1")
     if not isinstance(config["use_rslora"], bool):
-        faults.append(f"use_rslora: got {config['use_rslora']!r}, expected true or false")
+        faults.append(f"use_rslora: got {brief(config['use_rslora'])}, expected true or false")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        faults.append(f"base_model_name_or_path: got {brief(base)}, expected a name or a path")
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets:
         faults += _pattern_fault("target_modules", targets, targets)
     elif (
         not targets or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets)
     ):
-        faults.append(f"target_modules: got {targets!r}, expected names of linear layers")
+        faults.append(f"target_modules: got {brief(targets)}, expected names of linear layers")
     for key, is_value, numbers in (
         ("rank_pattern", _is_rank, "whole numbers of at least 1"),
         ("alpha_pattern", _is_number, "finite numbers"),
     ):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict) or not all(map(is_value, patterns.values())):
-            faults.append(f"{key}: got {patterns!r}, expected {numbers} by name")
+            faults.append(f"{key}: got {brief(patterns)}, expected {numbers} by name")
         else:
             faults += [fault for p in patterns for fault in _pattern_fault(key, p, _at_end(p))]
     return faults
 
 
-def _by_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
+def _by_pattern(patterns: dict[str, Any], path: str, default: Any, deadline: float) -> Any:
     """PEFT's rule: a pattern matches the end of a path, as a regular expression."""
-    matching = (p for p in patterns if re.match(_at_end(p), path))
+    matching = (p for p in patterns if _matches(_at_end(p), path, deadline))
     return next((patterns[pattern] for pattern in matching), default)
+
+
+def _matches(pattern: str, path: str, deadline: float) -> bool:
+    try:
+        left_s = max(deadline - time.monotonic(), 1e-3)
+        return regex.fullmatch(pattern, path, timeout=left_s) is not None
+    except (TimeoutError, regex.error) as error:
+        raise AdapterError(
+            f"The pattern {brief(pattern)} of the adapter cannot be matched with {path}: "
+            f"{str(error) or 'it takes too long'}\nName the target modules one by one."
+        ) from error
 
 
 def _at_end(pattern: str) -> str:
@@ -199,12 +243,19 @@ def _at_end(pattern: str) -> str:
 
 def _pattern_fault(key: str, written: str, pattern: str) -> list[str]:
     """What is wrong with a pattern as it is used, in `re`'s own words; nothing if it is valid."""
+    if len(written) > _MOST_PATTERN:
+        got = f"{len(written)} characters"
+        return [f"{key}: got {got}, expected a pattern of at most {_MOST_PATTERN}"]
     try:
-        re.compile(pattern)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         # Without the position, which counts from the start of the whole pattern.
         reason = error.msg if isinstance(error, re.error) else error
-        return [f"{key}: got {written!r}, expected a regular expression: {reason}"]
+        return [f"{key}: got {brief(written)}, expected a regular expression: {reason}"]
+    counts = [int(n) for braces in re.findall(r"\{[\d,]+\}", written) for n in _NUMBER(braces)]
+    if math.prod(max(1, count) for count in counts) > _MOST_REPEATS:
+        return [f"{key}: got {brief(written)}, expected at most {_MOST_REPEATS} repeats in it"]
     return []
 
 

@@ -11,16 +11,27 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import load_model
 
-from interviewmate_mlx.errors import ModelError
+from interviewmate_mlx.data.prompts import encode
+from interviewmate_mlx.errors import ModelError, brief
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model import falcon
 from interviewmate_mlx.weights.convert import convert
 from interviewmate_mlx.weights.hub import pull
+from interviewmate_mlx.weights.json_file import read_json
+from interviewmate_mlx.weights.links import refuse_links_out
 from interviewmate_mlx.weights.names import is_hub_id, local_path, shipped_base
 from interviewmate_mlx.weights.safetensors_file import TensorEntry, read_safetensors_header
+from interviewmate_mlx.weights.source import check_depth, model_files, read_args
+from interviewmate_mlx.weights.tokenizer import TOKENIZER_FILES, check_vocab, read_tokenizer
 
-# What the libraries raise on files that are not what they should be.
-_FAULTS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError)
+# All of them read tokenizer.json, or vocab.json and merges.txt, and nothing else. Other classes
+# read pickles, or start programs.
+_TOKENIZER_CLASSES = (
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)
 _SAMPLE_BYTES = 4096  # twice a tensor: to read all of a large model would take seconds
 _SAMPLE_NUMBERS = 2048  # of a tensor
 _GRID = 1024  # steps a unit
@@ -83,6 +94,8 @@ def build_base(folder: Path, dtype: mx.Dtype) -> falcon.Model:
             f"{folder} holds no model*.safetensors.\n"
             f"Convert it first: imate-mlx convert {folder} --out models/{folder.name}"
         )
+    refuse_links_out(folder, model_files(folder), ModelError)
+    _check_model_files(folder)
     try:
         model, _ = load_model(
             folder,
@@ -92,7 +105,7 @@ def build_base(folder: Path, dtype: mx.Dtype) -> falcon.Model:
             get_model_classes=lambda config: (falcon.Model, falcon.ModelArgs),
         )
         model.set_dtype(dtype)
-    except _FAULTS as error:
+    except Exception as error:  # whatever the libraries meet in files that do not fit
         raise _unloadable(folder, error) from error
     return model
 
@@ -105,7 +118,7 @@ def read_weights(model: falcon.Model, folder: Path) -> None:
     """
     try:
         mx.eval(model.parameters())
-    except _FAULTS as error:
+    except Exception as error:  # whatever the libraries meet in files that do not fit
         raise _unloadable(folder, error) from error
 
 
@@ -119,20 +132,83 @@ def load_base_tokenizer(folder: Path) -> TokenizerWrapper:
         raise ModelError(
             f"{folder} holds no tokenizer.json and no vocab.json.\nConvert the model anew."
         )
+    refuse_links_out(folder, model_files(folder), ModelError)
+    _check_tokenizer_files(folder)
     try:
         tokenizer = load_tokenizer(folder, {"trust_remote_code": False})
-    except _FAULTS as error:
+        encode(tokenizer, "Question:")  # what it was given may fail only when it is used
+    except BaseException as error:  # the tokenizers library raises no narrower ones
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(
-            f"Cannot load the tokenizer in {folder}: {type(error).__name__}: {error}\n"
-            "Convert the model anew."
+            f"Cannot load the tokenizer in {folder}: {_in_short(error)}\nConvert the model anew."
         ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"The tokenizer in {folder} has no end token.\nConvert the model anew.")
     return tokenizer
 
 
+def _check_model_files(folder: Path) -> None:
+    """Refuse what MLX would take too long over, or read past: sizes and headers that lie."""
+    config = read_json(folder / "config.json")
+    args = read_args(folder, config)
+    names: list[str] = []
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            names += read_safetensors_header(path)
+        except OSError as error:
+            raise ModelError(
+                f"Cannot read {path}: {error.strerror}.\nCheck the path and who may read it."
+            ) from error
+    check_depth(args, names)
+    packed = config.get("quantization")
+    if packed is None:
+        return
+    sizes = [packed.get(k) for k in ("group_size", "bits")] if isinstance(packed, dict) else []
+    fault = ""
+    if not sizes or not all(type(size) is int and 0 < size <= 1024 for size in sizes):
+        fault = f"got {brief(packed)}, expected group_size and bits, whole numbers above 0"
+    elif not any(name.endswith(".scales") for name in names):
+        fault = f"got {sizes[1]} bits, expected none: the weights are not quantised"
+    if fault:
+        raise ModelError(
+            f"{folder}/config.json: quantization: {fault}.\nConvert it anew, or quantise it anew."
+        )
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Refuse a tokenizer of another kind, and one whose tokens the model has no rows for."""
+    config = read_json(folder / "config.json")
+    files = {
+        name: read_json(folder / name)
+        for name in TOKENIZER_FILES
+        if name.endswith(".json") and (folder / name).is_file()
+    }
+    for name in ("config.json", "tokenizer_config.json"):
+        found = (files | {"config.json": config}).get(name, {}).get("tokenizer_class")
+        if found not in (None, *_TOKENIZER_CLASSES):
+            raise ModelError(
+                f"{folder / name}: tokenizer_class: got {brief(found)}, "
+                f"expected one of {', '.join(_TOKENIZER_CLASSES)}.\nConvert the model anew."
+            )
+    if "Precompiled" in json.dumps(files.get("tokenizer.json", {}).get("normalizer")):
+        # The tokenizers library ends in a panic where its bytes are not what it expects.
+        raise ModelError(
+            f"{folder}/tokenizer.json: normalizer: got a Precompiled one, expected none.\n"
+            "Use the tokenizer that the model was trained with."
+        )
+    check_vocab(folder, read_tokenizer(folder), config.get("vocab_size"))
+
+
+def _in_short(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:500]}{'...' if len(said) > 500 else ''}"
+
+
 def _unloadable(folder: Path, error: Exception) -> ModelError:
-    return ModelError(f"Cannot load {folder}: {error}\nConvert it anew, or choose another base.")
+    return ModelError(
+        f"Cannot load {folder}: {_in_short(error)}\nConvert it anew, or choose another base."
+    )
 
 
 def hash_base(folder: Path) -> str:

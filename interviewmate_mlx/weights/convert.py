@@ -27,16 +27,19 @@ from interviewmate_mlx.weights.converted import (
     write_tokenizer,
     write_weights,
 )
+from interviewmate_mlx.weights.json_file import read_json
+from interviewmate_mlx.weights.links import refuse_links_out
 from interviewmate_mlx.weights.safetensors_file import ITEM_BYTES, TensorEntry
 from interviewmate_mlx.weights.source import (
-    TOKENIZER_FILES,
     WeightFiles,
+    check_depth,
     find_weights,
+    model_files,
+    read_args,
     read_config,
-    read_json,
     read_tensors,
-    read_tokenizer,
 )
+from interviewmate_mlx.weights.tokenizer import TOKENIZER_FILES, check_vocab, read_tokenizer
 
 _RECORD = "conversion.json"
 _WEIGHTS = "model.safetensors"
@@ -98,15 +101,12 @@ def convert(
         raise ModelError(f"dtype: got {dtype!r}, expected one of {', '.join(FLOATS)}")
     source, out = source.resolve(), out.resolve()
     try:
+        if source.is_dir():
+            refuse_links_out(source, model_files(source), ModelError)
         config = read_config(source)
-        args = _read_args(source, config)
+        args = read_args(source, config)
         tokenizer = read_tokenizer(source)
-        if tokenizer.size > args.vocab_size:
-            raise ModelError(
-                f"{source}: its tokenizer has {tokenizer.size} tokens, "
-                f"its embedding only {args.vocab_size} rows (vocab_size).\n"
-                "Use the tokenizer that the model was trained with."
-            )
+        check_vocab(source, tokenizer, args.vocab_size)
         weights = find_weights(source)
         record: dict[str, Any] = {
             "source": source_name or source.name,
@@ -137,17 +137,12 @@ def convert(
             shutil.copyfile(falcon.__file__, folder / MODEL_FILE)
             write_json(folder / _RECORD, record)
     except OSError as error:
-        raise ModelError(f"Cannot convert {source}: {error}\n{out} is as it was.") from error
-    return ConvertedFolder(out, num_parameters, dtype, nbytes, already_there=False)
-
-
-def _read_args(source: Path, config: dict[str, Any]) -> falcon.ModelArgs:
-    try:
-        return falcon.ModelArgs.from_dict(config)
-    except ValueError as error:
+        where = f"{error.filename}: " if error.filename else ""
         raise ModelError(
-            f"{source}: {error}\nChoose a Falcon-RW, such as tiiuae/falcon-rw-1b."
+            f"Cannot convert {source}: {where}{error.strerror or error}\n"
+            f"{out} is as it was. Check the path, its permissions and the room on its disk."
         ) from error
+    return ConvertedFolder(out, num_parameters, dtype, nbytes, already_there=False)
 
 
 def _fingerprint(source: Path, weights: WeightFiles) -> str:
@@ -202,6 +197,7 @@ def _fit(
     tensors: dict[str, TensorEntry], args: falcon.ModelArgs, dtype: str | None
 ) -> dict[str, TensorEntry]:
     """The model's tensors, all of them and no others, in the model's order."""
+    check_depth(args, tensors)
     expected = {name: value.shape for name, value in tree_flatten(falcon.Model(args).parameters())}
     faults = [f"{name}: missing" for name in expected if name not in tensors]
     own = tensors[_EMBEDDING].dtype if _EMBEDDING in tensors else None

@@ -15,8 +15,9 @@ from interviewmate_mlx.data.prompts import CHAT_TEMPLATE
 from interviewmate_mlx.errors import WeightsError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.weights.cast import cast
+from interviewmate_mlx.weights.json_file import read_json
 from interviewmate_mlx.weights.safetensors_file import ITEM_BYTES, TensorEntry, safetensors_header
-from interviewmate_mlx.weights.source import TOKENIZER_FILES, Tokenizer, read_json
+from interviewmate_mlx.weights.tokenizer import TOKENIZER_FILES, Tokenizer
 
 MODEL_FILE = "falcon.py"
 # These read tokenizer.json, or vocab.json and merges.txt, with no code from the folder.

@@ -25,7 +25,13 @@ from interviewmate_mlx.weights.hub_cache import (
     find_commit,
     remember_commit,
 )
-from interviewmate_mlx.weights.hub_errors import explain, is_out_of_reach, told_plainly
+from interviewmate_mlx.weights.hub_errors import (
+    explain,
+    is_out_of_reach,
+    told_plainly,
+    without_tokens,
+)
+from interviewmate_mlx.weights.links import refuse_links_out
 from interviewmate_mlx.weights.peft import ADAPTER_FILES
 
 _WEIGHTS = (
@@ -127,6 +133,7 @@ def push(
     """
     folder = Path(folder)
     names = _choose_files_to_push(folder, files)
+    refuse_links_out(folder, names, HubError)
     with told_plainly("model", repo_id, writes=True):
         if get_token() is None:
             raise HubError(
@@ -142,7 +149,7 @@ def push(
             )
         additions = [CommitOperationAdd(name, folder / name) for name in names]
         api.create_commit(repo.repo_id, additions, commit_message=message)
-        return str(repo.url)
+        return without_tokens(str(repo.url))
 
 
 def _pull(
@@ -162,7 +169,7 @@ def _pull(
             cached = _find_complete(kind, repo_id, revision, choose)
             if cached is None or not is_out_of_reach(error):
                 raise
-            reason = explain(error, kind, repo_id, revision).splitlines()[0]
+            reason = without_tokens(explain(error, kind, repo_id, revision).splitlines()[0])
             _log.warning("%s\nUsing commit %s from the cache.", reason, cached.revision[:8])
             return cached
         commit = str(info.sha)

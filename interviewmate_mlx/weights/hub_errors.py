@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import httpx2
 from huggingface_hub import constants, get_token
@@ -50,7 +50,10 @@ def told_plainly(
             RuntimeError,
             ValueError,
         ) as error:
-            raise HubError(explain(error, kind, repo_id, revision, writes=writes)) from None
+            said = explain(error, kind, repo_id, revision, writes=writes)
+            raise HubError(without_tokens(said)) from None
+        except HubError as error:
+            raise HubError(without_tokens(str(error))) from None
 
 
 def is_out_of_reach(error: Exception) -> bool:
@@ -117,7 +120,7 @@ def explain(
                 f"{hub} answers, but not as a Hub does.\n"
                 "Check HF_ENDPOINT, and whether this network wants a login of its own."
             )
-    return f"The Hub's library failed on {what}: {_without_tokens(str(error))}"
+    return f"The Hub's library failed on {what}: {without_tokens(str(error))}"
 
 
 def _explain_answer(
@@ -158,12 +161,15 @@ def _explain_answer(
             seen = "or your token may not see it" if logged_in else "that is open to all"
             then = "" if logged_in else f"; if it is private, {_LOG_IN}"
             return f"There is no {what} {seen} ({status}).\nCheck the spelling{then}."
-    said = _without_tokens(error.server_message or "no reason given")
+    said = without_tokens(error.server_message or "no reason given")
     return f"{url.host} does not accept this for the {what} ({status}): {said}\nSee {page}."
 
 
-def _without_tokens(text: str) -> str:
-    """`text` with this machine's token, and all that looks like one, struck out."""
-    token = get_token()
+def without_tokens(text: str) -> str:
+    """`text` with this machine's token, and all that looks like a secret, struck out."""
+    token = None
+    with suppress(OSError):  # its file cannot be read
+        token = get_token()
     text = text.replace(token, "***") if token else text
-    return re.sub(r"\b(hf|api)_\w{6,}", "***", text)
+    text = re.sub(r"\b(hf|api)_\w{6,}", "***", text)
+    return re.sub(r"://[^/@\s]+@", "://***@", text)  # a name and password in an address

@@ -11,9 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
-from interviewmate_mlx.errors import AdapterError, list_faults
+from interviewmate_mlx.errors import AdapterError, WeightsError, list_faults
 from interviewmate_mlx.files import atomic_file, atomic_folder
 from interviewmate_mlx.model.lora import place_lora, shape_of
 from interviewmate_mlx.weights.adapter_config import (
@@ -21,7 +22,13 @@ from interviewmate_mlx.weights.adapter_config import (
     AdapterConfig,
     read_adapter_config,
 )
-from interviewmate_mlx.weights.safetensors_file import save_tensors
+from interviewmate_mlx.weights.cast import FLOATS, cast
+from interviewmate_mlx.weights.links import refuse_links_out
+from interviewmate_mlx.weights.safetensors_file import (
+    TensorEntry,
+    read_safetensors_header,
+    save_tensors,
+)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -48,10 +55,13 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterConfig:
     """
     config = read_adapter_config(folder)
     layers = config.layers(model)
-    weights = _read_weights(folder)
-    _compare(folder, model, layers, weights)
+    entries = _read_entries(folder)
+    _compare(folder, model, layers, entries)
+    _check_finite(folder, entries)
     place_lora(model, layers, config.dropout, rslora=config.rslora)
-    model.load_weights(list(weights.items()), strict=False)
+    loaded: Any = mx.load(str(folder / WEIGHTS_FILE))
+    weights = [(name.removeprefix(PREFIX), a.astype(mx.float32)) for name, a in loaded.items()]
+    model.load_weights(weights, strict=False)
     mx.eval(model.trainable_parameters())
     return config
 
@@ -109,6 +119,16 @@ def save_adapter(
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def check_adapter(folder: Path) -> None:
+    """Read an adapter folder without a model to put it on.
+
+    Raises:
+        AdapterError: it is none, it is damaged, or its numbers are not finite.
+    """
+    read_adapter_config(folder)
+    _check_finite(folder, _read_entries(folder))
+
+
 def export_adapter(folder: Path, out: Path, replace: bool = False) -> Path:
     """Copy an adapter folder, without its checkpoints, and return the copy.
 
@@ -121,8 +141,8 @@ def export_adapter(folder: Path, out: Path, replace: bool = False) -> Path:
         AdapterError: `folder` is no complete adapter, it is or lies in `out`, or
             `out` is there already and may not be replaced.
     """
-    read_adapter_config(folder)
-    _read_weights(folder)
+    check_adapter(folder)
+    refuse_links_out(folder, ADAPTER_FILES, AdapterError)
     source = folder.resolve()
     if out.exists() and any(out.samefile(held) for held in (source, *source.parents)):
         raise AdapterError(
@@ -151,37 +171,54 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     return {path: array for path, array in parameters.items() if _is_lora(path)}
 
 
-def _read_weights(folder: Path) -> dict[str, mx.array]:
-    """Matrices in float32 by parameter path; the prefix of PEFT is taken off."""
+def _read_entries(folder: Path) -> dict[str, TensorEntry]:
+    """Where each matrix lies, by parameter path, the prefix of PEFT taken off."""
     path = folder / WEIGHTS_FILE
-    if not path.exists():
+    if not path.is_file():
         raise AdapterError(
             f"{folder} has no {WEIGHTS_FILE}.\n"
             "Adapters in pickle files (adapter_model.bin) are not read: load and save it with PEFT."
         )
+    refuse_links_out(folder, [WEIGHTS_FILE], AdapterError)
     try:
-        loaded: Any = mx.load(str(path))
-    except (RuntimeError, ValueError) as error:
-        raise AdapterError(f"{path} is damaged: {error}\nCopy or train it anew.") from error
+        entries = read_safetensors_header(path)
+    except (WeightsError, OSError) as error:
+        fault = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise AdapterError(f"{path} is damaged: {fault}\nCopy or train it anew.") from error
     faults = [
-        f"{name}: got {array.dtype}, expected a float"
-        for name, array in loaded.items()
-        if not mx.issubdtype(array.dtype, mx.floating)
+        f"{name}: got {entry.dtype}, expected one of {', '.join(FLOATS)}"
+        for name, entry in entries.items()
+        if entry.dtype not in FLOATS
     ]
+    named = {name.removeprefix(PREFIX): entry for name, entry in entries.items()}
+    if len(named) < len(entries):
+        faults.append(f"got the same matrix with and without the prefix {PREFIX}, expected it once")
     if faults:
-        raise AdapterError(f"{path} holds no LoRA matrices:\n{list_faults(faults)}")
-    weights = {name.removeprefix(PREFIX): a.astype(mx.float32) for name, a in loaded.items()}
-    bad = [name for name, array in weights.items() if not mx.isfinite(array).all().item()]
+        raise AdapterError(
+            f"{path} holds no LoRA matrices:\n{list_faults(faults)}\nExport the adapter anew."
+        )
+    return named
+
+
+def _check_finite(folder: Path, entries: dict[str, TensorEntry]) -> None:
+    bad = [name for name, entry in entries.items() if not _is_finite(entry)]
     if bad:
-        raise AdapterError(f"{path} holds NaN or infinity:\n{list_faults(bad)}\nTrain it anew.")
-    return weights
+        raise AdapterError(
+            f"{folder / WEIGHTS_FILE} holds NaN or infinity:\n{list_faults(bad)}\nTrain it anew."
+        )
+
+
+def _is_finite(entry: TensorEntry) -> bool:
+    """In pieces: a file may be larger than memory."""
+    pieces = (cast(chunk, entry.dtype, "float32") for chunk in entry.chunks())
+    return all(np.isfinite(np.frombuffer(piece, "<f4")).all() for piece in pieces)
 
 
 def _compare(
     folder: Path,
     model: nn.Module,
     layers: dict[str, tuple[int, float]],
-    weights: dict[str, mx.array],
+    weights: dict[str, TensorEntry],
 ) -> None:
     modules = dict(model.named_modules())
     expected: dict[str, tuple[int, ...]] = {}

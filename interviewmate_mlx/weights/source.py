@@ -1,17 +1,20 @@
-"""A model folder as it lies on the Hub: its configuration, its tokenizer, where its tensors lie.
+"""A model folder as it lies on the Hub: its configuration, and where its tensors lie.
 
 Nothing is loaded and nothing is run. The names of old configurations follow
 transformers' `models/falcon/convert_custom_code_checkpoint.py`.
 """
 
-import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from interviewmate_mlx.errors import ModelError, WeightsError, list_faults
+from interviewmate_mlx.errors import ModelError, WeightsError, brief, list_faults
+from interviewmate_mlx.model import falcon
+from interviewmate_mlx.weights.json_file import read_json
 from interviewmate_mlx.weights.safetensors_file import TensorEntry, read_safetensors_header
+from interviewmate_mlx.weights.tokenizer import TOKENIZER_FILES
 from interviewmate_mlx.weights.torch_file import read_torch_file
 
 _OLD_NAMES = {
@@ -22,20 +25,20 @@ _OLD_NAMES = {
 }
 _OLD_MODEL_TYPES = ("RefinedWebModel", "RefinedWeb")
 
-TOKENIZER_FILES = [
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-]
-
 # As one file, and as shards. The first that is there is taken.
 _WEIGHTS = [
     ("model.safetensors", "model-*-of-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
 ]
+# Beside the weights and the tokenizer, what this package or the libraries below it read.
+_OTHER_FILES = [
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    "chat_template.jinja",
+]
+# MLX counts the sizes of an array in 32 bits; the projections are up to four times as wide.
+_MOST_SIZE = 1 << 24
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -47,34 +50,60 @@ class WeightFiles:
     index: dict[str, str] | None
 
 
-@dataclass(frozen=True)
-class Tokenizer:
-    """What a tokenizer's files say of its tokens.
-
-    Attributes:
-        size: one more than the largest id.
-        special: `eos_token`, and `bos_token`, `unk_token`, `pad_token` where it has them.
-        ids: the ids of those.
-    """
-
-    size: int
-    special: dict[str, str]
-    ids: dict[str, int]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_args(folder: Path, config: dict[str, Any]) -> falcon.ModelArgs:
+    """The shape that a `config.json` describes, its optional keys checked too.
 
     Raises:
-        ModelError: it is no JSON object.
+        ModelError: it is no Falcon-RW's, or says what cannot be; all such keys are named.
     """
+    faults = []
+    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+        if type(config.get(key)) is int and config[key] > _MOST_SIZE:
+            faults.append(f"{key}: got {brief(config[key])}, expected at most {_MOST_SIZE}")
+    # Absent or null, they have defaults.
+    given = {key: value for key, value in config.items() if value is not None}
+    ffn = given.get("ffn_hidden_size", 1)
+    if type(ffn) is not int or not 1 <= ffn <= _MOST_SIZE:
+        faults.append(
+            f"ffn_hidden_size: got {brief(ffn)}, expected a whole number from 1 to {_MOST_SIZE}"
+        )
+    epsilon = given.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        faults.append(f"layer_norm_epsilon: got {brief(epsilon)}, expected from 0 to below 1")
+    faults += [
+        f"{key}: got {brief(given[key])}, expected true or false"
+        for key in ("bias", "tie_word_embeddings")
+        if not isinstance(given.get(key, True), bool)
+    ]
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is no JSON: {error}\nDownload it again.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is no JSON object, but a {type(value).__name__}")
-    return value
+        if faults:
+            raise ValueError("config.json is not a Falcon-RW's:\n" + list_faults(faults))
+        return falcon.ModelArgs.from_dict(config)
+    except ValueError as error:
+        raise ModelError(
+            f"{folder}: {error}\nChoose a Falcon-RW, such as tiiuae/falcon-rw-1b."
+        ) from error
+
+
+def check_depth(args: falcon.ModelArgs, tensors: Collection[str]) -> None:
+    """Refuse more layers than there are tensors, before so many are built.
+
+    Raises:
+        WeightsError: that is so.
+    """
+    if args.num_hidden_layers > len(tensors):
+        raise WeightsError(
+            f"config.json says num_hidden_layers: got {args.num_hidden_layers}, expected at most "
+            f"{len(tensors)}, as many as the weights have tensors.\n"
+            "Correct config.json, or download the model again."
+        )
+
+
+def model_files(folder: Path) -> list[str]:
+    """The names of a model folder's files that are read, those that are there."""
+    patterns = [*_OTHER_FILES, *TOKENIZER_FILES, "model*", "pytorch_model*"]
+    names = [path.name for path in folder.iterdir()]
+    return sorted(name for name in names if any(fnmatchcase(name, p) for p in patterns))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -102,73 +131,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     for old, new in _OLD_NAMES.items():
         value = config.pop(old, None)
         if value is not None and config.setdefault(new, value) != value:
-            faults.append(f"{old} is {value!r}, {new} is {config[new]!r}")
+            faults.append(f"{old} is {brief(value)}, {new} is {brief(config[new])}")
     if faults:
         raise ModelError(f"{path} contradicts itself:\n{list_faults(faults)}\nRemove one of each.")
     return config
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The special tokens of a folder's tokenizer and their ids.
-
-    Raises:
-        ModelError: there is no tokenizer, it names no end token, or one that it
-            does not have.
-    """
-    paths = [folder / name for name in TOKENIZER_FILES if name.endswith(".json")]
-    files = {path.name: read_json(path) for path in paths if path.is_file()}
-    try:
-        ids = _token_ids(files)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"The tokenizer's files in {folder} are damaged: {error!r}\nDownload them again."
-        ) from error
-    if not ids or not any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt")):
-        raise ModelError(
-            f"{folder} holds no tokenizer, so its true end token is unknown.\n"
-            "Put tokenizer.json, or vocab.json and merges.txt, beside the weights."
-        )
-    special = {}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            value = files.get(name, {}).get(key)
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
-                special[key] = text
-    if "eos_token" not in special:
-        raise ModelError(
-            f"The tokenizer in {folder} names no end token.\n"
-            'Add "eos_token" to its tokenizer_config.json.'
-        )
-    unknown = [f"{key}: {text!r}" for key, text in special.items() if text not in ids]
-    if unknown:
-        raise ModelError(
-            f"The tokenizer in {folder} names tokens that it does not have:\n"
-            f"{list_faults(unknown)}\nDownload tokenizer.json and tokenizer_config.json again."
-        )
-    return Tokenizer(
-        size=max(ids.values()) + 1,
-        special=special,
-        ids={key: ids[text] for key, text in special.items()},
-    )
-
-
-def _token_ids(files: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """Every token's id. Where two files name a token, tokenizer.json is right."""
-    ids: dict[str, Any] = dict(files.get("added_tokens.json", {}))
-    decoder = files.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
-    ids |= {token["content"]: int(number) for number, token in decoder.items()}
-    if "tokenizer.json" in files:
-        whole = files["tokenizer.json"]
-        ids |= whole["model"]["vocab"]
-        ids |= {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
-    elif "vocab.json" in files:
-        ids |= files["vocab.json"]
-    else:
-        return {}
-    if odd := [token for token, number in ids.items() if type(number) is not int]:
-        raise ValueError(f"the id of {odd[0]!r} is {ids[odd[0]]!r}")
-    return ids
 
 
 def find_weights(folder: Path) -> WeightFiles:

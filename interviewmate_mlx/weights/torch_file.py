@@ -8,6 +8,7 @@ file, and everything here is about making sure that it is.
 The format: torch/serialization.py (`_save`).
 """
 
+import io
 import math
 import struct
 import zipfile
@@ -19,9 +20,22 @@ from interviewmate_mlx.weights.safetensors_file import ITEM_BYTES, TensorEntry
 from interviewmate_mlx.weights.torch_pickle import StoredTensor, read_state_dict
 
 _ZIP_MAGIC = b"PK\x03\x04"
-_MOST_PICKLE_BYTES = 16 << 20  # Falcon-RW-7B's has 0.1 MB
+# Falcon-RW-7B's pickle has 0.1 MB, its archive's directory 0.05. In memory they take up to 70
+# times as much as in the file.
+_MOST_PICKLE_BYTES = 1 << 20
+_MOST_DIRECTORY_BYTES = 4 << 20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, ..., bytes of the name, bytes of the extras
 _ENCRYPTED, _UTF8 = 0x1, 0x800
+
+
+class _BoundedFile(io.FileIO):
+    """Refuses large reads: zipfile reads an archive's directory at once, whatever its size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        most = _MOST_DIRECTORY_BYTES
+        if size is not None and size > most:
+            raise ValueError(f"its directory has {size} bytes, expected at most {most}")
+        return super().read(size if size is not None and size >= 0 else most) or b""
 
 
 def read_torch_file(path: Path) -> dict[str, TensorEntry]:
@@ -35,7 +49,7 @@ def read_torch_file(path: Path) -> dict[str, TensorEntry]:
         WeightsError: the file is no such zip, is cut short or inconsistent; its
             pickle does or names anything but tensors; it is no flat dict of them.
     """
-    with open(path, "rb") as file:
+    with _BoundedFile(path) as file:
         if file.read(4) != _ZIP_MAGIC:
             raise WeightsError(
                 f"{path} is not in the zip format of torch 1.6 and newer.\n"
@@ -48,7 +62,7 @@ def read_torch_file(path: Path) -> dict[str, TensorEntry]:
         except zipfile.BadZipFile as error:
             fault = f"the archive is cut short or damaged ({error})"
         except (ValueError, OverflowError, NotImplementedError, struct.error, OSError) as error:
-            fault = str(error)
+            fault = getattr(error, "strerror", None) or str(error)
     raise WeightsError(
         f"{path} cannot be read as a torch file: {fault}\n"
         "Nothing in it was run. Download it again, or get the model as safetensors."

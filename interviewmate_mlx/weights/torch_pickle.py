@@ -26,6 +26,9 @@ _DTYPE_OF_STORAGE = {
     "torch.ByteStorage": "uint8",
     "torch.BoolStorage": "bool",
 }
+_NEWEST_PROTOCOL = 5
+_MOST_NAME = 500  # characters of a tensor's name
+_MOST_AXES = 64  # what torch allows; the product of millions of sizes would take hours
 _REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
 _REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
 _ORDERED_DICT = "collections.OrderedDict"
@@ -67,7 +70,7 @@ def read_state_dict(data: bytes) -> dict[str, StoredTensor]:
         raise ValueError("its pickle is damaged") from error
     if not isinstance(found, dict):
         raise ValueError(f"got a {_kind(found)}, expected a state dict")
-    if odd := [ascii(name[:80]) for name in found if not name.isprintable()]:
+    if odd := [ascii(n[:80]) for n in found if not n.isprintable() or len(n) > _MOST_NAME]:
         raise ValueError("names of tensors that cannot be printed:\n" + list_faults(odd))
     others = {name: value for name, value in found.items() if not isinstance(value, StoredTensor)}
     if others:
@@ -95,7 +98,8 @@ def _follow(data: bytes) -> object:
     for instruction, argument, _ in pickletools.genops(data):
         match instruction.name:
             case "PROTO" | "FRAME":
-                pass
+                if instruction.name == "PROTO" and argument > _NEWEST_PROTOCOL:
+                    raise ValueError(f"its pickle is of protocol {argument}, expected at most 5")
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NEWTRUE": True, "NEWFALSE": False}.get(instruction.name))
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
@@ -173,7 +177,9 @@ def _storage(identity: object) -> Storage:
 
 def _is_sizes(value: object) -> bool:
     # Not isinstance: a bool is an int, but no size.
-    return isinstance(value, tuple) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    if not isinstance(value, tuple) or len(value) > _MOST_AXES:
+        return False
+    return all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def _expect(value: Any, kind: type) -> Any:

@@ -255,7 +255,10 @@ def test_new_rows_move_no_old_one(tmp_path):
     split_rows([source], out)
     before = splits_by_id(out)
     write(tmp_path / "rows", train=ROWS)
-    assert split_rows([source], out) == {"train": 147, "valid": 31, "test": 33}
+    report = split_rows([source], out)
+    assert report.rows == {"train": 147, "valid": 31, "test": 33}
+    assert report.added == {"train": 77, "valid": 16, "test": 18}
+    assert (report.updated, report.unchanged) == (0, 100)
     after = splits_by_id(out)
     assert {row_id: after[row_id] for row_id in before} == before
     assert len(after) == len(ROWS)
@@ -275,8 +278,11 @@ def test_changed_row_is_replaced_where_it_is(tmp_path):
     split_rows([source], out)
     before = splits_by_id(out)
     changed = [row | {"answer": "New. " * 60} for row in ROWS[:30]]
+    write(tmp_path / "rows", train=[*changed[:20], *ROWS[20:30]])
+    report = split_rows([source], out)
+    assert (sum(report.added.values()), report.updated, report.unchanged) == (0, 20, 10)
     write(tmp_path / "rows", train=changed)
-    split_rows([source], out)
+    assert split_rows([source], out).updated == 10
     assert splits_by_id(out) == before
     assert "New. New." in (out / "valid.jsonl").read_text()
 
@@ -286,19 +292,19 @@ def test_split_follows_its_seed_and_shares(tmp_path):
     split_rows([source], tmp_path / "one", seed=1)
     split_rows([source], tmp_path / "two", seed=2)
     assert splits_by_id(tmp_path / "one") != splits_by_id(tmp_path / "two")
-    counts = split_rows([source], tmp_path / "three", shares=(0.5, 0.25, 0.25))
-    assert counts == {"train": 50, "valid": 25, "test": 25}
+    report = split_rows([source], tmp_path / "three", shares=(0.5, 0.25, 0.25))
+    assert report.rows == {"train": 50, "valid": 25, "test": 25}
 
 
 @pytest.mark.parametrize("num_rows", [3, 4, 5, 6, 7])
 def test_few_rows_reach_every_split_and_stay(tmp_path, num_rows):
     source = write(tmp_path / "rows", train=ROWS[:num_rows]) / "train.jsonl"
-    counts = split_rows([source], tmp_path / "out")
+    counts = split_rows([source], tmp_path / "out").rows
     assert min(counts.values()) >= 1
     assert sum(counts.values()) == num_rows
     before = splits_by_id(tmp_path / "out")
-    assert split_rows([source], tmp_path / "out") == counts
-    assert split_rows([], tmp_path / "out") == counts
+    assert split_rows([source], tmp_path / "out").rows == counts
+    assert split_rows([], tmp_path / "out").rows == counts
     assert splits_by_id(tmp_path / "out") == before
 
 
@@ -306,7 +312,7 @@ def test_split_without_rows_has_no_file(tmp_path):
     out = write(tmp_path / "out", test=[])
     source = write(tmp_path / "rows", train=ROWS[:5]) / "train.jsonl"
     for _ in range(2):
-        assert split_rows([source], out, shares=(0.7, 0.3, 0)) == {
+        assert split_rows([source], out, shares=(0.7, 0.3, 0)).rows == {
             "train": 3,
             "valid": 2,
             "test": 0,

@@ -84,7 +84,8 @@ def test_splitting_again_changes_nothing(tmp_path):
 def test_split_is_what_the_command_makes_of_all_rows(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in reversed(ALL)))
-    assert split_rows([rows], tmp_path / "out") == {"train": 211, "valid": 45, "test": 46}
+    report = split_rows([rows], tmp_path / "out")
+    assert report.rows == report.added == {"train": 211, "valid": 45, "test": 46}
     for split in SPLITS:
         made = (tmp_path / "out" / f"{split}.jsonl").read_bytes()
         assert made == (FOLDER / f"{split}.jsonl").read_bytes()

@@ -356,7 +356,7 @@ def test_another_architecture_is_refused_by_its_key(
     [
         ("config.json", None, "config.json"),
         ("config.json", b"{", "config.json is no JSON"),
-        ("config.json", b"[1]", "no JSON object"),
+        ("config.json", b"[1]", "got a JSON list, expected an object"),
         ("generation_config.json", b"\xff", "generation_config.json is no JSON"),
         ("tokenizer_config.json", b"{}", ""),
         ("tokenizer.json", b"{}", "tokenizer"),
@@ -763,7 +763,7 @@ def test_interrupted_conversion_leaves_nothing(source: Path, out: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, progress=interrupt)
-    assert os.listdir(out.parent) == []
+    assert not out.parent.exists()
 
 
 def test_folder_that_came_meanwhile_is_not_overwritten(source: Path, out: Path) -> None:

@@ -272,7 +272,7 @@ MISFITS = {
     "wrong rank": (lambda t: t | {FIRST: torch.ones(5, 64)}, r"got \(5, 64\), expected \(4, 64\)"),
     "transposed": (lambda t: t | {FIRST: t[FIRST].T.contiguous()}, r"got \(64, 4\)"),
     "not a number": (lambda t: t | {FIRST: t[FIRST] * float("nan")}, "NaN or infinity"),
-    "integers": (lambda t: t | {FIRST: t[FIRST].int()}, "expected a float"),
+    "integers": (lambda t: t | {FIRST: t[FIRST].int()}, "got int32, expected one of float32"),
 }
 
 
