@@ -120,7 +120,7 @@ _run_option = click.option(
     "run_name",
     default="A",
     show_default=True,
-    metavar="A|B|C|FILE",
+    metavar="A|B|C|mini|FILE",
     help="A shipped run, or the path of a .toml file.",
 )
 _set_option = click.option(

@@ -178,23 +178,23 @@ def shipped(name: str) -> Path:
     return package / name if (package / name).exists() else package.parent / name
 
 
-def shipped_runs() -> list[str]:
-    """Letters of the runs that come with the package."""
-    return sorted(
-        path.stem.removeprefix("run_").upper() for path in shipped("configs").glob("run_*")
-    )
+def shipped_runs() -> dict[str, Path]:
+    """The runs that come with the package, by what `--run` calls them: letters, and `mini`."""
+    folder = shipped("configs")
+    letters = {path.stem.removeprefix("run_").upper(): path for path in folder.glob("run_*.toml")}
+    return dict(sorted(letters.items())) | {"mini": folder / "mini.toml"}
 
 
 def _find_run(run: str) -> tuple[str, str]:
     path = Path(run)
     if path.suffix != ".toml":
-        if run.upper() not in shipped_runs():
+        files = shipped_runs()
+        if not (name := next((name for name in files if name.lower() == run.lower()), None)):
             raise ConfigError(
-                f"No run {run!r}: expected {', '.join(shipped_runs())}, or a .toml file's path."
+                f"No run {run!r}: expected {', '.join(files)}, or a .toml file's path."
             )
-        letter = run.lower()
-        path = shipped("configs") / f"run_{letter}.toml"
-        return f"run_{run.upper()}", path.read_text(encoding="utf-8")
+        is_letter = len(name) == 1
+        return f"run_{name}" if is_letter else name, files[name].read_text(encoding="utf-8")
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise ConfigError(f"{run} is no file.\nGive the path of a .toml file.")

@@ -1,4 +1,4 @@
-"""The whole job in a minute, with no network: train Run A on `mini`, ask it, find the adapter.
+"""The whole job in two minutes, with no network: train Run A on `mini`, then ask it.
 
 `mini` is the base that comes with the package: Falcon-RW's architecture at a hundredth of its
 size, trained on texts about machine learning. It learns how an answer sounds, not what is true.
@@ -12,44 +12,47 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from interviewmate_mlx.config import shipped
 from interviewmate_mlx.data.records import load_splits
 
 RUN, ADAPTER = "A", Path("adapters/demo")
-QUESTIONS = (0, 1)  # of the test split: no run has seen them
-SAMPLING = ("--max-tokens", "64")
+QUESTIONS = (44, 25)  # of the test split, which no run has seen; two of the shortest
+# Not the likeliest token each time: so small a model would soon go round in circles.
+SAMPLING = ("--max-tokens", "80", "--temperature", "0.6", "--top-p", "0.9", "--seed", "1")
 WIDTH = 80
 
 
-def imate(*words: str, quiet: bool = False) -> str:
+def imate(*words: str, stdout: int | None = None) -> str:
     """Run an `imate-mlx` command in a process of its own, and show it."""
     print(f"\n$ imate-mlx {subprocess.list2cmdline(words)}", flush=True)
     program = Path(sys.executable).with_name("imate-mlx")
-    stdout = subprocess.PIPE if quiet else None
-    return subprocess.run([str(program), *words], check=True, stdout=stdout, text=True).stdout
+    done = subprocess.run([str(program), *words], check=True, stdout=stdout, text=True)
+    return done.stdout or ""
 
 
 def ask(question: str, *words: str) -> str:
-    said = imate("generate", question, *words, *SAMPLING, "--json", quiet=True)
-    return json.loads(said)["answer"]
+    """The answer, in one paragraph."""
+    said = imate("generate", question, *words, *SAMPLING, "--json", stdout=subprocess.PIPE)
+    return " ".join(json.loads(said)["answer"].split())
 
 
 def main() -> None:
     imate("train", "--run", RUN, "--model", "mini", "--out", str(ADAPTER), "--force")
     rows = load_splits(shipped("data/interview"))["test"]
     for number in QUESTIONS:
-        question, own = (message.content for message in rows[number].messages)
+        question = rows[number].messages[0].content
         answers = [ask(question, "--model", "mini"), ask(question, "--adapter", str(ADAPTER))]
-        shown = Table(title=f"\n{question}", title_justify="left", box=box.SIMPLE, width=WIDTH)
-        for name in ("mini", f"mini with {ADAPTER}", "the answer in the data"):
-            shown.add_column(name, ratio=1)
-        shown.add_row(*answers, own)
-        Console(width=WIDTH).print(shown)
+        shown = Table(title=question, title_justify="left", box=box.SIMPLE, width=WIDTH)
+        shown.add_column("mini", ratio=1)
+        shown.add_column(f"mini with {ADAPTER}", ratio=1)
+        shown.add_row(*map(Text, answers))
+        Console(width=WIDTH).print("\n", shown)
     print(
         f"""
-The adapter is in {ADAPTER}, a PEFT folder. `mini` is too small to know what is true;
-these five commands do the same with Falcon-RW-1B:
+The adapter is in {ADAPTER}, a PEFT folder. mini learned how an answer sounds; it is
+too small to know what is true. The same on Falcon-RW-1B (2.6 GB) in five commands:
 
     imate-mlx convert tiiuae/falcon-rw-1b
     imate-mlx train --run A

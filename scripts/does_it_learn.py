@@ -1,9 +1,9 @@
 """Do runs A, B and C learn? Validation loss before and after each, over several seeds.
 
-    python scripts/does_it_learn.py --model mini
+    python scripts/does_it_learn.py --model mini --rate-scale 25
 
-A table, then one line of JSON. A run here is the shipped one in all but its base and
-seed, and what --set changes.
+A table, then one line of JSON. A run here is the shipped one in all but its base, its
+seed, and what the options change.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from interviewmate_mlx import backend
-from interviewmate_mlx.config import load_run, shipped_runs
+from interviewmate_mlx.config import load_run
 from interviewmate_mlx.results.log import Summary, record
 from interviewmate_mlx.training.loop import train
 
@@ -83,17 +83,19 @@ def table(base: str, rows: Sequence[dict[str, object]], num_seeds: int) -> Table
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mini", help="the base")
-    parser.add_argument("--run", action="append", help="A, B, C or a file; by default all three")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", nargs="+", default=["A", "B", "C"], help="names or files")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--rate-scale", type=float, default=1.0, help="of the learning rates")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     backend.prepare()
-    overrides = [f"model.base={json.dumps(args.model)}", *args.set]
-    rows = [
-        figures(run_name, overrides, range(args.seeds)) for run_name in args.run or shipped_runs()
-    ]
+    rows = []
+    for name in args.runs:
+        rate = args.rate_scale * load_run(name).train.learning_rate
+        own = [f"model.base={json.dumps(args.model)}", f"train.learning_rate={rate:g}"]
+        rows.append(figures(name, [*own, *args.set], range(args.seeds)))
     Console(width=80).print(table(args.model, rows, args.seeds))
-    print(json.dumps({"base": args.model, "seeds": args.seeds, "set": args.set, "runs": rows}))
+    print(json.dumps({**vars(args), "figures": rows}))
 
 
 if __name__ == "__main__":

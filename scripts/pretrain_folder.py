@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.generate import generate
+from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_sampler
 from pretrain_text import Text
 
@@ -127,8 +127,10 @@ def sample(model: Model, tokenizer: Any) -> list[str]:
     """How the model goes on from a few prompts: with a fixed seed, none picked out."""
     mx.random.seed(0)
     sampler = make_sampler(temp=0.7, top_p=0.9)
-    more = [generate(model, tokenizer, p, max_tokens=80, sampler=sampler) for p in PROMPTS]
-    return [
-        f"> **{prompt}**{text}".replace("\n", "\n> ")
-        for prompt, text in zip(PROMPTS, more, strict=True)
-    ]
+    samples = []
+    for prompt in PROMPTS:
+        pieces = stream_generate(model, tokenizer, prompt, max_tokens=80, sampler=sampler)
+        # Decoded together: streamed text has lost the space before its first word.
+        text = tokenizer.decode([piece.token for piece in pieces], skip_special_tokens=True)
+        samples.append(f"> **{prompt}**{text.rstrip()}".replace("\n", "\n> "))
+    return samples

@@ -121,7 +121,10 @@ def test_wrong_usage_exits_with_2_and_says_why(imate, words, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("train --run D", "ConfigError: No run 'D': expected A, B, C, or a .toml file's path."),
+        (
+            "train --run D",
+            "ConfigError: No run 'D': expected A, B, C, mini, or a .toml file's path.",
+        ),
         ("train --run x.toml", "ConfigError: Cannot read the run x.toml: No such file or directo"),
         ("train --set lora.rnak=1", "ConfigError: The run A cannot be trained:\n  unknown key lor"),
         ("train --set data.path=nowhere", "DataError: No data at nowhere."),

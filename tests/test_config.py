@@ -48,8 +48,8 @@ SEED = {
 }
 
 
-def test_shipped_runs_are_the_seeds_three():
-    assert shipped_runs() == list(SEED)
+def test_shipped_runs_are_the_seeds_three_and_one_for_mini():
+    assert list(shipped_runs()) == [*SEED, "mini"]
 
 
 @pytest.mark.parametrize(("letter", "seed"), SEED.items())
@@ -77,6 +77,14 @@ def test_shipped_runs_differ_in_rank_alpha_and_learning_rate_alone():
             train=replace(a.train, learning_rate=learning_rate),
         )
         assert load_run(letter) == same
+
+
+def test_run_for_mini_is_run_a_but_for_its_base_and_learning_rate():
+    a, mini = load_run("A"), load_run("mini")
+    assert (mini.name, mini.model.base) == ("mini", "mini")
+    assert mini.train.learning_rate > a.train.learning_rate
+    own = replace(a.train, learning_rate=mini.train.learning_rate)
+    assert mini == replace(a, name="mini", model=replace(a.model, base="mini"), train=own)
 
 
 def test_defaults_are_run_a(write_run):
@@ -162,9 +170,9 @@ def test_file_with_a_byte_order_mark_and_windows_line_ends_is_read(write_run):
     ("run", "said"),
     [
         ("nowhere/mine.toml", "Cannot read the run nowhere/mine.toml: No such file or directory."),
-        ("D", "No run 'D': expected A, B, C, or a .toml file's path."),
-        ("", "No run '': expected A, B, C, or a .toml file's path."),
-        ("../run_a", "No run '../run_a': expected A, B, C, or a .toml file's path."),
+        ("D", "No run 'D': expected A, B, C, mini, or a .toml file's path."),
+        ("", "No run '': expected A, B, C, mini, or a .toml file's path."),
+        ("../run_a", "No run '../run_a': expected A, B, C, mini, or a .toml file's path."),
     ],
 )
 def test_run_that_is_not_there_is_refused(run, said):
@@ -366,7 +374,7 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("letter", SEED)
+@pytest.mark.parametrize("letter", [*SEED, "mini"])
 def test_shipped_run_comes_back_from_its_toml(letter, write_run):
     run = load_run(letter)
     assert parse_run(run.name, to_toml(run)) == run

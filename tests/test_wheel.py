@@ -54,6 +54,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected_files() -> dict[str, Path]:
     """What the wheel holds of the package, by name, and where each file lies here."""
     ours = [p for p in (CHECKOUT / PACKAGE).rglob("*") if p.suffix == ".py" or p.name == "py.typed"]
+    ours += (CHECKOUT / PACKAGE / "mini").iterdir()
     files = {path.relative_to(CHECKOUT).as_posix(): path for path in ours}
     for source, target in SHIPPED.items():
         for path in (CHECKOUT / source).rglob("*"):
@@ -62,8 +63,9 @@ def expected_files() -> dict[str, Path]:
     return files
 
 
-def test_wheel_holds_the_package_with_runs_and_questions_and_nothing_else(wheel):
+def test_wheel_holds_the_package_with_runs_questions_and_mini_and_nothing_else(wheel):
     expected = expected_files()
+    assert f"{PACKAGE}/mini/model.safetensors" in expected
     assert f"{PACKAGE}/configs/run_a.toml" in expected
     assert f"{PACKAGE}/data/interview/train.jsonl" in expected
     with zipfile.ZipFile(wheel) as archive:
@@ -89,6 +91,7 @@ def test_source_distribution_can_be_tested(built):
     tests = {p.relative_to(CHECKOUT).as_posix() for p in (CHECKOUT / "tests").rglob("*.py")}
     assert tests <= names
     assert {"pyproject.toml", "Makefile", "LICENSE", "README.md", "configs/run_a.toml"} <= names
+    assert {f"{PACKAGE}/mini/{p.name}" for p in (CHECKOUT / PACKAGE / "mini").iterdir()} <= names
 
 
 SCRIPT = """
@@ -100,6 +103,7 @@ for words in (
      "--set", "train.epochs=1", "--set", "train.grad_accumulation=64",
      "--set", "data.max_length=96", "--set", "data.train_on=all"],
     ["generate", "What is overfitting?", "--adapter", "adapters/run_A", "--max-tokens", "8"],
+    ["convert", "mini", "--json"],
 ):
     if code := main(words, standalone_mode=False):
         sys.exit(code)
@@ -124,7 +128,7 @@ def test_installed_wheel_trains_the_shipped_run_and_answers(installed, tiny_base
     assert len(loaded) > 20
     assert all(Path(file).is_relative_to(installed) for file in loaded)
 
-    summary, answer = done.stdout.split("\n", 1)
+    summary, *answer, converted = done.stdout.splitlines()
     rows = {
         split: len(
             (installed / PACKAGE / f"data/interview/{split}.jsonl").read_bytes().splitlines()
@@ -135,7 +139,8 @@ def test_installed_wheel_trains_the_shipped_run_and_answers(installed, tiny_base
     assert said["run"] == "run_A"
     assert (said["train_rows"], said["valid_rows"]) == (rows["train"], rows["valid"])
     assert said["steps"] == -(-rows["train"] // 64)
-    assert answer.strip()
+    assert "".join(answer).strip()
+    assert json.loads(converted)["num_parameters"] > 1_000_000
 
     adapter = load_file(tmp_path / "adapters/run_A/adapter_model.safetensors")
     trained = [array for name, array in adapter.items() if "lora_B" in name]
