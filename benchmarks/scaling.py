@@ -111,18 +111,25 @@ def measure(options: argparse.Namespace, base: Path, rows: Path, length: int) ->
     except BackendError as error:
         print(f"{length} tokens a row: {error}", file=sys.stderr)
         return []
-    return [measure_batch(options, task, length, batch) for batch in options.batches]
+    with backend.memory_limits(), backend.cpu_workers() as workers:
+        return [measure_batch(options, task, length, batch, workers) for batch in options.batches]
 
 
-def measure_batch(options: argparse.Namespace, task: Task, length: int, batch: int) -> dict:
+def measure_batch(
+    options: argparse.Namespace, task: Task, length: int, batch: int, workers: Sequence[Executor]
+) -> dict:
     """Updates of `batch` rows, on the task's model as earlier ones left it."""
     train = dataclasses.replace(task.run.train, grad_accumulation=batch)
     task = dataclasses.replace(task, run=dataclasses.replace(task.run, train=train))
-    compiled_step = compile_step(task.model, adamw(), train.max_grad_norm)
+    compiled_step = compile_step(task.model, adamw(), train.max_grad_norm, workers)
 
     def run(first: int, last: int) -> tuple[int, float]:
         start = time.perf_counter()
-        steps = list(run_steps(task, compiled_step, first, last, task.token_budget, lambda: False))
+        steps = list(
+            run_steps(
+                task, compiled_step, first, last, task.token_budget, len(workers), lambda: False
+            )
+        )
         return sum(step.num_tokens for step in steps), time.perf_counter() - start
 
     mx.reset_peak_memory()

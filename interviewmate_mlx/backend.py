@@ -179,10 +179,17 @@ def cpu_workers() -> Iterator[list[Executor]]:
     with ExitStack() as stack:
         stack.callback(set_threads, _num_cores())
         set_threads(_num_cores() // num_workers)
-        workers = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(num_workers)]
-        for worker in workers:
-            stack.callback(lambda w=worker: w.submit(mx.clear_streams).result())
+        workers: list[Executor] = []
+        for _ in range(num_workers):
+            worker = stack.enter_context(ThreadPoolExecutor(1))
+            # A stream that outlives its thread ends the process.
+            stack.callback(_clear_streams, worker)
+            workers.append(worker)
         yield workers
+
+
+def _clear_streams(worker: Executor) -> None:
+    worker.submit(mx.clear_streams).result()
 
 
 def _num_workers() -> int:

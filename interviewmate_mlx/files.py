@@ -135,7 +135,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    with suppress(OSError):
+    with suppress(OSError):  # the first that is not empty
         for folder in folders:
             folder.rmdir()
 
@@ -168,12 +168,6 @@ def _workspace(path: Path) -> Iterator[Path]:
         stack.callback(os.close, lock)
         stack.callback(shutil.rmtree, workspace, ignore_errors=True)
         yield workspace
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    with suppress(OSError):  # the first that is not empty
-        for folder in folders:
-            folder.rmdir()
 
 
 def _make_locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:

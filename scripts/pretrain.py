@@ -209,7 +209,7 @@ def steps(
     rows = packed_rows(text.train, text.end_id, args.width, args.seed, first * args.rows)
     for step in range(first, last):
         taken = list(islice(rows, args.rows))
-        add_microbatches(collate_groups(taken, args.microbatch), entropy=[args.seed, step])
+        add_microbatches(collate_groups(taken, args.microbatch), [args.seed, step])
         rate = learning_rate_at(step, last, args.learning_rate, "linear", args.warmup)
         yield update(mx.array(rate))
 

@@ -23,7 +23,7 @@ from interviewmate_mlx.model.falcon import Model
 # exp(x) = 2**k * exp(r) with x = k * ln 2 + r, |r| <= ln(2) / 2. exp(r): a minimax fit
 # (iteratively reweighted least squares in float64); relative error 2e-9.
 _LN2 = math.log(2)
-_HIDDEN = -1e4  # for the mask's lowest finite number, which is out of exp's domain
+_LEAST = -100.0  # whose exp is 0 here
 _EXP = [1.0, 1.0, 0.49999991, 0.1666642, 0.041668226, 0.0083748323, 0.0013836825]
 
 # Both GELU and its derivative are 1/2 + x * p(x**2) / q(x**2) where |x| < limit, times x for
@@ -53,10 +53,13 @@ def _polynomial(coefficients: list[float], x: mx.array) -> mx.array:
 
 
 def exp(x: mx.array) -> mx.array:
-    """exp of float32 numbers from -1e5 to 0; from about -87.7 down it is 0.
+    """exp of float32 numbers at most 0; from about -87.7 down it is 0.
 
     To be called inside `mx.compile`.
     """
+    # A comparison keeps the compiler from vectorising the rest of its kernel:
+    # `stop_gradient` is not fused, and so gives it a kernel of its own.
+    x = mx.stop_gradient(mx.maximum(x, _LEAST))
     y = x * (1 / _LN2)
     # The larger of 0 and y + 127.5, cut to an integer: the exponent in a float32's bits,
     # which begin at the 23rd. An exponent of 0 makes 0, and no slow subnormal number.
@@ -69,8 +72,6 @@ def _rational(
     fit: tuple[list[float], list[float]], limit: float, x: mx.array, factor: mx.array
 ) -> mx.array:
     """factor * (1/2 + x * p(x**2) / q(x**2)), with x cut to the limits."""
-    # A comparison keeps the compiler from vectorising the rest of its kernel:
-    # `stop_gradient` is not fused, and so gives it a kernel of its own.
     x = mx.stop_gradient(mx.clip(x, -limit, limit))
     square = x * x
     ratio = _polynomial(fit[0], square) / _polynomial(fit[1], square)
@@ -155,7 +156,8 @@ def attention(
     Returns:
         (B, H, L, D).
     """
-    return _attention(queries * scale, keys, values, mx.maximum(mask, _HIDDEN))[0]
+    outputs: Any = _attention(queries * scale, keys, values, mask)
+    return outputs[0]
 
 
 @mx.custom_function

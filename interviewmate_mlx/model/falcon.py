@@ -148,7 +148,7 @@ class Attention(nn.Module):
         self.scale = self.head_size**-0.5
         self.query_key_value = nn.Linear(args.hidden_size, 3 * args.hidden_size, bias=args.bias)
         self.dense = nn.Linear(args.hidden_size, args.hidden_size, bias=args.bias)
-        self.attend = scaled_dot_product_attention
+        self.attend: Any = scaled_dot_product_attention
 
     def __call__(self, x: mx.array, bias: mx.array, cache: Any = None) -> mx.array:
         B, L, C = x.shape
@@ -172,7 +172,7 @@ class MLP(nn.Module):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(args.hidden_size, args.ffn_hidden_size, bias=args.bias)
         self.dense_4h_to_h = nn.Linear(args.ffn_hidden_size, args.hidden_size, bias=args.bias)
-        self.activation = exact_gelu
+        self.activation: Any = exact_gelu
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
@@ -226,7 +226,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.model_type = args.model_type
-        self.cross_entropy = nn.losses.cross_entropy
+        self.cross_entropy: Any = nn.losses.cross_entropy
         self.transformer = Transformer(args)
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)

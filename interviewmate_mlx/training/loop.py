@@ -240,7 +240,7 @@ def run_steps(
         )
         groups = split_step(rows, token_budget, num_workers)
         # Dropout depends on the seed and the step alone, so a resumed run repeats it.
-        add_microbatches([collate(group) for group in groups], entropy=[settings.seed, step])
+        add_microbatches([collate(group) for group in groups], [settings.seed, step])
         numbers = update(mx.array(learning_rate))
         mx.async_eval(numbers, task.model.trainable_parameters())
         if pending:

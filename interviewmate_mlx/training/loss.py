@@ -1,6 +1,7 @@
 """The loss is a sum and a count, and its logits exist a chunk at a time."""
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -65,7 +66,8 @@ def chunked_cross_entropy(
 
     @mx.custom_function
     def loss_sum(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        total, gradients = mx.array(0.0), []
+        total = mx.array(0.0)
+        gradients: list[mx.array] = []
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
 
@@ -87,4 +89,5 @@ def chunked_cross_entropy(
     ) -> mx.array:
         return (cotangents[0] * outputs[1]).astype(outputs[1].dtype)
 
-    return loss_sum(hidden)[0]
+    sums: Any = loss_sum(hidden)
+    return sums[0]

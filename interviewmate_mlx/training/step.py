@@ -80,7 +80,7 @@ def compile_step(
             on that is not finite, nothing is updated any more.
     """
     optimizer.init(model.trainable_parameters())
-    sums = [zero_sums(model) for _ in workers or [None]]
+    sums = [zero_sums(model) for _ in range(max(1, len(workers)))]
     adders = [compile_adder(model, own_sums) for own_sums in sums]
     health = {"healthy": mx.array(True)}
 
@@ -169,7 +169,8 @@ def add_in_turn(adder: Callable[..., Any], hand: Sequence[tuple[Microbatch, int]
 def compile_loss(model: nn.Module, workers: Sequence[Executor] = ()) -> TotalLoss:
     """Compile the loss alone, for validation: the loss sum and token count of microbatches."""
     compiled = [
-        mx.compile(partial(loss_of, model), inputs=[model.state]) for _ in workers or [None]
+        mx.compile(partial(loss_of, model), inputs=[model.state])
+        for _ in range(max(1, len(workers)))
     ]
 
     def add_up(loss: Callable[..., Any], hand: Sequence[Microbatch]) -> tuple[float, int]:

@@ -17,9 +17,9 @@ from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.model.lora import add_lora
+from interviewmate_mlx.training import step as step_module
 from interviewmate_mlx.training.loss import masked_cross_entropy
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
-from interviewmate_mlx.training import step as step_module
 from interviewmate_mlx.training.step import compile_loss, compile_step, deal
 from interviewmate_mlx.weights.peft import adapter_weights
 
