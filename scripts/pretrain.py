@@ -23,7 +23,7 @@ from interviewmate_mlx import backend
 
 # isort: split
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten
 from pretrain_folder import evaluate, falcon_config, write_folder
 from pretrain_text import Text, prepare_text, progress_bar
 from rich.console import Console
@@ -32,16 +32,12 @@ from interviewmate_mlx.data.packing import collate_groups, packed_rows, rows_in_
 from interviewmate_mlx.errors import InterviewMateError, TrainingError
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import Model, ModelArgs
-from interviewmate_mlx.training.checkpoint import (
-    State,
-    checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from interviewmate_mlx.training.checkpoint import State, checkpoints, load_newest, save_checkpoint
+from interviewmate_mlx.training.loop import restore
 from interviewmate_mlx.training.optimizer import Muon, learning_rate_at
 from interviewmate_mlx.training.step import AddMicrobatches, Update, compile_loss, compile_step
 from interviewmate_mlx.weights.converted import write_json
-from interviewmate_mlx.weights.source import read_json
+from interviewmate_mlx.weights.json_file import read_json
 
 # What can differ when a run goes on: it changes speed, or the card, and not the weights' recipe.
 FREE = ("text", "out", "resume", "sources", "save_minutes", "microbatch")
@@ -165,7 +161,8 @@ def train(
     """Train to the last step or until `stop`, from the newest checkpoint if there is one."""
     compiled_step = compile_step(model, optimizer, args.max_grad_norm, workers)
     total_loss = compile_loss(model, workers)
-    state = restore(work, model, optimizer) if checkpoints(work) else State()
+    found = load_newest(work)
+    state = restore(found, model, optimizer)[0] if found else State()
     sample = rows_in_order(text.held_out, text.end_id, args.width)[:SAMPLE_ROWS]
     first, last = state.step, total_steps(args)
     began = saved = time.monotonic()
@@ -226,16 +223,7 @@ def save(work: Path, state: State, model: Model, optimizer: Muon) -> None:
     weights = dict(tree_flatten(model.parameters()))
     moments = dict(tree_flatten(optimizer.state))
     # The groups bear the names of a LoRA run's: here what is trained is the whole model.
-    save_checkpoint(work, state, {"adapter": weights, "optimizer": moments})
-
-
-def restore(work: Path, model: Model, optimizer: Muon) -> State:
-    """Put the newest checkpoint into model and optimizer, in place."""
-    state, tensors = load_checkpoint(checkpoints(work)[-1])
-    model.load_weights(list(tensors["adapter"].items()))
-    moments = tensors["optimizer"]
-    optimizer.state.update(tree_map_with_path(lambda name, _: moments[name], optimizer.state))
-    return state
+    save_checkpoint(work, state, {"adapter": weights, "optimizer": moments}, keep=2)
 
 
 if __name__ == "__main__":

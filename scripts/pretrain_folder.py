@@ -21,7 +21,7 @@ from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.training.step import TotalLoss, compile_loss
 from interviewmate_mlx.weights.base import load_base
 from interviewmate_mlx.weights.converted import write_json, write_tokenizer
-from interviewmate_mlx.weights.source import read_tokenizer
+from interviewmate_mlx.weights.tokenizer import read_tokenizer
 
 PROMPTS = (
     "Gradient descent is",

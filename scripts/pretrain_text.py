@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from interviewmate_mlx.errors import TrainingError
 from interviewmate_mlx.files import atomic_file, atomic_folder
 from interviewmate_mlx.weights.converted import write_json
-from interviewmate_mlx.weights.source import read_json
+from interviewmate_mlx.weights.json_file import read_json
 
 END = "<|endoftext|>"
 HELD_OUT_EVERY = 100
