@@ -26,8 +26,9 @@ DEVICE_VARIABLE = "INTERVIEWMATE_DEVICE"
 # Metal: a wired limit of the whole recommended working set is unstable.
 _WIRED_SHARE = 0.85
 _ALLOCATED_SHARE = 0.95
-# Microbatches side by side on a CPU: more would need more rows and read the weights more often.
-_NUM_WORKERS = 2
+# Microbatches side by side on a CPU. More than two cores could run: MLX lets few operations wait
+# at a time, those of all threads together, so that a thread often has none of its own.
+_NUM_WORKERS = 4
 # Share of the memory that training may plan with; the rest is the system's and the user's.
 _MEMORY_SHARE = 0.75
 
@@ -178,7 +179,7 @@ def cpu_workers() -> Iterator[list[Executor]]:
     _keep_freed_memory()
     with ExitStack() as stack:
         stack.callback(set_threads, _num_cores())
-        set_threads(_num_cores() // num_workers)
+        set_threads(max(1, _num_cores() // num_workers))
         workers: list[Executor] = []
         for _ in range(num_workers):
             worker = stack.enter_context(ThreadPoolExecutor(1))
@@ -193,8 +194,8 @@ def _clear_streams(worker: Executor) -> None:
 
 
 def _num_workers() -> int:
-    """As many as there are cores for, if the BLAS can be told to leave them to us."""
-    return _NUM_WORKERS if _num_cores() >= _NUM_WORKERS and _blas_threads_setter() else 0
+    """None for a single core, or where the BLAS cannot be told to leave the cores to us."""
+    return _NUM_WORKERS if _num_cores() > 1 and _blas_threads_setter() else 0
 
 
 def _num_cores() -> int:

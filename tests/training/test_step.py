@@ -50,7 +50,7 @@ def one_update(
     """Two updates, so that moments count too, over the four rows in the given microbatches."""
     rows, model = rows_of_unequal_length(), tiny_model(fast=fast)
     with backend.cpu_workers() if workers else nullcontext([]) as threads:
-        assert len(threads) == (2 if workers else 0)
+        assert bool(threads) == workers
         add_microbatches, update = compile_step(model, adamw(0.01), 1.0, threads)
         for step in range(2):
             batches = [collate([rows[i] for i in group], width) for group in groups]
@@ -67,19 +67,14 @@ SPLITS = [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[3, 0, 2], [1]], [[2], [0, 1,
 @pytest.mark.parametrize("fast", [False, True], ids=["mlx", "cpu_kernels"])
 @pytest.mark.parametrize("workers", [False, True], ids=["in_turn", "workers"])
 def test_accumulation_equals_one_large_batch(groups, fast, workers):
-    if workers and not two_cores():
-        pytest.skip("workers need a CPU backend with two cores and a known BLAS")
+    if workers and not backend.machine().cpu_workers:
+        pytest.skip("workers need MLX's CPU backend, two cores and a known BLAS")
     expected, numbers = one_update([[0, 1, 2, 3]])
     weights, split_numbers = one_update(groups, fast=fast, workers=workers)
     for name in expected:
         np.testing.assert_allclose(np.array(weights[name]), np.array(expected[name]), atol=4e-6)
     for name in ("loss", "grad_norm"):
         assert split_numbers[name].item() == pytest.approx(numbers[name].item(), rel=1e-5)
-
-
-def two_cores() -> bool:
-    with backend.cpu_workers() as workers:
-        return len(workers) == 2
 
 
 def test_logits_in_chunks_give_the_same_update(monkeypatch):
