@@ -227,17 +227,20 @@ def resolve_dtype(name: str) -> mx.Dtype:
     return getattr(mx, machine().dtype if name == "auto" else name)
 
 
-def matmul_gflops(size: int = 1024, repeats: int = 3) -> float:
-    """The best measured speed of a square matrix product in the default dtype."""
+def matmul_gflops(
+    rows: int = 1024, inner: int = 1024, columns: int = 1024, repeats: int = 3
+) -> float:
+    """The best measured speed of a (rows, inner) x (inner, columns) product, default dtype."""
     dtype = resolve_dtype("auto")
-    a, b = mx.random.normal((2, size, size)).astype(dtype)
+    a = mx.random.normal((rows, inner)).astype(dtype)
+    b = mx.random.normal((columns, inner)).astype(dtype).T  # as a linear layer's weight lies
     best = float("inf")
     for _ in range(repeats + 1):
         mx.eval(a, b)
         start = time.perf_counter()
         mx.eval(a @ b)
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
+    return 2 * rows * inner * columns / best / 1e9
 
 
 def describe() -> dict[str, str | float | int | None]:

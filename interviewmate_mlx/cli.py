@@ -413,9 +413,17 @@ def bench(
             f"{result.run} on {result.base}, {result.device}, {result.dtype}\n"
             f"{result.steps} steps ({result.rows} rows, {result.tokens} tokens) "
             f"in {result.seconds:.2f} s\n"
-            f"{result.samples_per_s:.3f} samples/s, {result.tokens_per_s:.0f} tokens/s, "
-            f"peak {result.peak_gb:.2f} GB"
+            f"{result.samples_per_s:.3f} samples/s ({result.samples_per_s_slowest:.3f} to "
+            f"{result.samples_per_s_fastest:.3f} a step), {result.tokens_per_s:.0f} tokens/s\n"
+            f"peak {result.peak_gb:.2f} GB; {result.products_share:.0%} of the time is what its "
+            "matrix products need at this machine's own speed\n"
+            f"the whole run: {result.whole_run_s / 60:.1f} minutes"
         )
+        if result.seed_samples_per_s:
+            click.echo(
+                f"the project this one comes from: {result.seed_samples_per_s} samples/s "
+                "(falcon-rw-1b, PyTorch on Apple Silicon)"
+            )
 
 
 @main.group()

@@ -246,6 +246,9 @@ def run_steps(
         if pending:
             yield read()
         pending = step, rows, learning_rate, numbers
+        if num_workers:  # who have done the step: there is no device to keep busy
+            yield read()
+            pending = None
         if stop():
             break
     if pending:

@@ -1,0 +1,54 @@
+"""What `bench` makes of the steps that it timed."""
+
+import pytest
+
+from interviewmate_mlx import backend
+from interviewmate_mlx.config import load_run
+from interviewmate_mlx.model.falcon import Model, ModelArgs
+from interviewmate_mlx.model.lora import add_lora
+from interviewmate_mlx.results.bench import SEED_SAMPLES_PER_S, bench, products_s
+
+SHAPE = {
+    "alibi": True,
+    "multi_query": False,
+    "parallel_attn": False,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "vocab_size": 500,
+}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_products_are_those_of_the_base_s_layers_and_of_the_head(monkeypatch, lora):
+    asked = []
+
+    def speed(rows: int, inner: int, columns: int) -> float:
+        asked.append((columns, inner))
+        return 2.0  # GFLOP/s
+
+    monkeypatch.setattr(backend, "matmul_gflops", speed)
+    model = Model(ModelArgs.from_dict(SHAPE))
+    if lora:
+        add_lora(model, ["query_key_value", "dense_h_to_4h"], rank=4, alpha=8)
+    # A layer has 3 C^2 + C^2 + 4 C^2 + 4 C^2 weights; two products of 2 FLOPs each a token.
+    flops = 4 * (3 * 12 * 64**2 * 1000 + 500 * 64 * 700)
+    assert products_s(model, 1000, 700) == pytest.approx(flops / 2e9)
+    assert sorted(asked) == [(64, 64), (64, 256), (192, 64), (256, 64), (500, 64)]
+
+
+def test_bench_s_figures_follow_from_its_steps(tiny_base, questions):
+    settings = [f"model.base={tiny_base}", f"data.path={questions}"]
+    result = bench(load_run("A", settings), steps=3, warmup=1)
+    assert result.rows == 12
+    assert result.samples_per_s == pytest.approx(result.rows / result.seconds)
+    assert result.samples_per_s_slowest <= result.samples_per_s <= result.samples_per_s_fastest
+    assert result.whole_run_s == pytest.approx(3 * 12 / result.samples_per_s)
+    assert 0 < result.products_share < 1
+    assert result.seed_samples_per_s == SEED_SAMPLES_PER_S["run_A"] == 0.664
+
+
+def test_bench_of_a_run_that_the_seed_did_not_make_names_no_seed(tiny_base, questions, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(f'[model]\nbase = "{tiny_base}"\n[data]\npath = "{questions}"\n')
+    assert bench(load_run(str(path)), steps=1, warmup=0).seed_samples_per_s is None
