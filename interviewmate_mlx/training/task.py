@@ -107,7 +107,14 @@ def prepare(
             width = padded_width(max(map(len, rows.all)))
             itemsize = backend.resolve_dtype(run.model.dtype).size
             memory_bytes = backend.machine().memory_bytes
-            budget = token_budget(model, model.args, width, itemsize, memory_bytes)
+            budget = token_budget(
+                model,
+                model.args,
+                width,
+                itemsize,
+                memory_bytes,
+                keeps_scores=not takes_cpu_kernels(run),
+            )
     if faults or not (folder and rows and model):
         raise_together(faults, f"The run {run.name} cannot start")
     read_weights(model, folder)
@@ -162,9 +169,15 @@ def build_model(run: RunConfig, folder: Path) -> Model:
     mx.random.seed(run.train.seed)
     lora = run.lora
     add_lora(model, lora.targets, lora.rank, lora.alpha, lora.dropout, rslora=lora.rslora)
-    if backend.machine().device == "cpu" and backend.resolve_dtype(run.model.dtype) == mx.float32:
+    if takes_cpu_kernels(run):
         use_cpu_kernels(model)
     return model
+
+
+def takes_cpu_kernels(run: RunConfig) -> bool:
+    """Whether a run computes with the functions for a CPU, which are for float32 alone."""
+    is_float32 = backend.resolve_dtype(run.model.dtype) == mx.float32
+    return backend.machine().device == "cpu" and is_float32
 
 
 def versions() -> dict[str, str]:
