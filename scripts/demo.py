@@ -1,5 +1,7 @@
 """The whole job in two minutes, with no network: train Run A on `mini`, then ask it.
 
+The run is `configs/mini.toml`: Run A at a learning rate for so small a model.
+
 `mini` is the base that comes with the package: Falcon-RW's architecture at a hundredth of its
 size, trained on texts about machine learning. It learns how an answer sounds, not what is true.
 """
@@ -17,7 +19,7 @@ from rich.text import Text
 from interviewmate_mlx.config import shipped
 from interviewmate_mlx.data.records import load_splits
 
-RUN, ADAPTER = "A", Path("adapters/demo")
+ADAPTER = Path("adapters/demo")
 QUESTIONS = (44, 25)  # of the test split, which no run has seen; two of the shortest
 # Not the likeliest token each time: so small a model would soon go round in circles.
 SAMPLING = ("--max-tokens", "80", "--temperature", "0.6", "--top-p", "0.9", "--seed", "1")
@@ -39,7 +41,7 @@ def ask(question: str, *words: str) -> str:
 
 
 def main() -> None:
-    imate("train", "--run", RUN, "--model", "mini", "--out", str(ADAPTER), "--force")
+    imate("train", "--run", "mini", "--out", str(ADAPTER), "--force")
     rows = load_splits(shipped("data/interview"))["test"]
     for number in QUESTIONS:
         question = rows[number].messages[0].content

@@ -23,7 +23,6 @@ from interviewmate_mlx.weights.peft import load_adapter
 
 MOST_BYTES = 20_000_000
 QUESTION = "What is overfitting?"
-SHORT = ["--set", "train.epochs=1", "--set", "data.max_length=128"]
 
 
 @pytest.fixture(autouse=True)
@@ -136,10 +135,14 @@ def test_convert_mini_writes_a_folder_that_mlx_lm_takes(imate, mini):
 
 
 def test_run_a_on_mini_lowers_the_loss_on_rows_it_has_not_seen(imate):
-    words = ["train", "--run", "A", "--model", "mini", "--set", "train.grad_accumulation=8"]
-    said = json.loads(imate(*words, *SHORT, "--json").stdout)
-    assert said["base"] == "mini"
-    assert said["steps"] == 27
+    for split, count in (("train", 48), ("valid", 12)):
+        rows = (shipped("data/interview") / f"{split}.jsonl").read_text(encoding="utf-8")
+        few = "".join(rows.splitlines(keepends=True)[:count])
+        Path("few").mkdir(exist_ok=True)
+        Path("few", f"{split}.jsonl").write_text(few, encoding="utf-8")
+    words = ["train", "--run", "A", "--model", "mini", "--set", "data.path=few"]
+    said = json.loads(imate(*words, "--set", "train.epochs=1", "--json").stdout)
+    assert (said["base"], said["steps"]) == ("mini", 12)
     assert said["best_valid_loss"] < said["base_valid_loss"]
 
 
@@ -147,8 +150,8 @@ def test_adapter_on_mini_names_it_and_loads_wherever_the_package_is(
     imate, mini, reference, prompts, questions, tmp_path, monkeypatch
 ):
     shutil.copytree(mini, "mini")  # a folder of that name does not make it a path
-    words = ["train", "--model", "mini", "--set", f"data.path={questions / 'train.jsonl'}"]
-    imate(*words, *SHORT, "--set", "train.learning_rate=1e-2", "--out", "adapter")
+    words = ["train", "--run", "mini", "--set", f"data.path={questions / 'train.jsonl'}"]
+    imate(*words, "--set", "train.epochs=5", "--out", "adapter")
     imate("export", "adapter", "--out", "elsewhere/adapter")
     exported = tmp_path / "elsewhere" / "adapter"
     config = json.loads((exported / "adapter_config.json").read_text(encoding="utf-8"))
