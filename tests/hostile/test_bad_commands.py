@@ -62,8 +62,8 @@ COMMANDS = [
         "a run of a folder that is no TOML",
         lambda folder: (folder / "run.toml").write_text("[lora"),
         "train --resume --out IN",
-        "ConfigError",
-        ("is not TOML: ", "Expected ']'"),
+        "TrainingError",
+        ("Cannot read IN/run.toml", "is not TOML: ", "Expected ']'"),
     ),
 ]
 
