@@ -125,7 +125,9 @@ RUNS = [
         "unknown table [x]",
         "lora.rank: got 0",
     ),
-    override("no such run", "--run D", "No run 'D': expected A, B, C, mini, or a .toml file's path"),
+    override(
+        "no such run", "--run D", "No run 'D': expected A, B, C, mini, or a .toml file's path"
+    ),
     override("a path of 5000 letters", f"--run {'a' * 5000}.toml", "File name too long"),
 ]
 
