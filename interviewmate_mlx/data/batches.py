@@ -21,6 +21,8 @@ WIDTH_STEP = 32
 # Rows of similar length are grouped within pools of so many steps: long enough a
 # pool to find them, short enough that the order of an epoch stays random.
 POOL_STEPS = 16
+# Of fewer padded tokens a worker's matrix products lose speed, and another trace is not worth it.
+WORKER_TOKENS = 256
 # The number of predicted tokens is rounded up to so many parts of a microbatch.
 PREDICTED_PARTS = 8
 
@@ -105,7 +107,8 @@ def split_step(
     groups: list[list[Example]] = []
     padded = sum(padded_width(len(example) - 1) for example in examples)
     if num_workers > 1:
-        token_budget = min(token_budget // num_workers, math.ceil(padded / num_workers))
+        share = max(WORKER_TOKENS, math.ceil(padded / num_workers))
+        token_budget = min(token_budget // num_workers, share)
     for example in sorted(examples, key=len, reverse=True):
         width = padded_width(len(groups[-1][0]) - 1) if groups else 0
         if groups and width * (len(groups[-1]) + 1) <= token_budget:
