@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-# Threads of a BLAS wait for each other on a busy machine: five times as long for such small
-# matrices. Read when the library is loaded; the processes that tests start inherit it.
 # Under nohup or in a shell's background these are ignored, which processes started here inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Threads of a BLAS wait for each other on a busy machine: five times as long for such small
+# matrices. Read when the library is loaded; the processes that tests start inherit it.
 for _name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 

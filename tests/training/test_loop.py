@@ -121,7 +121,7 @@ def test_effective_batch_is_the_maths_and_the_microbatch_the_machine_s(run, tmp_
     run = change(run, lora={"dropout": 0.0})
     losses = []
     for budget in (1, 64, 10**6):
-        monkeypatch.setattr(task, "token_budget", lambda *_, budget=budget: budget)
+        monkeypatch.setattr(task, "token_budget", lambda *_, budget=budget, **__: budget)
         events = list(train(run, tmp_path / str(budget)))
         losses.append([event.loss for event in events if isinstance(event, Stepped)])
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
