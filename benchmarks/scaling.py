@@ -112,7 +112,7 @@ def measure(options: argparse.Namespace, base: Path, rows: Path, length: int) ->
     except BackendError as error:
         print(f"{length} tokens a row: {error}", file=sys.stderr)
         return []
-    with backend.memory_limits(), backend.cpu_workers() as workers:
+    with backend.memory_limits(), backend.cpu_workers(task.memory.most_workers) as workers:
         return [measure_batch(options, task, length, batch, workers) for batch in options.batches]
 
 
@@ -126,11 +126,7 @@ def measure_batch(
 
     def run(first: int, last: int) -> tuple[int, float]:
         start = time.perf_counter()
-        steps = list(
-            run_steps(
-                task, compiled_step, first, last, task.token_budget, len(workers), lambda: False
-            )
-        )
+        steps = list(run_steps(task, compiled_step, first, last, len(workers), lambda: False))
         return sum(step.num_tokens for step in steps), time.perf_counter() - start
 
     mx.reset_peak_memory()

@@ -163,14 +163,14 @@ def memory_limits() -> Iterator[None]:
 
 
 @contextmanager
-def cpu_workers() -> Iterator[list[Executor]]:
-    """Threads that share a CPU's training; none where MLX's device is a GPU.
+def cpu_workers(most: int = _NUM_WORKERS) -> Iterator[list[Executor]]:
+    """Threads that share a CPU's training, at most so many; none where MLX's device is a GPU.
 
     MLX's CPU backend runs all but the matrix products on one thread. Each worker
     has a stream of its own and its share of the BLAS's threads, so that two
     microbatches side by side keep the cores busy.
     """
-    num_workers = machine().cpu_workers
+    num_workers = min(machine().cpu_workers, max(1, most))
     if not num_workers:
         yield []
         return

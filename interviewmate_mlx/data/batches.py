@@ -118,6 +118,12 @@ def split_step(
     return groups
 
 
+def largest_step(examples: Sequence[Example], effective_batch: int) -> int:
+    """Padded tokens of a step of the longest rows: no step has more."""
+    widths = sorted(padded_width(len(example) - 1) for example in examples)
+    return sum(widths[-effective_batch:])
+
+
 def collate(examples: Sequence[Example], width: int | None = None) -> Microbatch:
     """Pad rows to one width.
 

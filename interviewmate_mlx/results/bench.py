@@ -54,17 +54,13 @@ def bench(
     it would be in training.
     """
     task = prepare(run, progress)
-    with backend.memory_limits(), backend.cpu_workers() as workers:
+    with backend.memory_limits(), backend.cpu_workers(task.memory.most_workers) as workers:
         settings = run.train
         compiled_step = compile_step(task.model, adamw(), settings.max_grad_norm, workers)
 
         def timed(first: int, last: int) -> tuple[list[Stepped], float]:
             start = time.perf_counter()
-            events = list(
-                run_steps(
-                    task, compiled_step, first, last, task.token_budget, len(workers), lambda: False
-                )
-            )
+            events = list(run_steps(task, compiled_step, first, last, len(workers), lambda: False))
             return events, time.perf_counter() - start
 
         timed(0, warmup)

@@ -16,6 +16,7 @@ class Started:
     num_dropped_rows: int  # with nothing left to learn from
     num_trainable: int
     num_parameters: int
+    peak_bytes: int  # of memory that it will take, estimated
     notes: tuple[str, ...] = ()  # what to know of a run that goes on
 
 

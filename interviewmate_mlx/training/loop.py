@@ -95,7 +95,11 @@ def train(
         task = prepare(run, progress, out, saved.state.fingerprint if saved else None)
         if replace and not resume:
             clear(out)
-        with backend.memory_limits(), backend.cpu_workers() as workers:
+        if saved:
+            memory = dataclasses.replace(task.memory, token_budget=saved.state.token_budget)
+            task = dataclasses.replace(task, memory=memory)
+        most_workers = task.memory.most_workers
+        with backend.memory_limits(), backend.cpu_workers(most_workers) as workers:
             yield from run_task(task, out, saved, workers, stop)
 
 
@@ -112,7 +116,8 @@ def run_task(
     compiled_step = compile_step(model, optimizer, run.train.max_grad_norm, workers)
     total_loss = compile_loss(model, workers)
     best: dict[str, mx.array] = {}
-    state = State(token_budget=task.token_budget, fingerprint=task.fingerprint, versions=versions())
+    budget = task.memory.token_budget
+    state = State(token_budget=budget, fingerprint=task.fingerprint, versions=versions())
     notes: list[str] = []
     if saved:
         notes = set_aside(saved.damaged) + changed_versions(saved.state.versions)
@@ -136,14 +141,12 @@ def run_task(
         save_adapter(out, best or adapter, adapter_config(run), task.base_hash)
 
     if state.step == 0 and task.valid:
-        loss, elapsed_s = validate(task, total_loss, state.token_budget)
+        loss, elapsed_s = validate(task, total_loss, len(workers))
         yield Validated(0, loss, is_best=False, elapsed_s=elapsed_s)
     while not is_over():
         until = next_pause(task, state.step)
         try:
-            for event in run_steps(
-                task, compiled_step, state.step, until, state.token_budget, len(workers), stop
-            ):
+            for event in run_steps(task, compiled_step, state.step, until, len(workers), stop):
                 state.step = event.step
                 yield event
         except TrainingError as error:
@@ -151,7 +154,7 @@ def run_task(
             where = f"The state after step {state.step} is saved in {out}."
             raise TrainingError(f"{error}\n{where}") from error
         if task.valid and state.step == until and is_validation(task, until):
-            loss, elapsed_s = validate(task, total_loss, state.token_budget)
+            loss, elapsed_s = validate(task, total_loss, len(workers))
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"The validation loss after step {until} is {loss}.\n"
@@ -180,7 +183,6 @@ def run_steps(
     compiled_step: tuple[AddMicrobatches, Update],
     first: int,
     last: int,
-    token_budget: int,
     num_workers: int,
     stop: Callable[[], bool],
 ) -> Iterator[Stepped]:
@@ -238,7 +240,7 @@ def run_steps(
             settings.schedule,
             settings.warmup_ratio,
         )
-        groups = split_step(rows, token_budget, num_workers)
+        groups = split_step(rows, task.memory.token_budget, num_workers)
         # Dropout depends on the seed and the step alone, so a resumed run repeats it.
         add_microbatches([collate(group) for group in groups], [settings.seed, step])
         numbers = update(mx.array(learning_rate))
@@ -255,11 +257,13 @@ def run_steps(
         yield read()
 
 
-def validate(task: Task, total_loss: TotalLoss, token_budget: int) -> tuple[float, float]:
+def validate(task: Task, total_loss: TotalLoss, num_workers: int) -> tuple[float, float]:
     """Mean loss over the whole validation set, in its own order, without dropout; and seconds."""
     start = time.perf_counter()
     task.model.eval()
-    loss_sum, num_tokens = total_loss(in_order(task.valid, token_budget))
+    # In parts of no more than a step, so that it takes no more memory than training.
+    tokens = min(task.memory.token_budget, task.memory.step_tokens) // max(1, num_workers)
+    loss_sum, num_tokens = total_loss(in_order(task.valid, tokens))
     return loss_sum / num_tokens, time.perf_counter() - start
 
 
@@ -289,6 +293,7 @@ def started(task: Task, step: int, notes: Sequence[str]) -> Started:
         num_dropped_rows=task.num_dropped_rows,
         num_trainable=num_trainable,
         num_parameters=num_parameters,
+        peak_bytes=task.memory.peak_bytes,
         notes=tuple(notes),
     )
 

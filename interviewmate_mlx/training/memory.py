@@ -1,10 +1,15 @@
-"""How much memory a microbatch takes, and so how many tokens may share one."""
+"""How much memory a step takes, and so how many tokens may share a microbatch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from interviewmate_mlx.data.batches import largest_step, padded_width
+from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.errors import BackendError
-from interviewmate_mlx.model.falcon import ModelArgs
+from interviewmate_mlx.model.falcon import Model, ModelArgs
 
 # Floats that a token takes at the peak. A layer keeps for its backward pass the inputs of the
 # norms, of the attention and of the GELU, in units of C; and the scores, of H * L, where
@@ -24,40 +29,76 @@ def weight_bytes(model: nn.Module) -> int:
     return parameters + 4 * trained
 
 
-def bytes_per_token(args: ModelArgs, width: int, itemsize: int, keeps_scores: bool) -> int:
+def bytes_per_token(
+    args: ModelArgs, width: int, itemsize: int, keeps_scores: bool, num_workers: int = 1
+) -> int:
     """Bytes that one padded token of a microbatch takes.
 
     Fitted to the measured peaks of models of 8 and of 24 layers on a CPU, 128 to 1024
-    tokens a row, one microbatch at a time: within 7 %. Workers reach their peaks at
-    different times, and take less. On a GPU it has not been measured.
+    tokens a row, one microbatch at a time: within 7 %. On a GPU it has not been measured.
 
     Args:
         args: the model's shape.
         width: tokens of a padded row; attention while training is unfused.
         itemsize: bytes of an activation.
         keeps_scores: false with `use_cpu_kernels`, whose attention computes them anew.
+        num_workers: who work side by side; what MLX plans ahead it plans for all of them.
     """
     layers = args.num_hidden_layers
-    channels = _KEPT_CHANNELS * layers + _PLANNED_CHANNELS
-    scores = _PLANNED_SCORES + (_KEPT_SCORES * layers if keeps_scores else 0)
+    channels = _KEPT_CHANNELS * layers + _PLANNED_CHANNELS / num_workers
+    scores = _PLANNED_SCORES / num_workers + (_KEPT_SCORES * layers if keeps_scores else 0)
     floats = channels * args.hidden_size + scores * args.num_attention_heads * width
-    return floats * itemsize + _KEPT_LOGITS * args.vocab_size * 4
+    return int(floats * itemsize) + _KEPT_LOGITS * args.vocab_size * 4
 
 
-def token_budget(
-    model: nn.Module,
-    args: ModelArgs,
-    width: int,
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What training may take of a machine's memory, and what it will.
+
+    Attributes:
+        row_width: padded tokens of the longest row.
+        token_budget: padded tokens that there is room for at a time.
+        step_tokens: of them, those of the largest step.
+        peak_bytes: expected at that step.
+    """
+
+    row_width: int
+    token_budget: int
+    step_tokens: int
+    peak_bytes: int
+
+    @property
+    def most_workers(self) -> int:
+        """How many have room for a row of their own."""
+        return max(1, self.token_budget // self.row_width)
+
+
+def plan_memory(
+    model: Model,
+    rows: Sequence[Example],
+    effective_batch: int,
     itemsize: int,
+    keeps_scores: bool,
     memory_bytes: int,
-    keeps_scores: bool = True,
-) -> int:
-    """Padded tokens that fit into one microbatch.
+    num_workers: int,
+) -> MemoryPlan:
+    """Plan a run: weights, and `bytes_per_token` for each padded token.
+
+    Args:
+        model: with what is trained.
+        rows: all that training and validation put through the model.
+        effective_batch: rows of a step.
+        itemsize: bytes of an activation.
+        keeps_scores: as in `bytes_per_token`.
+        memory_bytes: what the machine can give.
+        num_workers: who may work side by side; 0 for none.
 
     Raises:
-        BackendError: not even one row of `width` tokens fits.
+        BackendError: not even the longest row fits.
     """
-    weights, per_token = weight_bytes(model), bytes_per_token(args, width, itemsize, keeps_scores)
+    weights = weight_bytes(model)
+    width = padded_width(max(map(len, rows)) - 1)
+    per_token = bytes_per_token(model.args, width, itemsize, keeps_scores)
     needed = weights + width * per_token
     if needed > memory_bytes:
         raise BackendError(
@@ -66,4 +107,8 @@ def token_budget(
             "Lower data.max_length, set model.dtype to bfloat16, or train a smaller or quantised "
             "base."
         )
-    return (memory_bytes - weights) // per_token
+    budget = (memory_bytes - weights) // per_token
+    step_tokens = min(budget, largest_step(rows, effective_batch))
+    num_workers = max(1, min(num_workers, budget // width))
+    side_by_side = bytes_per_token(model.args, width, itemsize, keeps_scores, num_workers)
+    return MemoryPlan(width, budget, step_tokens, weights + step_tokens * side_by_side)

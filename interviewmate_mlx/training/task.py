@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from interviewmate_mlx import __version__, backend
 from interviewmate_mlx.config import RunConfig
-from interviewmate_mlx.data.batches import padded_width, steps_per_epoch
+from interviewmate_mlx.data.batches import steps_per_epoch
 from interviewmate_mlx.data.prompts import Example, encode_records
 from interviewmate_mlx.data.records import Record, load_splits
 from interviewmate_mlx.errors import (
@@ -26,7 +26,7 @@ from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.model.lora import add_lora, count_parameters
-from interviewmate_mlx.training.memory import token_budget
+from interviewmate_mlx.training.memory import MemoryPlan, plan_memory
 from interviewmate_mlx.weights.base import (
     build_base,
     find_base,
@@ -49,7 +49,7 @@ class Task:
     valid: list[Example]
     num_cut_rows: int
     num_dropped_rows: int
-    token_budget: int
+    memory: MemoryPlan
     fingerprint: dict[str, str]
     base_hash: str  # of its weights, for the adapter to tell
 
@@ -84,7 +84,7 @@ def prepare(
     """
     faults: list[InterviewMateError] = []
     splits: dict[str, list[Record]] = {}
-    folder, rows, model = None, None, None
+    folder, rows, model, memory = None, None, None, None
     with collected(faults):
         splits = load_splits(find_data(run.data.path, progress))
     if splits or is_here(run.model.base):
@@ -104,18 +104,17 @@ def prepare(
                 check_disk(run, model, out)
     if model and rows:
         with collected(faults):
-            width = padded_width(max(map(len, rows.all)))
-            itemsize = backend.resolve_dtype(run.model.dtype).size
-            memory_bytes = backend.machine().memory_bytes
-            budget = token_budget(
+            here = backend.machine()
+            memory = plan_memory(
                 model,
-                model.args,
-                width,
-                itemsize,
-                memory_bytes,
+                rows.all,
+                run.train.effective_batch,
+                itemsize=backend.resolve_dtype(run.model.dtype).size,
                 keeps_scores=not takes_cpu_kernels(run),
+                memory_bytes=here.memory_bytes,
+                num_workers=here.cpu_workers,
             )
-    if faults or not (folder and rows and model):
+    if faults or not (folder and rows and model and memory):
         raise_together(faults, f"The run {run.name} cannot start")
     read_weights(model, folder)
     return Task(
@@ -125,7 +124,7 @@ def prepare(
         valid=rows.valid,
         num_cut_rows=sum(example.num_cut > 0 for example in rows.all),
         num_dropped_rows=rows.num_dropped,
-        token_budget=budget,
+        memory=memory,
         fingerprint=fingerprint,
         base_hash=hash_weights(folder),
     )

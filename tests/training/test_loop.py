@@ -64,9 +64,7 @@ def test_loss_falls_and_the_best_adapter_is_kept(run, tmp_path):
     prepared = task.prepare(run)
     model, _ = load_base(task.find_base(run.model.base), mx.float32)
     load_adapter(model, out)
-    loss, _ = loop.validate(
-        replace(prepared, model=model), compile_loss(model), prepared.token_budget
-    )
+    loss, _ = loop.validate(replace(prepared, model=model), compile_loss(model), num_workers=1)
     assert loss == pytest.approx(best.loss, rel=1e-6)
 
 
@@ -120,8 +118,13 @@ def test_training_does_not_depend_on_validation(run, tmp_path):
 def test_effective_batch_is_the_maths_and_the_microbatch_the_machine_s(run, tmp_path, monkeypatch):
     run = change(run, lora={"dropout": 0.0})
     losses = []
+    original = task.plan_memory
     for budget in (1, 64, 10**6):
-        monkeypatch.setattr(task, "token_budget", lambda *_, budget=budget, **__: budget)
+
+        def plan(*args, budget=budget, **kwargs):
+            return replace(original(*args, **kwargs), token_budget=budget)
+
+        monkeypatch.setattr(task, "plan_memory", plan)
         events = list(train(run, tmp_path / str(budget)))
         losses.append([event.loss for event in events if isinstance(event, Stepped)])
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)

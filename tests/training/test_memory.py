@@ -1,8 +1,10 @@
-"""Memory does not creep, and few variants are compiled: 2,000 steps, by hand (`-m slow`).
+"""Memory is as planned. It does not creep, and few variants are compiled: 2,000 steps, by hand.
 
-INTERVIEWMATE_SLOW_BASE names another base than the tiny one, INTERVIEWMATE_SLOW_DATA other rows.
+The second with `-m slow`. INTERVIEWMATE_SLOW_BASE names another base than the tiny one,
+INTERVIEWMATE_SLOW_DATA other rows.
 """
 
+import json
 import math
 import os
 import subprocess
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import pytest
 
+from interviewmate_mlx import backend
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.training import loop
 from interviewmate_mlx.training.events import Started, Stepped
@@ -23,6 +26,27 @@ def resident_bytes() -> int:
         ["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True
     )
     return int(listed.stdout) * 1024
+
+
+@pytest.mark.parametrize("words", [40, 160])
+@pytest.mark.parametrize("num_workers", [0, 4])
+def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, num_workers):
+    monkeypatch.setattr(backend, "_num_workers", lambda: num_workers)
+    messages = [{"role": "user", "content": "Why?"}]
+    messages.append({"role": "assistant", "content": "because it is learned " * (words // 4)})
+    row = json.dumps({"messages": messages})
+    (tmp_path / "train.jsonl").write_text(f"{row}\n" * 12)
+    run = load_run("A", ["model.base=mini", f"data.path={tmp_path}", "train.epochs=1"])
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    started, *events = loop.train(run, tmp_path / "out")
+    assert isinstance(started, Started)
+    steps = [event for event in events if isinstance(event, Stepped)]
+    taken = steps[-1].peak_bytes - before
+    if num_workers:  # seldom all at their own peak, and the less the busier the machine is
+        assert 0.4 * started.peak_bytes < taken < 1.15 * started.peak_bytes
+    else:
+        assert taken == pytest.approx(started.peak_bytes, rel=0.15)
 
 
 @pytest.mark.slow
