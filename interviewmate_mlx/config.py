@@ -89,6 +89,8 @@ class Train:
     max_grad_norm: float = _at_least(1.0, 0)  # 0: no clipping
     save_every: int = _at_least(50, 0)  # steps; 0: only when validating
     keep_checkpoints: int = _at_least(2, 1)  # the newest; the best adapter is in each
+    gradient_checkpointing: bool = False  # less memory, for one more forward pass a step
+    memory_gb: float = _at_least(0.0, 0)  # that training may take; 0: what the machine can give
     seed: int = _option(42, lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1")
 
     @property

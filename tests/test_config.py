@@ -139,6 +139,8 @@ def test_every_key_of_a_file_arrives(write_run):
         max_grad_norm = 0
         save_every = 7
         keep_checkpoints = 3
+        gradient_checkpointing = true
+        memory_gb = 6.5
         seed = 0
         [validate]
         every = 10
@@ -151,7 +153,7 @@ def test_every_key_of_a_file_arrives(write_run):
         model=BaseModel("models/mine", "bfloat16"),
         lora=Lora(16, 32.0, 0.0, ("dense", "query_key_value"), True),
         data=Data("rows", 128, "all"),
-        train=Train(5, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, 0),
+        train=Train(5, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, True, 6.5, 0),
         validate=Validate(10, 2),
     )
     defaults = RunConfig()
@@ -223,6 +225,7 @@ WRONG_TYPES = [
     ("lora.alpha", '"8"', "got '8', expected a number"),
     ("lora.alpha", "true", "got True, expected a number"),
     ("lora.rslora", "1", "got 1, expected true or false"),
+    ("train.gradient_checkpointing", "1", "got 1, expected true or false"),
     ("lora.targets", "[]", 'got [], expected a list of names, as in ["query_key_value"]'),
     ("lora.targets", '["dense", 1]', "got ['dense', 1], expected a list of names"),
     ("lora.targets", '[""]', "got [''], expected a list of names"),
@@ -262,6 +265,7 @@ RANGES = [
     ("train.max_grad_norm", "0", "-0.1", "at least 0"),
     ("train.save_every", "0", "-1", "at least 0"),
     ("train.keep_checkpoints", "1", "0", "at least 1"),
+    ("train.memory_gb", "0", "-1", "at least 0"),
     ("train.seed", "0", "-1", "from 0 to 2**32 - 1"),
     ("train.seed", "4294967295", "4294967296", "from 0 to 2**32 - 1"),
     ("validate.every", "0", "-1", "at least 0"),

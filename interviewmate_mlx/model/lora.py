@@ -17,6 +17,25 @@ from interviewmate_mlx.errors import AdapterError, list_faults
 Projection: TypeAlias = nn.Linear | nn.QuantizedLinear
 
 
+class Dropout(nn.Module):
+    """Zeros with probability `p` while training, and the rest larger by 1 / (1 - p).
+
+    `_key` says what to draw from, so that the same can be drawn twice; without one,
+    from MLX's random state.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self._keep = 1 - p
+        self._key: mx.array | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._keep == 1 or not self.training:
+            return x
+        kept = mx.random.bernoulli(self._keep, x.shape, key=self._key)
+        return kept * x * (1 / self._keep)
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer and its low-rank update: `y = Wx + b + scale * B A dropout(x)`.
 
@@ -29,7 +48,7 @@ class LoRALinear(nn.Module):
         out_features, in_features = shape_of(base_layer)
         self.base_layer = base_layer
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.lora_A = nn.Linear(in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, out_features, bias=False)
         # Kaiming uniform with a = sqrt(5), as in PEFT: the bound is 1 / sqrt(fan in).

@@ -30,23 +30,34 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def bytes_per_token(
-    args: ModelArgs, width: int, itemsize: int, keeps_scores: bool, num_workers: int = 1
+    args: ModelArgs,
+    width: int,
+    itemsize: int,
+    keeps_scores: bool,
+    recomputes: bool = False,
+    num_workers: int = 1,
 ) -> int:
     """Bytes that one padded token of a microbatch takes.
 
     Fitted to the measured peaks of models of 8 and of 24 layers on a CPU, 128 to 1024
-    tokens a row, one microbatch at a time: within 7 %. On a GPU it has not been measured.
+    tokens a row, one microbatch at a time: within 7 %. Workers beside busy cores, and workers
+    that recompute, may take less. On a GPU it has not been measured.
 
     Args:
         args: the model's shape.
         width: tokens of a padded row; attention while training is unfused.
         itemsize: bytes of an activation.
         keeps_scores: false with `use_cpu_kernels`, whose attention computes them anew.
+        recomputes: true with `recompute_blocks`: one block at a time keeps more than its input.
         num_workers: who work side by side; what MLX plans ahead it plans for all of them.
     """
-    layers = args.num_hidden_layers
+    layers = 1 if recomputes else args.num_hidden_layers
+    if recomputes:  # measured: then each worker's plans are as large as one's alone
+        num_workers = 1
     channels = _KEPT_CHANNELS * layers + _PLANNED_CHANNELS / num_workers
     scores = _PLANNED_SCORES / num_workers + (_KEPT_SCORES * layers if keeps_scores else 0)
+    if recomputes:
+        channels += args.num_hidden_layers
     floats = channels * args.hidden_size + scores * args.num_attention_heads * width
     return int(floats * itemsize) + _KEPT_LOGITS * args.vocab_size * 4
 
@@ -79,6 +90,7 @@ def plan_memory(
     effective_batch: int,
     itemsize: int,
     keeps_scores: bool,
+    recomputes: bool,
     memory_bytes: int,
     num_workers: int,
 ) -> MemoryPlan:
@@ -90,7 +102,8 @@ def plan_memory(
         effective_batch: rows of a step.
         itemsize: bytes of an activation.
         keeps_scores: as in `bytes_per_token`.
-        memory_bytes: what the machine can give.
+        recomputes: as in `bytes_per_token`.
+        memory_bytes: what training may take.
         num_workers: who may work side by side; 0 for none.
 
     Raises:
@@ -98,17 +111,18 @@ def plan_memory(
     """
     weights = weight_bytes(model)
     width = padded_width(max(map(len, rows)) - 1)
-    per_token = bytes_per_token(model.args, width, itemsize, keeps_scores)
+    shape = model.args, width, itemsize, keeps_scores, recomputes
+    per_token = bytes_per_token(*shape)
     needed = weights + width * per_token
     if needed > memory_bytes:
         raise BackendError(
             f"Training needs about {needed / 1e9:.1f} GB ({weights / 1e9:.1f} of them weights), "
-            f"this machine can give {memory_bytes / 1e9:.1f}.\n"
-            "Lower data.max_length, set model.dtype to bfloat16, or train a smaller or quantised "
-            "base."
+            f"it can have {memory_bytes / 1e9:.1f}.\n"
+            "Set train.gradient_checkpointing, lower data.max_length, set model.dtype to bfloat16, "
+            "or train a smaller or quantised base; a train.memory_gb that is set can be raised."
         )
     budget = (memory_bytes - weights) // per_token
     step_tokens = min(budget, largest_step(rows, effective_batch))
     num_workers = max(1, min(num_workers, budget // width))
-    side_by_side = bytes_per_token(model.args, width, itemsize, keeps_scores, num_workers)
+    side_by_side = bytes_per_token(*shape, num_workers)
     return MemoryPlan(width, budget, step_tokens, weights + step_tokens * side_by_side)

@@ -26,6 +26,7 @@ from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.model.lora import add_lora, count_parameters
+from interviewmate_mlx.model.recompute import recompute_blocks
 from interviewmate_mlx.training.memory import MemoryPlan, plan_memory
 from interviewmate_mlx.weights.base import (
     build_base,
@@ -111,7 +112,8 @@ def prepare(
                 run.train.effective_batch,
                 itemsize=backend.resolve_dtype(run.model.dtype).size,
                 keeps_scores=not takes_cpu_kernels(run),
-                memory_bytes=here.memory_bytes,
+                recomputes=run.train.gradient_checkpointing,
+                memory_bytes=memory_bytes(run),
                 num_workers=here.cpu_workers,
             )
     if faults or not (folder and rows and model and memory):
@@ -170,7 +172,15 @@ def build_model(run: RunConfig, folder: Path) -> Model:
     add_lora(model, lora.targets, lora.rank, lora.alpha, lora.dropout, rslora=lora.rslora)
     if takes_cpu_kernels(run):
         use_cpu_kernels(model)
+    if run.train.gradient_checkpointing:
+        recompute_blocks(model)
     return model
+
+
+def memory_bytes(run: RunConfig) -> int:
+    """What a run may take: what it says, or what the machine can give."""
+    asked = run.train.memory_gb
+    return int(asked * 1e9) if asked else backend.machine().memory_bytes
 
 
 def takes_cpu_kernels(run: RunConfig) -> bool:

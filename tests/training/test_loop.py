@@ -220,7 +220,7 @@ def test_machine_without_memory_or_disk_is_refused_before_the_first_step(
     small = replace(task.backend.machine(), memory_bytes=1_000_000)
     with monkeypatch.context() as patch:
         patch.setattr(task.backend, "machine", lambda: small)
-        with pytest.raises(BackendError, match=r"needs about .* GB .* can give 0.0"):
+        with pytest.raises(BackendError, match=r"needs about .* GB .* it can have 0.0"):
             next(train(run, tmp_path / "out"))
     with monkeypatch.context() as patch:
         patch.setattr(task.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))

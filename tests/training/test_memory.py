@@ -29,14 +29,17 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.parametrize("words", [40, 160])
+@pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("num_workers", [0, 4])
-def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, num_workers):
+def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, recomputes, num_workers):
     monkeypatch.setattr(backend, "_num_workers", lambda: num_workers)
     messages = [{"role": "user", "content": "Why?"}]
     messages.append({"role": "assistant", "content": "because it is learned " * (words // 4)})
     row = json.dumps({"messages": messages})
     (tmp_path / "train.jsonl").write_text(f"{row}\n" * 12)
-    run = load_run("A", ["model.base=mini", f"data.path={tmp_path}", "train.epochs=1"])
+    settings = ["model.base=mini", f"data.path={tmp_path}", "train.epochs=1"]
+    settings.append(f"train.gradient_checkpointing={str(recomputes).lower()}")
+    run = load_run("A", settings)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     started, *events = loop.train(run, tmp_path / "out")
@@ -44,7 +47,7 @@ def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, num_workers):
     steps = [event for event in events if isinstance(event, Stepped)]
     taken = steps[-1].peak_bytes - before
     if num_workers:  # seldom all at their own peak, and the less the busier the machine is
-        assert 0.4 * started.peak_bytes < taken < 1.15 * started.peak_bytes
+        assert 0.2 * started.peak_bytes < taken < 1.15 * started.peak_bytes
     else:
         assert taken == pytest.approx(started.peak_bytes, rel=0.15)
 

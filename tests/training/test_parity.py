@@ -16,6 +16,7 @@ from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.model.lora import add_lora
+from interviewmate_mlx.model.recompute import recompute_blocks
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
 from interviewmate_mlx.training.step import compile_step
 from interviewmate_mlx.weights.peft import PREFIX, adapter_weights
@@ -76,8 +77,12 @@ def train_in_torch(model, steps, schedule, peak) -> list[float]:
         ("linear", get_linear_schedule_with_warmup, ["query_key_value", "dense_h_to_4h"]),
     ],
 )
-@pytest.mark.parametrize("fast", [False, True], ids=["mlx", "cpu_kernels"])
-def test_fifty_updates_equal_peft_s(schedule, reference_schedule, targets, fast):
+@pytest.mark.parametrize(
+    "paths",
+    [[], [use_cpu_kernels], [recompute_blocks], [use_cpu_kernels, recompute_blocks]],
+    ids=["mlx", "cpu_kernels", "recompute", "both"],
+)
+def test_fifty_updates_equal_peft_s(schedule, reference_schedule, targets, paths):
     base = tiny_falcon(heads=6, head_size=8, layers=2)
     model = Model(ModelArgs.from_dict(base.config.to_dict()))
     state = {name: mx.array(t.numpy()) for name, t in base.state_dict().items()}
@@ -96,8 +101,8 @@ def test_fifty_updates_equal_peft_s(schedule, reference_schedule, targets, fast)
     steps, peak = steps_of(random_rows(22)), 5e-3
     expected = train_in_torch(reference, steps, reference_schedule, peak)
 
-    if fast:
-        use_cpu_kernels(model)
+    for use in paths:
+        use(model)
     add_microbatches, update = compile_step(model.train(), adamw(DECAY), CLIP)
     losses, norms = [], []
     for step, rows in enumerate(steps):

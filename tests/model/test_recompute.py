@@ -1,0 +1,93 @@
+"""Recomputed blocks: the same gradients, dropout included, for less memory."""
+
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import tiny_falcon
+from mlx.utils import tree_flatten
+
+from interviewmate_mlx.data.batches import collate
+from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.data.records import Record
+from interviewmate_mlx.model.falcon import Model, ModelArgs
+from interviewmate_mlx.model.lora import add_lora, lora_layers
+from interviewmate_mlx.model.recompute import recompute_blocks
+from interviewmate_mlx.training.step import compile_adder, zero_sums
+
+
+def microbatch(rows: int = 2, length: int = 50):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 384, (rows, length)).astype(np.int32)
+    return collate([Example(Record("row"), row, np.arange(length) >= 9) for row in tokens])
+
+
+def lora_model(dropout: float, layers: int = 3) -> Model:
+    mx.random.seed(0)
+    model = Model(ModelArgs.from_dict(tiny_falcon(heads=4, layers=layers).config.to_dict()))
+    add_lora(model, ["query_key_value", "dense_4h_to_h"], rank=4, alpha=8, dropout=dropout)
+    for _, layer in lora_layers(model):
+        layer.lora_B.weight = 0.1 * mx.random.normal(layer.lora_B.weight.shape)
+    return model.train()
+
+
+def gradients(model: Model, batch) -> dict[str, np.ndarray]:
+    mx.random.seed(7)
+    sums = zero_sums(model)
+    mx.eval(compile_adder(model, sums)(*batch.arrays()))
+    found = {name: np.array(g) for name, g in tree_flatten(sums["gradients"])}
+    return found | {"loss": np.array(sums["loss"])}
+
+
+def same(one, other, **tolerance) -> None:
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        np.testing.assert_allclose(array, other[name], err_msg=name, **tolerance)
+
+
+def test_gradients_without_dropout_are_those_of_kept_activations():
+    model, batch = lora_model(0.0), microbatch()
+    expected = gradients(model, batch)
+    recompute_blocks(model)
+    same(gradients(model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_dropout_draws_the_same_the_second_time(monkeypatch, dropout):
+    model, batch = lora_model(dropout), microbatch()
+    recompute_blocks(model)
+    recomputed = gradients(model, batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "checkpoint", lambda function: function)
+        kept = gradients(model, batch)
+    same(recomputed, kept, rtol=1e-4, atol=1e-5)
+    # The next call draws anew, and each layer for itself.
+    mx.random.seed(8)
+    sums = zero_sums(model)
+    mx.eval(compile_adder(model, sums)(*batch.arrays()))
+    assert sums["loss"].item() != recomputed["loss"]
+    assert all(layer.dropout._key is None for _, layer in lora_layers(model))
+
+
+def test_paths_of_parameters_stay():
+    model = lora_model(0.1)
+    before = [name for name, _ in tree_flatten(model.parameters())]
+    recompute_blocks(model)
+    assert [name for name, _ in tree_flatten(model.parameters())] == before
+
+
+def test_less_is_kept():
+    model, batch = lora_model(0.1, layers=8), microbatch(rows=4, length=200)
+
+    def peak() -> int:
+        measure = partial(gradients, model, batch)
+        measure()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        measure()
+        return mx.get_peak_memory() - before
+
+    kept = peak()
+    recompute_blocks(model)
+    assert peak() < 0.75 * kept
