@@ -11,6 +11,7 @@ and torch/_utils.py (`_rebuild_tensor_v2`, `_rebuild_parameter`).
 """
 
 import pickletools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from interviewmate_mlx.errors import list_faults
@@ -82,6 +83,13 @@ def read_state_dict(data: bytes) -> dict[str, StoredTensor]:
     return found
 
 
+def _instructions(data: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
+    try:
+        yield from pickletools.genops(data)
+    except ValueError as error:  # which quotes the file, however long
+        raise ValueError(f"its pickle is damaged: {str(error)[:80]}") from error
+
+
 def _follow(data: bytes) -> object:
     """What a pickle describes: the stack machine of Python's `pickletools`, without its calls."""
     stack: list[Any] = []
@@ -95,7 +103,7 @@ def _follow(data: bytes) -> object:
         return pop(len(stack) - marks.pop())
 
     argument: Any
-    for instruction, argument, _ in pickletools.genops(data):
+    for instruction, argument, _ in _instructions(data):
         match instruction.name:
             case "PROTO" | "FRAME":
                 if instruction.name == "PROTO" and argument > _NEWEST_PROTOCOL:

@@ -271,6 +271,13 @@ TORCH = [
         "2097154 bytes, expected at most 1048576",
     ),
     source(
+        "text of 50,000 letters without quotes",
+        pickled(b"\x80\x02S" + b"x" * 50_000 + b"\n."),
+        "WeightsError",
+        "its pickle is damaged: no string quotes around b'xxx",
+        f"{'x' * 40}\n",  # and no more than a line of it
+    ),
+    source(
         "axes without end",
         pickled(fuzzing.STATE.replace(b"K\x02\x85K\x01\x85", b"(" + b"K\x01" * 99 + b"tq\1h\1")),
         "WeightsError",
