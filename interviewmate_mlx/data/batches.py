@@ -101,7 +101,7 @@ def split_step(
 
     Args:
         examples: the rows.
-        token_budget: padded tokens of a microbatch.
+        token_budget: padded tokens at a time, those of all workers.
         num_workers: who work at the same time, and so share the budget and the rows.
     """
     groups: list[list[Example]] = []
@@ -116,12 +116,6 @@ def split_step(
         else:
             groups.append([example])
     return groups
-
-
-def largest_step(examples: Sequence[Example], effective_batch: int) -> int:
-    """Padded tokens of a step of the longest rows: no step has more."""
-    widths = sorted(padded_width(len(example) - 1) for example in examples)
-    return sum(widths[-effective_batch:])
 
 
 def collate(examples: Sequence[Example], width: int | None = None) -> Microbatch:

@@ -6,6 +6,7 @@ model's own parameter paths behind the prefix `base_model.model.`.
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import mlx.core as mx
@@ -20,20 +21,36 @@ Projection: TypeAlias = nn.Linear | nn.QuantizedLinear
 class Dropout(nn.Module):
     """Zeros with probability `p` while training, and the rest larger by 1 / (1 - p).
 
-    `_key` says what to draw from, so that the same can be drawn twice; without one,
-    from MLX's random state.
+    Raises:
+        ValueError: p is not from 0 to below 1.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout: got {p}, expected from 0 to below 1")
         self._keep = 1 - p
-        self._key: mx.array | None = None
+        self._key: mx.array | None = None  # to draw from; None: MLX's random state
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self._keep == 1 or not self.training:
+        if not self.draws:
             return x
         kept = mx.random.bernoulli(self._keep, x.shape, key=self._key)
         return kept * x * (1 / self._keep)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a call takes random numbers."""
+        return self.training and self._keep < 1
+
+    @contextmanager
+    def drawing_from(self, key: mx.array) -> Iterator[None]:
+        """Draw from a key within the block, so that the same can be drawn again."""
+        self._key = key
+        try:
+            yield
+        finally:
+            self._key = None
 
 
 class LoRALinear(nn.Module):

@@ -34,7 +34,7 @@ class State:
     best_step: int = 0
     best_loss: float | None = None  # validation loss at best_step
     bad_validations: int = 0  # in a row, without a new best
-    token_budget: int = 0  # of a microbatch; kept, so that a resumed run splits steps alike
+    token_budget: int = 0  # at a time; kept, so that a resumed run splits steps alike
     fingerprint: dict[str, str] = field(default_factory=dict)  # of base and data
     versions: dict[str, str] = field(default_factory=dict)  # of what the bytes depend on
 

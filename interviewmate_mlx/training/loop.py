@@ -92,12 +92,10 @@ def train(
         if resume:
             check_same_run(run, out)
             saved = load_newest(out)
-        task = prepare(run, progress, out, saved.state.fingerprint if saved else None)
+        kept = (saved.state.fingerprint, saved.state.token_budget) if saved else ()
+        task = prepare(run, progress, out, *kept)
         if replace and not resume:
             clear(out)
-        if saved:
-            memory = dataclasses.replace(task.memory, token_budget=saved.state.token_budget)
-            task = dataclasses.replace(task, memory=memory)
         most_workers = task.memory.most_workers
         with backend.memory_limits(), backend.cpu_workers(most_workers) as workers:
             yield from run_task(task, out, saved, workers, stop)
@@ -261,8 +259,8 @@ def validate(task: Task, total_loss: TotalLoss, num_workers: int) -> tuple[float
     """Mean loss over the whole validation set, in its own order, without dropout; and seconds."""
     start = time.perf_counter()
     task.model.eval()
-    # In parts of no more than a step, so that it takes no more memory than training.
-    tokens = min(task.memory.token_budget, task.memory.step_tokens) // max(1, num_workers)
+    # In parts of about a step, so that it takes no more memory than training.
+    tokens = task.memory.step_tokens // max(1, num_workers)
     loss_sum, num_tokens = total_loss(in_order(task.valid, tokens))
     return loss_sum / num_tokens, time.perf_counter() - start
 

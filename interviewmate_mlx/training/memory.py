@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from interviewmate_mlx.data.batches import largest_step, padded_width
+from interviewmate_mlx.data.batches import padded_width, split_step
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.falcon import Model, ModelArgs
@@ -22,11 +22,14 @@ _PLANNED_SCORES = 11
 _KEPT_LOGITS = 3
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters, and of the gradients and moments of what is trained."""
+def weight_bytes(model: nn.Module, num_workers: int = 1) -> int:
+    """Bytes of the parameters; of what is trained also the gradients, a worker each, and the rest.
+
+    The rest is two moments and, while it is updated, a second copy.
+    """
     parameters = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     trained = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
-    return parameters + 4 * trained
+    return parameters + (3 + num_workers) * trained
 
 
 def bytes_per_token(
@@ -49,15 +52,14 @@ def bytes_per_token(
         itemsize: bytes of an activation.
         keeps_scores: false with `use_cpu_kernels`, whose attention computes them anew.
         recomputes: true with `recompute_blocks`: one block at a time keeps more than its input.
-        num_workers: who work side by side; what MLX plans ahead it plans for all of them.
+        num_workers: who work side by side. What MLX plans ahead it plans for all of them
+            together; not so with `recomputes`, as measured.
     """
-    layers = 1 if recomputes else args.num_hidden_layers
-    if recomputes:  # measured: then each worker's plans are as large as one's alone
-        num_workers = 1
-    channels = _KEPT_CHANNELS * layers + _PLANNED_CHANNELS / num_workers
-    scores = _PLANNED_SCORES / num_workers + (_KEPT_SCORES * layers if keeps_scores else 0)
+    layers, inputs = args.num_hidden_layers, 0
     if recomputes:
-        channels += args.num_hidden_layers
+        layers, inputs, num_workers = 1, layers, 1
+    channels = inputs + _KEPT_CHANNELS * layers + _PLANNED_CHANNELS / num_workers
+    scores = _PLANNED_SCORES / num_workers + (_KEPT_SCORES * layers if keeps_scores else 0)
     floats = channels * args.hidden_size + scores * args.num_attention_heads * width
     return int(floats * itemsize) + _KEPT_LOGITS * args.vocab_size * 4
 
@@ -68,7 +70,7 @@ class MemoryPlan:
 
     Attributes:
         row_width: padded tokens of the longest row.
-        token_budget: padded tokens that there is room for at a time.
+        token_budget: padded tokens that there is room for at a time, those of all workers.
         step_tokens: of them, those of the largest step.
         peak_bytes: expected at that step.
     """
@@ -93,6 +95,7 @@ def plan_memory(
     recomputes: bool,
     memory_bytes: int,
     num_workers: int,
+    token_budget: int | None = None,
 ) -> MemoryPlan:
     """Plan a run: weights, and `bytes_per_token` for each padded token.
 
@@ -105,6 +108,7 @@ def plan_memory(
         recomputes: as in `bytes_per_token`.
         memory_bytes: what training may take.
         num_workers: who may work side by side; 0 for none.
+        token_budget: of the run that goes on; it is kept, whatever there is room for now.
 
     Raises:
         BackendError: not even the longest row fits.
@@ -117,12 +121,18 @@ def plan_memory(
     if needed > memory_bytes:
         raise BackendError(
             f"Training needs about {needed / 1e9:.1f} GB ({weights / 1e9:.1f} of them weights), "
-            f"it can have {memory_bytes / 1e9:.1f}.\n"
-            "Set train.gradient_checkpointing, lower data.max_length, set model.dtype to bfloat16, "
-            "or train a smaller or quantised base; a train.memory_gb that is set can be raised."
+            f"but may take {memory_bytes / 1e9:.1f} here: what the machine can give, or train.memory_gb.\n"
+            f"{'' if recomputes else 'Set train.gradient_checkpointing, l'}"
+            f"{'L' if recomputes else ''}ower data.max_length, set model.dtype to bfloat16, "
+            "or train a smaller or quantised base."
         )
-    budget = (memory_bytes - weights) // per_token
-    step_tokens = min(budget, largest_step(rows, effective_batch))
-    num_workers = max(1, min(num_workers, budget // width))
-    side_by_side = bytes_per_token(*shape, num_workers)
-    return MemoryPlan(width, budget, step_tokens, weights + step_tokens * side_by_side)
+    budget = token_budget or (memory_bytes - weights) // per_token
+    most_workers = max(1, min(num_workers, budget // width))
+    longest = sorted(rows, key=len)[-effective_batch:]
+    microbatches = split_step(longest, budget, most_workers)
+    sizes = sorted(padded_width(len(group[0]) - 1) * len(group) for group in microbatches)
+    side_by_side = min(most_workers, len(sizes))
+    step_tokens = sum(sizes[-side_by_side:])
+    per_token = bytes_per_token(*shape, side_by_side)
+    peak_bytes = weight_bytes(model, side_by_side) + step_tokens * per_token
+    return MemoryPlan(width, budget, step_tokens, peak_bytes)

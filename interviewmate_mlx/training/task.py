@@ -68,6 +68,7 @@ def prepare(
     progress: Progress | None = None,
     out: Path | None = None,
     began: dict[str, str] | None = None,
+    token_budget: int | None = None,
 ) -> Task:
     """Load and check the base and the data of a run, and put the LoRA on.
 
@@ -79,6 +80,7 @@ def prepare(
         progress: bytes done and in all, while base or data is pulled.
         out: where the run will write; the disk is checked. None: it writes nothing.
         began: the fingerprint of the run that goes on.
+        token_budget: of the run that goes on, which splits its steps.
 
     Raises:
         InterviewMateError: what is missing, faulty or changed, all of it.
@@ -113,8 +115,9 @@ def prepare(
                 itemsize=backend.resolve_dtype(run.model.dtype).size,
                 keeps_scores=not takes_cpu_kernels(run),
                 recomputes=run.train.gradient_checkpointing,
-                memory_bytes=memory_bytes(run),
+                memory_bytes=memory_for(run),
                 num_workers=here.cpu_workers,
+                token_budget=token_budget,
             )
     if faults or not (folder and rows and model and memory):
         raise_together(faults, f"The run {run.name} cannot start")
@@ -177,10 +180,10 @@ def build_model(run: RunConfig, folder: Path) -> Model:
     return model
 
 
-def memory_bytes(run: RunConfig) -> int:
-    """What a run may take: what it says, or what the machine can give."""
-    asked = run.train.memory_gb
-    return int(asked * 1e9) if asked else backend.machine().memory_bytes
+def memory_for(run: RunConfig) -> int:
+    """Bytes that a run may plan with: what the machine can give, or less if it says so."""
+    given = backend.machine().memory_bytes
+    return min(given, int(run.train.memory_gb * 1e9)) if run.train.memory_gb else given
 
 
 def takes_cpu_kernels(run: RunConfig) -> bool:

@@ -75,6 +75,12 @@ def test_output_keeps_the_base_s_dtype_and_the_matrices_float32():
     assert layer.lora_A.weight.dtype == layer.lora_B.weight.dtype == mx.float32
 
 
+@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, float("nan")])
+def test_dropout_out_of_range_is_refused(p):
+    with pytest.raises(ValueError, match="expected from 0 to below 1"):
+        LoRALinear(nn.Linear(4, 4), rank=2, scale=1.0, dropout=p)
+
+
 def test_dropout_drops_inputs_of_the_update_alone():
     mx.random.seed(0)
     layer = LoRALinear(nn.Linear(1000, 4, bias=False), rank=2, scale=1.0, dropout=0.25)

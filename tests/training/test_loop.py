@@ -99,6 +99,32 @@ def test_resume_repeats_the_uninterrupted_run(run, tmp_path, stop_after):
     assert adapter_and_metrics(out) == adapter_and_metrics(tmp_path / "whole")
 
 
+def test_resumed_with_less_memory_and_recomputing_the_bytes_stay(run, tmp_path, monkeypatch):
+    run = change(run, train={"gradient_checkpointing": True})
+    finish(run, tmp_path / "whole")
+    out, original, budgets = tmp_path / "parts", task.plan_memory, []
+    finish(run, out, stop=lambda: last_step(out) >= 4)
+
+    def plan(*args, memory_bytes, token_budget, **kwargs):
+        """With hardly more than the longest row needs."""
+        memory_bytes = 100_000
+        while True:
+            try:
+                least = original(*args, memory_bytes=memory_bytes, **kwargs)
+            except BackendError:
+                memory_bytes = int(1.05 * memory_bytes)
+            else:
+                break
+        kept = original(*args, memory_bytes=memory_bytes, token_budget=token_budget, **kwargs)
+        budgets.append((least.token_budget, kept.token_budget))
+        return kept
+
+    monkeypatch.setattr(task, "plan_memory", plan)
+    finish(run, out, resume=True)
+    assert budgets[0][0] < 100 < budgets[0][1]
+    assert adapter_and_metrics(out) == adapter_and_metrics(tmp_path / "whole")
+
+
 def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(run, tmp_path):
     for name, seed in (("one", 42), ("two", 42), ("other", 43)):
         finish(change(run, train={"seed": seed}), tmp_path / name)
@@ -220,7 +246,7 @@ def test_machine_without_memory_or_disk_is_refused_before_the_first_step(
     small = replace(task.backend.machine(), memory_bytes=1_000_000)
     with monkeypatch.context() as patch:
         patch.setattr(task.backend, "machine", lambda: small)
-        with pytest.raises(BackendError, match=r"needs about .* GB .* it can have 0.0"):
+        with pytest.raises(BackendError, match=r"needs about .* GB .* may take 0.0 here"):
             next(train(run, tmp_path / "out"))
     with monkeypatch.context() as patch:
         patch.setattr(task.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
