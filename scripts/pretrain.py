@@ -1,6 +1,6 @@
 """Pretrain a small Falcon-RW on a text: the tokenizer, the model, a folder as the Hub has it.
 
-    python scripts/pretrain.py text.txt.xz --out models/small --tokens 40e6
+    python scripts/pretrain.py text.txt.xz --out models/small --tokens 4.5e6
 
 This made `mini`, the base inside the package. The text is UTF-8, plain or .xz, its
 documents apart by `<|endoftext|>`; every hundredth is held out. What is not finished
