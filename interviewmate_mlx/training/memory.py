@@ -11,15 +11,14 @@ from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 
-# Floats that a token takes at the peak. A layer keeps for its backward pass the inputs of the
-# norms, of the attention and of the GELU, in units of C; and the scores, of H * L, where
-# attention does not compute them anew. On top come arrays that MLX has planned ahead.
+# What a token takes at the peak, which is at the loss. A layer keeps for its backward pass the
+# inputs of the norms, of the attention and of the GELU, in units of C; and the scores, of
+# H * L, where attention does not compute them anew. On top come arrays that MLX has planned
+# ahead: copies of the last layers' scores and, of V, of the logits.
 _KEPT_CHANNELS = 16
-_PLANNED_CHANNELS = 90
 _KEPT_SCORES = 3
 _PLANNED_SCORES = 11
-# float32 copies of a token's logits: the logits, their softmax, their gradient.
-_KEPT_LOGITS = 3
+_PLANNED_LOGITS = 7
 
 
 def weight_bytes(model: nn.Module, num_workers: int = 1) -> int:
@@ -42,8 +41,8 @@ def bytes_per_token(
 ) -> int:
     """Bytes that one padded token of a microbatch takes.
 
-    Fitted to the measured peaks of models of 8 and of 24 layers on a CPU, 128 to 1024
-    tokens a row, one microbatch at a time: within 7 %. Workers beside busy cores, and workers
+    Fitted to the measured peaks of models of 4, 8 and 24 layers on a CPU, 64 to 1024
+    tokens a row, one microbatch at a time: within 10 %. Workers beside busy cores, and workers
     that recompute, may take less. On a GPU it has not been measured.
 
     Args:
@@ -58,10 +57,11 @@ def bytes_per_token(
     layers, inputs = args.num_hidden_layers, 0
     if recomputes:
         layers, inputs, num_workers = 1, layers, 1
-    channels = inputs + _KEPT_CHANNELS * layers + _PLANNED_CHANNELS / num_workers
+    channels = inputs + _KEPT_CHANNELS * layers
     scores = _PLANNED_SCORES / num_workers + (_KEPT_SCORES * layers if keeps_scores else 0)
     floats = channels * args.hidden_size + scores * args.num_attention_heads * width
-    return int(floats * itemsize) + _KEPT_LOGITS * args.vocab_size * 4
+    logits = _PLANNED_LOGITS / num_workers * args.vocab_size
+    return int(floats * itemsize + logits * 4)  # which are float32
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def plan_memory(
     if needed > memory_bytes:
         raise BackendError(
             f"Training needs about {needed / 1e9:.1f} GB ({weights / 1e9:.1f} of them weights), "
-            f"but may take {memory_bytes / 1e9:.1f} here: what the machine can give, or train.memory_gb.\n"
+            f"but may take {memory_bytes / 1e9:.1f} here (train.memory_gb, or the machine's).\n"
             f"{'' if recomputes else 'Set train.gradient_checkpointing, l'}"
             f"{'L' if recomputes else ''}ower data.max_length, set model.dtype to bfloat16, "
             "or train a smaller or quantised base."
