@@ -257,7 +257,8 @@ def test_training_writes_an_adapter_and_says_each_thing_on_its_stream(imate, sma
 
     said = result.stderr.splitlines()
     assert said[0] == "12 rows to train on, 4 to validate on; 3 steps, 3 an epoch"
-    starts = [line.split("  ")[0] for line in said[1:]]
+    assert re.fullmatch(r"about [\d.]+ MB of memory at the peak", said[1])
+    starts = [line.split("  ")[0] for line in said[2:]]
     assert starts == ["step 0/3", "step 1/3", "step 2/3", "step 3/3", "step 3/3"]
     assert said[-1] == f"step 3/3  validation loss {summary['best_valid_loss']:.4f}  best so far"
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
+from rich import filesize
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import (
@@ -163,7 +164,7 @@ def preview_text(tokenizer: Any, example: Example) -> Text:
 def _print_start(event: Started, console: Console) -> None:
     rows = f"{event.num_train_rows} rows to train on, {event.num_valid_rows} to validate on"
     console.print(f"{rows}; {event.total_steps} steps, {event.steps_per_epoch} an epoch")
-    console.print(f"about {event.peak_bytes / 1e9:.1f} GB of memory at the peak")
+    console.print(f"about {filesize.decimal(event.peak_bytes)} of memory at the peak")
     if event.num_cut_rows:
         console.print(f"{event.num_cut_rows} rows are longer than data.max_length and were cut")
     if event.num_dropped_rows:
