@@ -122,9 +122,8 @@ def plan_memory(
         raise BackendError(
             f"Training needs about {needed / 1e9:.1f} GB ({weights / 1e9:.1f} of them weights), "
             f"but may take {memory_bytes / 1e9:.1f} here (train.memory_gb, or the machine's).\n"
-            f"{'' if recomputes else 'Set train.gradient_checkpointing, l'}"
-            f"{'L' if recomputes else ''}ower data.max_length, set model.dtype to bfloat16, "
-            "or train a smaller or quantised base."
+            "Lower data.max_length, set model.dtype to bfloat16, train a smaller or quantised base"
+            f"{'' if recomputes else ', or set train.gradient_checkpointing'}."
         )
     budget = token_budget or (memory_bytes - weights) // per_token
     most_workers = max(1, min(num_workers, budget // width))
