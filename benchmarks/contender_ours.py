@@ -27,13 +27,13 @@ def main(job: Job) -> Result:
     inputs = {path: layer.lora_A.weight.shape[1] for path, layer in layers.items()}
     for path, start in lora_start(job.rank, inputs):
         layers[path].lora_A.weight = mx.array(start)
-    with backend.memory_limits(), backend.cpu_workers(task.memory.most_workers) as workers:
-        compiled_step = compile_step(task.model, adamw(), task.run.train.max_grad_norm, workers)
+    with backend.memory_limits(), backend.cpu_streams(task.memory.most_streams) as streams:
+        compiled_step = compile_step(task.model, adamw(), task.run.train.max_grad_norm, streams)
 
         def run(count: int) -> tuple[list[float], float]:
             start = time.perf_counter()
             first, last = job.first_step, job.first_step + count
-            events = run_steps(task, compiled_step, first, last, len(workers), lambda: False)
+            events = run_steps(task, compiled_step, first, last, len(streams), lambda: False)
             losses = [event.loss for event in events]
             return losses, time.perf_counter() - start
 
@@ -41,7 +41,7 @@ def main(job: Job) -> Result:
         mx.reset_peak_memory()
         losses, _ = run(job.warmup)
         timed_losses, seconds = run(len(job.steps))
-    padded, head = _work(task, job, len(workers))
+    padded, head = _work(task, job, len(streams))
     return Result(
         losses=losses + timed_losses,
         seconds=seconds,
@@ -56,7 +56,7 @@ def main(job: Job) -> Result:
     )
 
 
-def _work(task: Task, job: Job, num_workers: int) -> tuple[int, int]:
+def _work(task: Task, job: Job, num_streams: int) -> tuple[int, int]:
     """Padded tokens through the blocks and through the head, in the timed updates."""
     train = task.run.train
     order = epoch_steps(list(map(len, task.train)), train.effective_batch, train.seed, epoch=0)
@@ -65,7 +65,7 @@ def _work(task: Task, job: Job, num_workers: int) -> tuple[int, int]:
         collate(group)
         for step in steps
         for group in split_step(
-            [task.train[row] for row in step], task.memory.token_budget, num_workers
+            [task.train[row] for row in step], task.memory.token_budget, num_streams
         )
     ]
     return sum(m.inputs.size for m in microbatches), sum(m.positions.size for m in microbatches)

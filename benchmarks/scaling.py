@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -112,21 +111,21 @@ def measure(options: argparse.Namespace, base: Path, rows: Path, length: int) ->
     except BackendError as error:
         print(f"{length} tokens a row: {error}", file=sys.stderr)
         return []
-    with backend.memory_limits(), backend.cpu_workers(task.memory.most_workers) as workers:
-        return [measure_batch(options, task, length, batch, workers) for batch in options.batches]
+    with backend.memory_limits(), backend.cpu_streams(task.memory.most_streams) as streams:
+        return [measure_batch(options, task, length, batch, streams) for batch in options.batches]
 
 
 def measure_batch(
-    options: argparse.Namespace, task: Task, length: int, batch: int, workers: Sequence[Executor]
+    options: argparse.Namespace, task: Task, length: int, batch: int, streams: Sequence[mx.Stream]
 ) -> dict:
     """Updates of `batch` rows, on the task's model as earlier ones left it."""
     train = dataclasses.replace(task.run.train, grad_accumulation=batch)
     task = dataclasses.replace(task, run=dataclasses.replace(task.run, train=train))
-    compiled_step = compile_step(task.model, adamw(), train.max_grad_norm, workers)
+    compiled_step = compile_step(task.model, adamw(), train.max_grad_norm, streams)
 
     def run(first: int, last: int) -> tuple[int, float]:
         start = time.perf_counter()
-        steps = list(run_steps(task, compiled_step, first, last, len(workers), lambda: False))
+        steps = list(run_steps(task, compiled_step, first, last, len(streams), lambda: False))
         return sum(step.num_tokens for step in steps), time.perf_counter() - start
 
     mx.reset_peak_memory()

@@ -9,10 +9,10 @@ import ctypes
 import os
 import platform
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,9 +26,8 @@ DEVICE_VARIABLE = "INTERVIEWMATE_DEVICE"
 # Metal: a wired limit of the whole recommended working set is unstable.
 _WIRED_SHARE = 0.85
 _ALLOCATED_SHARE = 0.95
-# Microbatches side by side on a CPU. More than two cores could run: MLX lets few operations wait
-# at a time, those of all threads together, so that a thread often has none of its own.
-_NUM_WORKERS = 4
+# Microbatches side by side on a CPU, at most: as many as a usual step has rows.
+_NUM_STREAMS = 4
 # Share of the memory that training may plan with; the rest is the system's and the user's.
 _MEMORY_SHARE = 0.75
 
@@ -85,7 +84,7 @@ class Machine:
     device_name: str
     dtype: str  # the default for weights and activations
     blas: str | None  # where the CPU's matrix products come from
-    cpu_workers: int  # threads that share a CPU's training; 0 where MLX's device is a GPU
+    cpu_streams: int  # microbatches side by side on a CPU; 0 where MLX's device is a GPU
     memory_bytes: int  # what training may plan with
     mlx_version: str
 
@@ -101,7 +100,7 @@ def machine() -> Machine:
         device_name=str(info.get("device_name", platform.machine())),
         dtype="float32" if device == "cpu" else "bfloat16",
         blas="Accelerate" if sys.platform == "darwin" else BLAS,
-        cpu_workers=_num_workers() if device == "cpu" else 0,
+        cpu_streams=_num_streams() if device == "cpu" else 0,
         memory_bytes=int(total * _MEMORY_SHARE),
         mlx_version=metadata.version("mlx"),
     )
@@ -162,40 +161,36 @@ def memory_limits() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def cpu_workers(most: int = _NUM_WORKERS) -> Iterator[list[Executor]]:
-    """Threads that share a CPU's training, at most so many; none where MLX's device is a GPU.
+_LOCAL = threading.local()  # a stream belongs to the thread that made it
 
-    MLX's CPU backend runs all but the matrix products on one thread. Each worker
-    has a stream of its own and its share of the BLAS's threads, so that two
+
+@contextmanager
+def cpu_streams(most: int = _NUM_STREAMS) -> Iterator[list[mx.Stream]]:
+    """Streams that share a CPU's training, at most so many; none where MLX's device is a GPU.
+
+    MLX's CPU backend runs a stream's operations on one thread, all but the matrix
+    products. Meanwhile a product gets its share of the BLAS's threads, so that
     microbatches side by side keep the cores busy.
     """
-    num_workers = min(machine().cpu_workers, max(1, most))
-    if not num_workers:
+    num_streams = min(machine().cpu_streams, max(1, most))
+    set_threads = _blas_threads_setter()
+    if not num_streams or not set_threads:
         yield []
         return
-    set_threads = _blas_threads_setter()
-    assert set_threads is not None
     _keep_freed_memory()
-    with ExitStack() as stack:
-        stack.callback(set_threads, _num_cores())
-        set_threads(max(1, _num_cores() // num_workers))
-        workers: list[Executor] = []
-        for _ in range(num_workers):
-            worker = stack.enter_context(ThreadPoolExecutor(1))
-            # A stream that outlives its thread ends the process.
-            stack.callback(_clear_streams, worker)
-            workers.append(worker)
-        yield workers
+    streams = _LOCAL.__dict__.setdefault("streams", [])  # they live as long as their thread
+    streams += [mx.new_stream(mx.cpu) for _ in range(num_streams - len(streams))]
+    set_threads(max(1, _num_cores() // num_streams))
+    try:
+        yield streams[:num_streams]
+    finally:
+        set_threads(_num_cores())
 
 
-def _clear_streams(worker: Executor) -> None:
-    worker.submit(mx.clear_streams).result()
-
-
-def _num_workers() -> int:
+def _num_streams() -> int:
     """None for a single core, or where the BLAS cannot be told to leave the cores to us."""
-    return _NUM_WORKERS if _num_cores() > 1 and _blas_threads_setter() else 0
+    cores = _num_cores()
+    return min(cores, _NUM_STREAMS) if cores > 1 and _blas_threads_setter() else 0
 
 
 def _num_cores() -> int:
@@ -206,11 +201,13 @@ def _keep_freed_memory() -> None:
     """Let glibc hand freed memory out again instead of returning it to the system.
 
     MLX's CPU backend allocates each array anew. Large ones would be mapped, cleared and
-    unmapped every time, by one thread at once: a third of a step's time.
+    unmapped every time, by one thread at once: a third of a step's time. A thread's own
+    heap is given back as soon as it is empty, so all threads share the first one.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        m_mmap_max, m_trim_threshold = -4, -1  # malloc.h
+        m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1  # malloc.h
+        libc.mallopt(m_arena_max, 1)
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 

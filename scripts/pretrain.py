@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -96,8 +95,8 @@ def pretrain(args: argparse.Namespace, console: Console, stop: Callable[[], bool
         use_cpu_kernels(model)
     num_parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
     console.print(f"{num_parameters:,} parameters, {len(text.train):,} tokens to learn from")
-    with backend.memory_limits(), backend.cpu_workers() as workers:
-        state = train(args, work, text, model, optimizer, workers, console, stop)
+    with backend.memory_limits(), backend.cpu_streams() as streams:
+        state = train(args, work, text, model, optimizer, streams, console, stop)
         if state.step < total_steps(args):
             console.print(f"interrupted after step {state.step}; --resume goes on")
             return
@@ -154,13 +153,13 @@ def train(
     text: Text,
     model: Model,
     optimizer: Muon,
-    workers: Sequence[Executor],
+    streams: Sequence[mx.Stream],
     console: Console,
     stop: Callable[[], bool],
 ) -> State:
     """Train to the last step or until `stop`, from the newest checkpoint if there is one."""
-    compiled_step = compile_step(model, optimizer, args.max_grad_norm, workers)
-    total_loss = compile_loss(model, workers)
+    compiled_step = compile_step(model, optimizer, args.max_grad_norm, streams)
+    total_loss = compile_loss(model, streams)
     found = load_newest(work)
     state = restore(found, model, optimizer)[0] if found else State()
     sample = rows_in_order(text.held_out, text.end_id, args.width)[:SAMPLE_ROWS]

@@ -7,6 +7,7 @@ step is split changes speed and memory, never the update (dropout's draws aside)
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,8 @@ WIDTH_STEP = 32
 # Rows of similar length are grouped within pools of so many steps: long enough a
 # pool to find them, short enough that the order of an epoch stays random.
 POOL_STEPS = 16
-# Of fewer padded tokens a worker's matrix products lose speed, and another trace is not worth it.
-WORKER_TOKENS = 256
+# Of fewer padded tokens matrix products lose speed, and another trace is not worth it.
+STREAM_TOKENS = 256
 # The number of predicted tokens is rounded up to so many parts of a microbatch.
 PREDICTED_PARTS = 8
 
@@ -93,7 +94,7 @@ def padded_width(num_inputs: int) -> int:
 
 
 def split_step(
-    examples: Sequence[Example], token_budget: int, num_workers: int = 1
+    examples: Sequence[Example], token_budget: int, num_streams: int = 1
 ) -> list[list[Example]]:
     """Fit a step into as few microbatches as the budget of padded tokens allows.
 
@@ -101,15 +102,23 @@ def split_step(
 
     Args:
         examples: the rows.
-        token_budget: padded tokens at a time, those of all workers.
-        num_workers: who work at the same time, and so share the budget and the rows.
+        token_budget: padded tokens at a time, those of all streams.
+        num_streams: that run at the same time, and so share the budget and, evenly, the rows.
     """
+    examples = sorted(examples, key=len, reverse=True)
+    if num_streams > 1:
+        widths = {padded_width(len(example) - 1) for example in examples}
+        sizes = sorted(width * (n + 1) for width in widths for n in range(len(examples)))
+        # The smallest with no more groups than streams.
+        even = bisect_left(sizes, True, key=lambda size: len(_fill(examples, size)) <= num_streams)
+        token_budget = min(token_budget // num_streams, max(STREAM_TOKENS, sizes[even]))
+    return _fill(examples, token_budget)
+
+
+def _fill(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
+    """Groups of as many rows, the longest first, as have room in the budget; at least one."""
     groups: list[list[Example]] = []
-    padded = sum(padded_width(len(example) - 1) for example in examples)
-    if num_workers > 1:
-        share = max(WORKER_TOKENS, math.ceil(padded / num_workers))
-        token_budget = min(token_budget // num_workers, share)
-    for example in sorted(examples, key=len, reverse=True):
+    for example in examples:
         width = padded_width(len(groups[-1][0]) - 1) if groups else 0
         if groups and width * (len(groups[-1]) + 1) <= token_budget:
             groups[-1].append(example)

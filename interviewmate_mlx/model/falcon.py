@@ -153,7 +153,10 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, bias: mx.array, cache: Any = None) -> mx.array:
         B, L, C = x.shape
         qkv = self.query_key_value(x).reshape(B, L, self.num_heads, 3, self.head_size)
-        queries, keys, values = (qkv[:, :, :, i].swapaxes(1, 2) for i in range(3))
+        # A split and no slices: its gradient is one concatenation.
+        queries, keys, values = (
+            part.squeeze(3).swapaxes(1, 2) for part in mx.split(qkv, 3, axis=3)
+        )
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         out = self.attend(queries, keys, values, cache=cache, scale=self.scale, mask=bias)
@@ -205,7 +208,11 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(args.hidden_size, eps=args.layer_norm_epsilon)
 
     def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
-        """Token ids (B, L) int32 -> the last hidden states (B, L, C)."""
+        """Token ids (B, L) int32 -> the last hidden states (B, L, C), normalised."""
+        return self.ln_f(self.hidden_states(inputs, cache)[-1])
+
+    def hidden_states(self, inputs: mx.array, cache: list[Any] | None = None) -> list[mx.array]:
+        """Token ids (B, L) int32 -> what leaves each block, (B, L, C) each."""
         x = self.word_embeddings(inputs)
         caches = cache or [None] * len(self.h)
         first, num_cached = _cache_position(caches[0])
@@ -214,9 +221,11 @@ class Transformer(nn.Module):
         bias = attention_bias(
             alibi_slopes(self.num_heads), query_positions, key_positions, self.scale, x.dtype
         )
+        states = []
         for block, block_cache in zip(self.h, caches, strict=True):
             x = block(x, bias, block_cache)
-        return self.ln_f(x)
+            states.append(x)
+        return states
 
 
 class Model(nn.Module):

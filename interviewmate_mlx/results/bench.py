@@ -54,13 +54,13 @@ def bench(
     it would be in training.
     """
     task = prepare(run, progress)
-    with backend.memory_limits(), backend.cpu_workers(task.memory.most_workers) as workers:
+    with backend.memory_limits(), backend.cpu_streams(task.memory.most_streams) as streams:
         settings = run.train
-        compiled_step = compile_step(task.model, adamw(), settings.max_grad_norm, workers)
+        compiled_step = compile_step(task.model, adamw(), settings.max_grad_norm, streams)
 
         def timed(first: int, last: int) -> tuple[list[Stepped], float]:
             start = time.perf_counter()
-            events = list(run_steps(task, compiled_step, first, last, len(workers), lambda: False))
+            events = list(run_steps(task, compiled_step, first, last, len(streams), lambda: False))
             return events, time.perf_counter() - start
 
         timed(0, warmup)

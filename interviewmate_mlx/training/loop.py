@@ -8,7 +8,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -96,23 +95,23 @@ def train(
         task = prepare(run, progress, out, *kept)
         if replace and not resume:
             clear(out)
-        most_workers = task.memory.most_workers
-        with backend.memory_limits(), backend.cpu_workers(most_workers) as workers:
-            yield from run_task(task, out, saved, workers, stop)
+        most_streams = task.memory.most_streams
+        with backend.memory_limits(), backend.cpu_streams(most_streams) as streams:
+            yield from run_task(task, out, saved, streams, stop)
 
 
 def run_task(
     task: Task,
     out: Path,
     saved: Saved | None,
-    workers: Sequence[Executor],
+    streams: Sequence[mx.Stream],
     stop: Callable[[], bool],
 ) -> Iterator[Event]:
     """Train, from the start or from what was saved; see `train`."""
     run, model, patience = task.run, task.model, task.run.validate.early_stop_patience
     optimizer = adamw(run.train.weight_decay)
-    compiled_step = compile_step(model, optimizer, run.train.max_grad_norm, workers)
-    total_loss = compile_loss(model, workers)
+    compiled_step = compile_step(model, optimizer, run.train.max_grad_norm, streams)
+    total_loss = compile_loss(model, streams)
     best: dict[str, mx.array] = {}
     budget = task.memory.token_budget
     state = State(token_budget=budget, fingerprint=task.fingerprint, versions=versions())
@@ -139,12 +138,12 @@ def run_task(
         save_adapter(out, best or adapter, adapter_config(run), task.base_hash)
 
     if state.step == 0 and task.valid:
-        loss, elapsed_s = validate(task, total_loss, len(workers))
+        loss, elapsed_s = validate(task, total_loss, len(streams))
         yield Validated(0, loss, is_best=False, elapsed_s=elapsed_s)
     while not is_over():
         until = next_pause(task, state.step)
         try:
-            for event in run_steps(task, compiled_step, state.step, until, len(workers), stop):
+            for event in run_steps(task, compiled_step, state.step, until, len(streams), stop):
                 state.step = event.step
                 yield event
         except TrainingError as error:
@@ -152,7 +151,7 @@ def run_task(
             where = f"The state after step {state.step} is saved in {out}."
             raise TrainingError(f"{error}\n{where}") from error
         if task.valid and state.step == until and is_validation(task, until):
-            loss, elapsed_s = validate(task, total_loss, len(workers))
+            loss, elapsed_s = validate(task, total_loss, len(streams))
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"The validation loss after step {until} is {loss}.\n"
@@ -181,7 +180,7 @@ def run_steps(
     compiled_step: tuple[AddMicrobatches, Update],
     first: int,
     last: int,
-    num_workers: int,
+    num_streams: int,
     stop: Callable[[], bool],
 ) -> Iterator[Stepped]:
     """Run the steps from `first` to before `last`, or until `stop`.
@@ -238,7 +237,7 @@ def run_steps(
             settings.schedule,
             settings.warmup_ratio,
         )
-        groups = split_step(rows, task.memory.token_budget, num_workers)
+        groups = split_step(rows, task.memory.token_budget, num_streams)
         # Dropout depends on the seed and the step alone, so a resumed run repeats it.
         add_microbatches([collate(group) for group in groups], [settings.seed, step])
         numbers = update(mx.array(learning_rate))
@@ -246,7 +245,7 @@ def run_steps(
         if pending:
             yield read()
         pending = step, rows, learning_rate, numbers
-        if num_workers:  # who have done the step: there is no device to keep busy
+        if num_streams:  # who have done the step: there is no device to keep busy
             yield read()
             pending = None
         if stop():
@@ -255,12 +254,12 @@ def run_steps(
         yield read()
 
 
-def validate(task: Task, total_loss: TotalLoss, num_workers: int) -> tuple[float, float]:
+def validate(task: Task, total_loss: TotalLoss, num_streams: int) -> tuple[float, float]:
     """Mean loss over the whole validation set, in its own order, without dropout; and seconds."""
     start = time.perf_counter()
     task.model.eval()
     # In parts of about a step, so that it takes no more memory than training.
-    tokens = task.memory.step_tokens // max(1, num_workers)
+    tokens = task.memory.step_tokens // max(1, num_streams)
     loss_sum, num_tokens = total_loss(in_order(task.valid, tokens))
     return loss_sum / num_tokens, time.perf_counter() - start
 

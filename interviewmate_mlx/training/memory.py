@@ -21,14 +21,14 @@ _PLANNED_SCORES = 11
 _PLANNED_LOGITS = 7
 
 
-def weight_bytes(model: nn.Module, num_workers: int = 1) -> int:
-    """Bytes of the parameters; of what is trained also the gradients, a worker each, and the rest.
+def weight_bytes(model: nn.Module, num_streams: int = 1) -> int:
+    """Bytes of the parameters; of what is trained also gradients, one set a stream, and the rest.
 
     The rest is two moments and, while it is updated, a second copy.
     """
     parameters = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     trained = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
-    return parameters + (3 + num_workers) * trained
+    return parameters + (3 + num_streams) * trained
 
 
 def bytes_per_token(
@@ -37,13 +37,13 @@ def bytes_per_token(
     itemsize: int,
     keeps_scores: bool,
     recomputes: bool = False,
-    num_workers: int = 1,
+    num_streams: int = 1,
 ) -> int:
     """Bytes that one padded token of a microbatch takes.
 
     Fitted to the measured peaks of models of 4, 8 and 24 layers on a CPU, 64 to 1024
-    tokens a row, one microbatch at a time: within 10 %. Workers beside busy cores, and workers
-    that recompute, may take less. On a GPU it has not been measured.
+    tokens a row, one microbatch at a time: within 10 %. Streams that recompute
+    may take less. On a GPU it has not been measured.
 
     Args:
         args: the model's shape.
@@ -51,16 +51,16 @@ def bytes_per_token(
         itemsize: bytes of an activation.
         keeps_scores: false with `use_cpu_kernels`, whose attention computes them anew.
         recomputes: true with `recompute_blocks`: one block at a time keeps more than its input.
-        num_workers: who work side by side. What MLX plans ahead it plans for all of them
+        num_streams: that run side by side. What MLX plans ahead it plans for all of them
             together; not so with `recomputes`, as measured.
     """
     layers, inputs = args.num_hidden_layers, 0
     if recomputes:
-        layers, inputs, num_workers = 1, layers, 1
+        layers, inputs, num_streams = 1, layers, 1
     channels = inputs + _KEPT_CHANNELS * layers
-    scores = _PLANNED_SCORES / num_workers + (_KEPT_SCORES * layers if keeps_scores else 0)
+    scores = _PLANNED_SCORES / num_streams + (_KEPT_SCORES * layers if keeps_scores else 0)
     floats = channels * args.hidden_size + scores * args.num_attention_heads * width
-    logits = _PLANNED_LOGITS / num_workers * args.vocab_size
+    logits = _PLANNED_LOGITS / num_streams * args.vocab_size
     return int(floats * itemsize + logits * 4)  # which are float32
 
 
@@ -70,7 +70,7 @@ class MemoryPlan:
 
     Attributes:
         row_width: padded tokens of the longest row.
-        token_budget: padded tokens that there is room for at a time, those of all workers.
+        token_budget: padded tokens that there is room for at a time, those of all streams.
         step_tokens: of them, those of the largest step.
         peak_bytes: expected at that step.
     """
@@ -81,7 +81,7 @@ class MemoryPlan:
     peak_bytes: int
 
     @property
-    def most_workers(self) -> int:
+    def most_streams(self) -> int:
         """How many have room for a row of their own."""
         return max(1, self.token_budget // self.row_width)
 
@@ -94,7 +94,7 @@ def plan_memory(
     keeps_scores: bool,
     recomputes: bool,
     memory_bytes: int,
-    num_workers: int,
+    num_streams: int,
     token_budget: int | None = None,
 ) -> MemoryPlan:
     """Plan a run: weights, and `bytes_per_token` for each padded token.
@@ -107,7 +107,7 @@ def plan_memory(
         keeps_scores: as in `bytes_per_token`.
         recomputes: as in `bytes_per_token`.
         memory_bytes: what training may take.
-        num_workers: who may work side by side; 0 for none.
+        num_streams: that may run side by side; 0 for none.
         token_budget: of the run that goes on; it is kept, whatever there is room for now.
 
     Raises:
@@ -126,11 +126,11 @@ def plan_memory(
             f"{'' if recomputes else ', or set train.gradient_checkpointing'}."
         )
     budget = token_budget or (memory_bytes - weights) // per_token
-    most_workers = max(1, min(num_workers, budget // width))
+    most_streams = max(1, min(num_streams, budget // width))
     longest = sorted(rows, key=len)[-effective_batch:]
-    microbatches = split_step(longest, budget, most_workers)
+    microbatches = split_step(longest, budget, most_streams)
     sizes = sorted(padded_width(len(group[0]) - 1) * len(group) for group in microbatches)
-    side_by_side = min(most_workers, len(sizes))
+    side_by_side = min(most_streams, len(sizes))
     step_tokens = sum(sizes[-side_by_side:])
     per_token = bytes_per_token(*shape, side_by_side)
     peak_bytes = weight_bytes(model, side_by_side) + step_tokens * per_token

@@ -6,10 +6,10 @@ So any split of a step into microbatches gives the same update, and padding
 never matters. (With dropout, each split draws other masks.)
 """
 
+import itertools
 import math
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,24 +29,27 @@ from interviewmate_mlx.training.loss import (
 AddMicrobatches = Callable[[Sequence[Microbatch], Sequence[int]], None]
 Update = Callable[[mx.array], dict[str, mx.array]]
 TotalLoss = Callable[[Sequence[Microbatch]], tuple[float, int]]
-
-# While a compiled function is traced, the model holds placeholders instead of its weights.
-_TRACING = threading.Lock()
+Adder = Callable[..., list[mx.array]]
 
 
 def loss_of(
     model: nn.Module, inputs: mx.array, positions: mx.array, targets: mx.array, mask: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Loss sum and token count of a microbatch. Logits exist only where there is a loss."""
-    hidden = model.transformer(inputs)
+) -> tuple[mx.array, mx.array, list[mx.array]]:
+    """Loss sum and token count of a microbatch, and the states that led to them.
+
+    Logits exist only where there is a loss.
+    """
+    states = model.transformer.hidden_states(inputs)
+    hidden = model.transformer.ln_f(states[-1])
     predicting = hidden.reshape(-1, hidden.shape[-1])[positions]
     chunk = CHUNK_ELEMENTS // model.args.vocab_size
     if model.training and len(positions) > chunk and not has_trainable_head(model):
         loss = chunked_cross_entropy(
             model.head, predicting, targets, mask, chunk, model.cross_entropy
         )
-        return loss, mask.sum()
-    return masked_cross_entropy(model.head(predicting), targets, mask, model.cross_entropy)
+        return loss, mask.sum(), states
+    logits = model.head(predicting)
+    return *masked_cross_entropy(logits, targets, mask, model.cross_entropy), states
 
 
 def has_trainable_head(model: nn.Module) -> bool:
@@ -59,7 +62,7 @@ def compile_step(
     model: nn.Module,
     optimizer: optim.Optimizer,
     max_grad_norm: float,
-    workers: Sequence[Executor] = (),
+    streams: Sequence[mx.Stream] = (),
 ) -> tuple[AddMicrobatches, Update]:
     """Compile the two halves of a step over a model's trainable parameters.
 
@@ -68,8 +71,8 @@ def compile_step(
             and the optimizer's state are changed in place.
         optimizer: initialised here.
         max_grad_norm: the global norm to clip to; 0 leaves gradients as they are.
-        workers: of `backend.cpu_workers`, among which microbatches are dealt out;
-            without, they run one after the other where they are called.
+        streams: of `backend.cpu_streams`, among which microbatches are dealt out;
+            without, they run one after the other on the default one.
 
     Returns:
         add_microbatches: takes a step's microbatches, and the numbers that dropout
@@ -80,16 +83,19 @@ def compile_step(
             on that is not finite, nothing is updated any more.
     """
     optimizer.init(model.trainable_parameters())
-    sums = [zero_sums(model) for _ in range(max(1, len(workers)))]
+    sums = [zero_sums(model) for _ in range(max(1, len(streams)))]
     adders = [compile_adder(model, own_sums) for own_sums in sums]
     health = {"healthy": mx.array(True)}
 
     def add_microbatches(microbatches: Sequence[Microbatch], entropy: Sequence[int]) -> None:
         seeds = np.random.SeedSequence(entropy).generate_state(len(microbatches), np.uint64)
         remaining = iter(seeds.tolist())
-        hands = [[(m, next(remaining)) for m in hand] for hand in deal(microbatches, len(adders))]
-        state = [model.state, sums, [m.arrays() for m in microbatches]]
-        share_out(workers, state, add_in_turn, adders, hands)
+
+        def add(adder: Adder, microbatch: Microbatch) -> list[mx.array]:
+            mx.random.seed(next(remaining))
+            return adder(*microbatch.arrays())
+
+        run_side_by_side(streams, adders, microbatches, add)
 
     state = [model.state, optimizer.state, sums, health]
 
@@ -129,11 +135,10 @@ def zero_sums(model: nn.Module) -> dict[str, Any]:
     return {"loss": mx.array(0.0), "tokens": mx.array(0), "gradients": gradients}
 
 
-def compile_adder(model: nn.Module, sums: dict[str, Any]) -> Callable[..., Any]:
+def compile_adder(model: nn.Module, sums: dict[str, Any]) -> Adder:
     """Compile what adds a microbatch, given as its arrays, to `sums`.
 
-    It evaluates nothing and returns the sums so far. Evaluate them
-    before the next microbatch, or this one's activations are kept too.
+    It evaluates nothing and returns what leads to the sums, in the order of its computation.
     """
     loss_and_gradients = nn.value_and_grad(model, partial(loss_of, model))
 
@@ -142,53 +147,86 @@ def compile_adder(model: nn.Module, sums: dict[str, Any]) -> Callable[..., Any]:
         inputs=[model.state, sums, mx.random.state],
         outputs=[sums, mx.random.state],
     )
-    def add_microbatch(*arrays: mx.array) -> Any:
+    def add_microbatch(*arrays: mx.array) -> list[mx.array]:
         parameters = model.trainable_parameters()
-        (loss, tokens), gradients = loss_and_gradients(*arrays)
+        (loss, tokens, states), gradients = loss_and_gradients(*arrays)
         # The gradient's placeholders go; the model is not an output here, which would put it right.
         model.update(parameters)
         sums["loss"] += loss
         sums["tokens"] += tokens
         sums["gradients"] = tree_map(mx.add, sums["gradients"], gradients)
-        return sums["loss"], sums["tokens"], sums["gradients"]
+        backwards = [gradient for _, gradient in reversed(tree_flatten(sums["gradients"]))]
+        return [*states, sums["loss"], sums["tokens"], *backwards]
 
     return add_microbatch
 
 
-def add_in_turn(adder: Callable[..., Any], hand: Sequence[tuple[Microbatch, int]]) -> None:
-    """Add microbatches to an adder's sums, each with the dropout of its own seed."""
-    for microbatch, seed in hand:
-        mx.random.seed(seed)
-        with _TRACING:
-            added = adder(*microbatch.arrays())
-        # Gradients too: what is only planned keeps its activations.
-        mx.async_eval(added)
-    mx.synchronize()
-
-
-def compile_loss(model: nn.Module, workers: Sequence[Executor] = ()) -> TotalLoss:
+def compile_loss(model: nn.Module, streams: Sequence[mx.Stream] = ()) -> TotalLoss:
     """Compile the loss alone, for validation: the loss sum and token count of microbatches."""
-    compiled = [
-        mx.compile(partial(loss_of, model), inputs=[model.state])
-        for _ in range(max(1, len(workers)))
-    ]
 
-    def add_up(loss: Callable[..., Any], hand: Sequence[Microbatch]) -> tuple[float, int]:
-        loss_sum, num_tokens = 0.0, 0
-        for microbatch in hand:
-            with _TRACING:
-                sums = loss(*microbatch.arrays())
-            mx.eval(sums)
-            loss_sum, num_tokens = loss_sum + sums[0].item(), num_tokens + sums[1].item()
-        return loss_sum, num_tokens
+    def compiled() -> Adder:
+        @partial(mx.compile, inputs=[model.state])
+        def loss(*arrays: mx.array) -> list[mx.array]:
+            loss_sum, num_tokens, states = loss_of(model, *arrays)
+            return [*states, loss_sum, num_tokens]
+
+        return loss
+
+    losses = [compiled() for _ in range(max(1, len(streams)))]
 
     def total_loss(microbatches: Sequence[Microbatch]) -> tuple[float, int]:
-        hands = deal(microbatches, len(compiled))
-        state = [model.state, [m.arrays() for m in microbatches]]
-        sums = share_out(workers, state, add_up, compiled, hands)
-        return sum(loss for loss, _ in sums), sum(tokens for _, tokens in sums)
+        sums: list[tuple[mx.array, mx.array]] = []
+
+        def add(loss: Adder, microbatch: Microbatch) -> list[mx.array]:
+            results = loss(*microbatch.arrays())
+            sums.append((results[-2], results[-1]))
+            return results
+
+        run_side_by_side(streams, losses, microbatches, add)
+        values: Any = [(loss.item(), tokens.item()) for loss, tokens in sums]
+        return sum(loss for loss, _ in values), sum(tokens for _, tokens in values)
 
     return total_loss
+
+
+def run_side_by_side(
+    streams: Sequence[mx.Stream],
+    functions: Sequence[Adder],
+    microbatches: Sequence[Microbatch],
+    run: Callable[[Adder, Microbatch], list[mx.array]],
+) -> None:
+    """Deal microbatches out to streams, each with a function of its own, and start them all.
+
+    Args:
+        streams: that run at the same time; none for the default one.
+        functions: as many as streams, or one.
+        microbatches: what to run.
+        run: calls a function with a microbatch; its results in the order of their computation.
+    """
+    for at_once in itertools.zip_longest(*deal(microbatches, len(functions))):
+        results = []
+        on_streams: list[Any] = [mx.stream(s) for s in streams] or [nullcontext()]
+        for on_stream, function, microbatch in zip(on_streams, functions, at_once, strict=True):
+            if microbatch:
+                with on_stream:
+                    results.append(run(function, microbatch))
+        if streams:
+            evaluate_in_turn(results)
+        else:
+            mx.async_eval(results)
+
+
+def evaluate_in_turn(results: Sequence[list[mx.array]]) -> None:
+    """Start several streams' computations, a piece of each in turn; empties the lists.
+
+    MLX lets some hundred operations wait, those of all streams together. Whole
+    computations one after the other would leave the later streams without work.
+    """
+    for pieces in results:
+        pieces.reverse()
+    while any(results):
+        for pieces in filter(None, results):
+            mx.async_eval(pieces.pop())  # which is then held by what needs it alone
 
 
 def deal(microbatches: Sequence[Microbatch], num_hands: int) -> list[list[Microbatch]]:
@@ -197,18 +235,3 @@ def deal(microbatches: Sequence[Microbatch], num_hands: int) -> list[list[Microb
     for microbatch in sorted(microbatches, key=lambda m: -m.inputs.size):
         min(hands, key=lambda hand: sum(m.inputs.size for m in hand)).append(microbatch)
     return hands
-
-
-def share_out(
-    workers: Sequence[Executor], state: Any, work: Callable[..., Any], *arguments: Sequence[Any]
-) -> list[Any]:
-    """`work` done for each tuple of arguments by a worker of its own, or here without workers.
-
-    `state` is what the work reads: a thread cannot evaluate what another one planned.
-    """
-    if not workers:
-        return list(map(work, *arguments))
-    mx.eval(state)
-    jobs = zip(workers, *arguments, strict=True)
-    futures = [worker.submit(work, *job) for worker, *job in jobs]
-    return [future.result() for future in futures]

@@ -116,7 +116,7 @@ def prepare(
                 keeps_scores=not takes_cpu_kernels(run),
                 recomputes=run.train.gradient_checkpointing,
                 memory_bytes=memory_for(run),
-                num_workers=here.cpu_workers,
+                num_streams=here.cpu_streams,
                 token_budget=token_budget,
             )
     if faults or not (folder and rows and model and memory):
@@ -200,7 +200,7 @@ def versions() -> dict[str, str]:
         "mlx": here.mlx_version,
         "device": here.device_name,
         "BLAS": Path(here.blas or "MLX's own").name,
-        "CPU workers": str(here.cpu_workers),
+        "CPU streams": str(here.cpu_streams),
     }
 
 

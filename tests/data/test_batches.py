@@ -104,18 +104,20 @@ def test_validation_takes_every_row_whatever_the_budget():
         assert sum(batch.num_rows for batch in in_order(rows, budget)) == 45
 
 
-def test_workers_share_a_step_of_enough_tokens():
+def test_streams_share_a_step_of_enough_tokens():
     rows = [example(length) for length in (257, 250, 200, 225)]
-    groups = split_step(rows, 100_000, num_workers=4)
+    groups = split_step(rows, 100_000, num_streams=4)
     assert sorted(len(row) for group in groups for row in group) == [200, 225, 250, 257]
     assert [len(group) for group in groups] == [1, 1, 1, 1]
-    assert [len(group) for group in split_step(rows, 100_000, num_workers=2)] == [1, 1, 2]
+    assert [len(group) for group in split_step(rows, 100_000, num_streams=2)] == [2, 2]
+    unequal = [example(length) for length in (353, 100, 100, 100)]
+    assert [len(group) for group in split_step(unequal, 100_000, num_streams=2)] == [1, 3]
     short = [example(length) for length in (33, 30, 20, 9)]
-    assert [len(group) for group in split_step(short, 100_000, num_workers=4)] == [4]
+    assert [len(group) for group in split_step(short, 100_000, num_streams=4)] == [4]
     assert [len(group) for group in split_step(rows, 100_000)] == [4]
 
 
-def test_workers_share_the_budget_too():
+def test_streams_share_the_budget_too():
     rows = [example(129) for _ in range(8)]
-    assert [len(group) for group in split_step(rows, 1024, num_workers=4)] == [2] * 4
-    assert [len(group) for group in split_step(rows, 512, num_workers=4)] == [1] * 8
+    assert [len(group) for group in split_step(rows, 1024, num_streams=4)] == [2] * 4
+    assert [len(group) for group in split_step(rows, 512, num_streams=4)] == [1] * 8

@@ -64,7 +64,7 @@ def test_loss_falls_and_the_best_adapter_is_kept(run, tmp_path):
     prepared = task.prepare(run)
     model, _ = load_base(task.find_base(run.model.base), mx.float32)
     load_adapter(model, out)
-    loss, _ = loop.validate(replace(prepared, model=model), compile_loss(model), num_workers=1)
+    loss, _ = loop.validate(replace(prepared, model=model), compile_loss(model), num_streams=1)
     assert loss == pytest.approx(best.loss, rel=1e-6)
 
 

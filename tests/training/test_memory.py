@@ -31,12 +31,12 @@ def resident_bytes() -> int:
 
 @pytest.mark.parametrize("words", [40, 160])
 @pytest.mark.parametrize("recomputes", [False, True])
-@pytest.mark.parametrize("num_workers", [0, 4])
-def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, recomputes, num_workers):
+@pytest.mark.parametrize("num_streams", [0, 2])
+def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, recomputes, num_streams):
     here = backend.machine()
-    if here.device != "cpu" or num_workers > here.cpu_workers:
-        pytest.skip("measured on MLX's CPU backend; workers need two cores and a known BLAS")
-    monkeypatch.setattr(backend, "_num_workers", lambda: num_workers)
+    if here.device != "cpu" or num_streams > here.cpu_streams:
+        pytest.skip("measured on MLX's CPU backend; streams need two cores and a known BLAS")
+    monkeypatch.setattr(backend, "_num_streams", lambda: num_streams)
     messages = [{"role": "user", "content": "Why?"}]
     messages.append({"role": "assistant", "content": "because it is learned " * (words // 4)})
     row = json.dumps({"messages": messages})
@@ -51,7 +51,7 @@ def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, recomputes, num_
     assert isinstance(started, Started)
     steps = [event for event in events if isinstance(event, Stepped)]
     taken = steps[-1].peak_bytes - before
-    if num_workers:  # at their peaks together or not, as it comes; these rows are all alike
+    if num_streams:  # at their peaks together or not, as it comes; these rows are all alike
         assert 0.2 * started.peak_bytes < taken < 1.5 * started.peak_bytes
     else:
         assert taken == pytest.approx(started.peak_bytes, rel=0.15)

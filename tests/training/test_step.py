@@ -45,13 +45,13 @@ def rows_of_unequal_length() -> list[Example]:
 
 
 def one_update(
-    groups: list[list[int]], width: int | None = None, *, fast: bool = False, workers: bool = False
+    groups: list[list[int]], width: int | None = None, *, fast: bool = False, streams: bool = False
 ) -> tuple[dict, dict]:
     """Two updates, so that moments count too, over the four rows in the given microbatches."""
     rows, model = rows_of_unequal_length(), tiny_model(fast=fast)
-    with backend.cpu_workers() if workers else nullcontext([]) as threads:
-        assert bool(threads) == workers
-        add_microbatches, update = compile_step(model, adamw(0.01), 1.0, threads)
+    with backend.cpu_streams() if streams else nullcontext([]) as several:
+        assert bool(several) == streams
+        add_microbatches, update = compile_step(model, adamw(0.01), 1.0, several)
         for step in range(2):
             batches = [collate([rows[i] for i in group], width) for group in groups]
             add_microbatches(batches, [0, step])
@@ -65,12 +65,12 @@ SPLITS = [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[3, 0, 2], [1]], [[2], [0, 1,
 
 @pytest.mark.parametrize("groups", SPLITS)
 @pytest.mark.parametrize("fast", [False, True], ids=["mlx", "cpu_kernels"])
-@pytest.mark.parametrize("workers", [False, True], ids=["in_turn", "workers"])
-def test_accumulation_equals_one_large_batch(groups, fast, workers):
-    if workers and not backend.machine().cpu_workers:
-        pytest.skip("workers need MLX's CPU backend, two cores and a known BLAS")
+@pytest.mark.parametrize("streams", [False, True], ids=["in_turn", "side_by_side"])
+def test_accumulation_equals_one_large_batch(groups, fast, streams):
+    if streams and not backend.machine().cpu_streams:
+        pytest.skip("streams need MLX's CPU backend, two cores and a known BLAS")
     expected, numbers = one_update([[0, 1, 2, 3]])
-    weights, split_numbers = one_update(groups, fast=fast, workers=workers)
+    weights, split_numbers = one_update(groups, fast=fast, streams=streams)
     for name in expected:
         np.testing.assert_allclose(np.array(weights[name]), np.array(expected[name]), atol=4e-6)
     for name in ("loss", "grad_norm"):
@@ -101,7 +101,7 @@ def test_trainable_head_is_never_chunked(monkeypatch):
     assert changed.any(axis=1).all()
 
 
-def test_microbatches_are_dealt_so_that_no_worker_has_much_more_to_do():
+def test_microbatches_are_dealt_so_that_no_stream_has_much_more_to_do():
     rows = rows_of_unequal_length()
     hands = deal([collate([row]) for row in rows], 2)
     assert [[m.inputs.shape[1] for m in hand] for hand in hands] == [[96, 32], [64, 32]]
