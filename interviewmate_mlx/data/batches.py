@@ -18,7 +18,7 @@ from interviewmate_mlx.data.prompts import Example
 
 # Rows are padded to a multiple of this: few widths, so few compiled variants, and
 # little padding.
-WIDTH_STEP = 32
+WIDTH_STEP = 16
 # Rows of similar length are grouped within pools of so many steps: long enough a
 # pool to find them, short enough that the order of an epoch stays random.
 POOL_STEPS = 16

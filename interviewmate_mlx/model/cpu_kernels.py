@@ -58,8 +58,8 @@ def exp(x: mx.array) -> mx.array:
     To be called inside `mx.compile`.
     """
     # A comparison keeps the compiler from vectorising the rest of its kernel:
-    # `stop_gradient` is not fused, and so gives it a kernel of its own.
-    x = mx.stop_gradient(mx.maximum(x, _LEAST))
+    # `contiguous` is not fused, and so gives it a kernel of its own.
+    x = mx.contiguous(mx.maximum(x, _LEAST))
     y = x * (1 / _LN2)
     # The larger of 0 and y + 127.5, cut to an integer: the exponent in a float32's bits,
     # which begin at the 23rd. An exponent of 0 makes 0, and no slow subnormal number.
@@ -72,7 +72,8 @@ def _rational(
     fit: tuple[list[float], list[float]], limit: float, x: mx.array, factor: mx.array
 ) -> mx.array:
     """factor * (1/2 + x * p(x**2) / q(x**2)), with x cut to the limits."""
-    x = mx.stop_gradient(mx.clip(x, -limit, limit))
+    # As in `exp`: a kernel of its own.
+    x = mx.contiguous(mx.clip(x, -limit, limit))
     square = x * x
     ratio = _polynomial(fit[0], square) / _polynomial(fit[1], square)
     return 0.5 * factor + factor * x * ratio
@@ -123,7 +124,7 @@ def _attention_vjp(
 ) -> tuple[mx.array, ...]:
     queries, keys, values, bias = primals
     out, log_total = outputs
-    cotangent = cotangents[0]
+    cotangent = mx.contiguous(cotangents[0])
     # Computed anew: to keep them would take more memory than all else of a layer.
     probabilities = _exp_minus(_scores(queries, keys, bias), log_total)
     inner = (cotangent * out).sum(axis=-1, keepdims=True)
@@ -156,7 +157,8 @@ def attention(
     Returns:
         (B, H, L, D).
     """
-    outputs: Any = _attention(queries * scale, keys, values, mask)
+    # Contiguous once, or each of the products that they are in would copy them.
+    outputs: Any = _attention(queries * scale, mx.contiguous(keys), mx.contiguous(values), mask)
     return outputs[0]
 
 

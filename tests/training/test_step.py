@@ -104,7 +104,7 @@ def test_trainable_head_is_never_chunked(monkeypatch):
 def test_microbatches_are_dealt_so_that_no_stream_has_much_more_to_do():
     rows = rows_of_unequal_length()
     hands = deal([collate([row]) for row in rows], 2)
-    assert [[m.inputs.shape[1] for m in hand] for hand in hands] == [[96, 32], [64, 32]]
+    assert [[m.inputs.shape[1] for m in hand] for hand in hands] == [[80, 16], [64, 32]]
 
 
 def test_memory_does_not_grow_with_the_number_of_microbatches():
