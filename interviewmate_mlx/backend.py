@@ -8,6 +8,7 @@ first, with its symbols global, takes its place at 50 to 170.
 import ctypes
 import os
 import platform
+import subprocess
 import sys
 import threading
 import time
@@ -16,6 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
+
+import psutil
 
 from interviewmate_mlx import __version__
 from interviewmate_mlx.errors import BackendError
@@ -238,6 +242,40 @@ def matmul_gflops(
         mx.eval(a @ b)
         best = min(best, time.perf_counter() - start)
     return 2 * rows * inner * columns / best / 1e9
+
+
+def slowdowns() -> list[str]:
+    """What makes this machine slower than it could be now, as far as it tells."""
+    found = []
+    if _device() == "cpu":
+        if mx.is_available(mx.gpu):
+            found.append(f"on the CPU, although MLX sees a GPU: unset {DEVICE_VARIABLE}")
+        elif Path("/proc/driver/nvidia/version").exists():
+            found.append("on the CPU, although there is an NVIDIA GPU: install the extra cuda13")
+    others = psutil.getloadavg()[0]
+    if others > _num_cores() / 2:
+        found.append(f"other programs keep {others:.1f} of {_num_cores()} cores busy")
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    if battery and battery.power_plugged is False:
+        found.append("on battery: many machines run slower then")
+    if _saves_power():
+        found.append("a mode that saves power is on: turn it off in the system's settings")
+    return found
+
+
+def _saves_power() -> bool:
+    """macOS's low power mode, or the profile of that kind on Linux."""
+    if sys.platform == "darwin":
+        settings = subprocess.run(["pmset", "-g"], capture_output=True, text=True).stdout
+        return ["lowpowermode", "1"] in [line.split() for line in settings.splitlines()]
+    profile = Path("/sys/firmware/acpi/platform_profile")
+    return profile.exists() and profile.read_text().strip() == "low-power"
+
+
+def swapped_bytes() -> int:
+    """How much the system has swapped in and out since it started."""
+    swap = psutil.swap_memory()
+    return swap.sin + swap.sout
 
 
 def describe() -> dict[str, str | float | int | None]:

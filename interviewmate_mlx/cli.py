@@ -406,6 +406,8 @@ def bench(
         console.print(f"timing {steps} steps after {warmup} to warm up")
         with byte_bar(f"fetching {run.model.base}", console) as progress:
             result = bench_run(run, steps, warmup, progress)
+        for slowdown in result.slowdowns:
+            console.print(f"slower than it could be: {slowdown}")
     if as_json:
         click.echo(json.dumps(asdict(result)))
     else:

@@ -19,6 +19,7 @@ from interviewmate_mlx.training.task import prepare
 # The project that this one comes from: PyTorch on Apple Silicon, float32, rows padded to 256.
 SEED_SAMPLES_PER_S = {"run_A": 0.664, "run_B": 0.657, "run_C": 0.653}
 _PRODUCT_ROWS = 512  # tokens of the products that are timed
+_SWAPPED_BYTES = 50_000_000  # less is some other program's, woken up
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class BenchResult:
     products_share: float  # of the time, if the needed matrix products ran at the BLAS's own speed
     whole_run_s: float  # all epochs at this speed, without validation
     seed_samples_per_s: float | None  # the report this project comes from, on a Mac of its own
+    slowdowns: list[str]  # what made it slower than the machine could be
 
 
 def bench(
@@ -53,6 +55,7 @@ def bench(
     width that the warm-up did not meet is compiled within the timed steps, as
     it would be in training.
     """
+    slowdowns = backend.slowdowns()
     task = prepare(run, progress)
     with backend.memory_limits(), backend.cpu_streams(task.memory.most_streams) as streams:
         settings = run.train
@@ -65,7 +68,14 @@ def bench(
 
         timed(0, warmup)
         mx.reset_peak_memory()
+        swapped_bytes = backend.swapped_bytes()
         events, seconds = timed(warmup, warmup + steps)
+    swapped_bytes = backend.swapped_bytes() - swapped_bytes
+    if swapped_bytes > _SWAPPED_BYTES:
+        slowdowns.append(
+            f"the system swapped {swapped_bytes / 1e9:.1f} GB meanwhile: close other programs, or "
+            "lower train.memory_gb"
+        )
     rows, tokens = sum(e.num_rows for e in events), sum(e.num_tokens for e in events)
     peak_bytes = mx.get_peak_memory()
     speeds = [e.num_rows / e.elapsed_s for e in events]
@@ -88,6 +98,7 @@ def bench(
         / seconds,
         whole_run_s=settings.epochs * len(task.train) * seconds / rows,
         seed_samples_per_s=SEED_SAMPLES_PER_S.get(run.name),
+        slowdowns=slowdowns,
     )
 
 

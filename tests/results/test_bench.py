@@ -1,5 +1,8 @@
 """What `bench` makes of the steps that it timed."""
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 
 from interviewmate_mlx import backend
@@ -52,3 +55,45 @@ def test_bench_of_a_run_that_the_seed_did_not_make_names_no_seed(tiny_base, ques
     path = tmp_path / "mine.toml"
     path.write_text(f'[model]\nbase = "{tiny_base}"\n[data]\npath = "{questions}"\n')
     assert bench(load_run(str(path)), steps=1, warmup=0).seed_samples_per_s is None
+
+
+@pytest.mark.parametrize(
+    ("load", "plugged", "profile", "expected"),
+    [
+        (0.0, True, False, []),
+        (0.0, None, False, []),
+        (40.0, True, False, ["other programs keep 40.0 of 2 cores busy"]),
+        (0.0, False, False, ["on battery: many machines run slower then"]),
+        (0.0, True, True, ["a mode that saves power is on: turn it off in the system's settings"]),
+    ],
+)
+def test_what_makes_a_machine_slow_is_said(monkeypatch, load, plugged, profile, expected):
+    battery = SimpleNamespace(power_plugged=plugged) if plugged is not None else None
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
+    monkeypatch.setattr(backend, "_saves_power", lambda: profile)
+    monkeypatch.setattr(backend, "_num_cores", lambda: 2)
+    monkeypatch.setattr(backend, "_device", lambda: "metal")
+    assert backend.slowdowns() == expected
+
+
+def test_a_gpu_that_is_not_used_is_said(monkeypatch):
+    monkeypatch.setattr(backend, "_device", lambda: "cpu")
+    monkeypatch.setattr(backend.mx, "is_available", lambda device: True)
+    assert backend.slowdowns()[0].startswith("on the CPU, although MLX sees a GPU")
+
+
+def test_bench_says_that_the_system_swapped(monkeypatch, tiny_base, questions):
+    swapped = iter([1_000_000_000, 4_500_000_000])
+    monkeypatch.setattr(backend, "swapped_bytes", lambda: next(swapped))
+    monkeypatch.setattr(backend, "slowdowns", list)
+    settings = [f"model.base={tiny_base}", f"data.path={questions}"]
+    slowdowns = bench(load_run("A", settings), steps=1, warmup=0).slowdowns
+    assert slowdowns == [
+        "the system swapped 3.5 GB meanwhile: close other programs, or lower train.memory_gb"
+    ]
+
+
+def test_swap_is_counted():
+    before = backend.swapped_bytes()
+    assert 0 <= before <= backend.swapped_bytes()
