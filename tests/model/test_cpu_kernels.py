@@ -53,14 +53,26 @@ def test_what_is_not_finite_stays_so(x):
     assert not math.isfinite(cross_entropy(logits, mx.array([0])).item())
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 7, 8), (3, 4, 40, 16), (1, 1, 1, 4)])
+@pytest.mark.parametrize(
+    ("shape", "num_cached"),
+    [
+        ((1, 2, 7, 8), 0),
+        ((3, 4, 40, 16), 5),
+        ((1, 1, 1, 4), 0),
+        ((2, 2, 129, 8), 0),  # two blocks of queries
+        ((2, 2, 301, 8), 40),
+        ((1, 1, 700, 4), 0),
+    ],
+)
 @pytest.mark.parametrize("size", [0.1, 10.0])
-def test_attention_and_its_derivatives_equal_mlx_s(shape, size):
+def test_attention_and_its_derivatives_equal_mlx_s(shape, num_cached, size):
     mx.random.seed(0)
-    queries, keys, values, weights = (size * mx.random.normal(shape) for _ in range(4))
-    positions = mx.arange(shape[2])[None]
-    scale = shape[-1] ** -0.5
-    mask = attention_bias(alibi_slopes(shape[1]), positions, positions, scale, mx.float32)
+    B, H, L, D = shape
+    queries, weights = (size * mx.random.normal(shape) for _ in range(2))
+    keys, values = (size * mx.random.normal((B, H, num_cached + L, D)) for _ in range(2))
+    positions = mx.arange(num_cached + L)[None]
+    scale = D**-0.5
+    mask = attention_bias(alibi_slopes(H), positions[:, num_cached:], positions, scale, mx.float32)
 
     def ours(q, k, v):
         return (weights * attention(q, k, v, scale=scale, mask=mask)).sum()
