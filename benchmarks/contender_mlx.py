@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 from contender import Job, time_products
 
@@ -23,4 +24,5 @@ def time_mlx_products(job: Job, dtype: mx.Dtype) -> dict[str, float]:
 
 def versions(*names: str) -> dict[str, str]:
     """Of libraries, and the BLAS that is loaded, by name."""
-    return {name: metadata.version(name) for name in names} | {"blas": backend.machine().blas or ""}
+    blas = Path(backend.machine().blas or "MLX's own").name
+    return {name: metadata.version(name) for name in names} | {"blas": blas}

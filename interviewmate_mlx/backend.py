@@ -173,8 +173,7 @@ def cpu_streams(most: int = _NUM_STREAMS) -> Iterator[list[mx.Stream]]:
     """Streams that share a CPU's training, at most so many; none where MLX's device is a GPU.
 
     MLX's CPU backend runs a stream's operations on one thread, all but the matrix
-    products. Meanwhile a product gets its share of the BLAS's threads, so that
-    microbatches side by side keep the cores busy.
+    products, so that microbatches side by side keep the cores busy. See `share_cores`.
     """
     num_streams = min(machine().cpu_streams, max(1, most))
     set_threads = _blas_threads_setter()
@@ -184,11 +183,16 @@ def cpu_streams(most: int = _NUM_STREAMS) -> Iterator[list[mx.Stream]]:
     _keep_freed_memory()
     streams = _LOCAL.__dict__.setdefault("streams", [])  # they live as long as their thread
     streams += [mx.new_stream(mx.cpu) for _ in range(num_streams - len(streams))]
-    set_threads(max(1, _num_cores() // num_streams))
     try:
         yield streams[:num_streams]
     finally:
         set_threads(_num_cores())
+
+
+def share_cores(num_streams: int) -> None:
+    """Give a matrix product its share of a CPU's cores, while so many streams compute."""
+    if set_threads := _blas_threads_setter():
+        set_threads(max(1, _num_cores() // num_streams))
 
 
 def _num_streams() -> int:

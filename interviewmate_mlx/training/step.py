@@ -19,6 +19,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from interviewmate_mlx import backend
 from interviewmate_mlx.data.batches import Microbatch
 from interviewmate_mlx.training.loss import (
     CHUNK_ELEMENTS,
@@ -211,6 +212,7 @@ def run_side_by_side(
                 with on_stream:
                     results.append(run(function, microbatch))
         if streams:
+            backend.share_cores(len(results))
             evaluate_in_turn(results)
         else:
             mx.async_eval(results)

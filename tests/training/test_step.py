@@ -101,6 +101,21 @@ def test_trainable_head_is_never_chunked(monkeypatch):
     assert changed.any(axis=1).all()
 
 
+def test_cores_are_shared_by_as_many_microbatches_as_there_are(monkeypatch):
+    if not backend.machine().cpu_streams:
+        pytest.skip("streams need MLX's CPU backend, two cores and a known BLAS")
+    threads = []
+    monkeypatch.setattr(backend, "_blas_threads_setter", lambda: threads.append)
+    monkeypatch.setattr(backend, "_num_cores", lambda: 6)
+    rows = rows_of_unequal_length()
+    with backend.cpu_streams(2) as streams:
+        add_microbatches, update = compile_step(tiny_model(), adamw(), 1.0, streams)
+        add_microbatches([collate(rows[:1])], [0, 0])
+        add_microbatches([collate(rows[:2]), collate(rows[2:])], [0, 1])
+        mx.eval(update(mx.array(1e-3)))
+    assert threads == [6, 3, 6]
+
+
 def test_microbatches_are_dealt_so_that_no_stream_has_much_more_to_do():
     rows = rows_of_unequal_length()
     hands = deal([collate([row]) for row in rows], 2)
