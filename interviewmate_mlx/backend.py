@@ -256,9 +256,9 @@ def slowdowns() -> list[str]:
             found.append(f"on the CPU, although MLX sees a GPU: unset {DEVICE_VARIABLE}")
         elif Path("/proc/driver/nvidia/version").exists():
             found.append("on the CPU, although there is an NVIDIA GPU: install the extra cuda13")
-    others = psutil.getloadavg()[0]
-    if others > _num_cores() / 2:
-        found.append(f"other programs keep {others:.1f} of {_num_cores()} cores busy")
+    load = psutil.getloadavg()[0]
+    if load > _num_cores() / 2:
+        found.append(f"other work: a load of {load:.1f} on {_num_cores()} cores in the last minute")
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     if battery and battery.power_plugged is False:
         found.append("on battery: many machines run slower then")

@@ -62,7 +62,7 @@ def test_bench_of_a_run_that_the_seed_did_not_make_names_no_seed(tiny_base, ques
     [
         (0.0, True, False, []),
         (0.0, None, False, []),
-        (40.0, True, False, ["other programs keep 40.0 of 2 cores busy"]),
+        (40.0, True, False, ["other work: a load of 40.0 on 2 cores in the last minute"]),
         (0.0, False, False, ["on battery: many machines run slower then"]),
         (0.0, True, True, ["a mode that saves power is on: turn it off in the system's settings"]),
     ],
