@@ -24,6 +24,8 @@ WIDTH_STEP = 16
 POOL_STEPS = 16
 # Of fewer padded tokens matrix products lose speed, and another trace is not worth it.
 STREAM_TOKENS = 256
+# Of more a CPU's caches hold too little of what one operation hands to the next.
+MOST_STREAM_TOKENS = 2048
 # The number of predicted tokens is rounded up to so many parts of a microbatch.
 PREDICTED_PARTS = 8
 
@@ -111,7 +113,8 @@ def split_step(
         sizes = sorted(width * (n + 1) for width in widths for n in range(len(examples)))
         # The smallest with no more groups than streams.
         even = bisect_left(sizes, True, key=lambda size: len(_fill(examples, size)) <= num_streams)
-        token_budget = min(token_budget // num_streams, max(STREAM_TOKENS, sizes[even]))
+        share = max(STREAM_TOKENS, sizes[even])
+        token_budget = min(token_budget // num_streams, share, MOST_STREAM_TOKENS)
     return _fill(examples, token_budget)
 
 

@@ -117,6 +117,11 @@ def test_streams_share_a_step_of_enough_tokens():
     assert [len(group) for group in split_step(rows, 100_000)] == [4]
 
 
+def test_a_stream_s_microbatch_is_not_larger_than_caches_like():
+    groups = split_step([example(513) for _ in range(16)], 10**6, num_streams=2)
+    assert [len(group) for group in groups] == [4] * 4
+
+
 def test_streams_share_the_budget_too():
     rows = [example(129) for _ in range(8)]
     assert [len(group) for group in split_step(rows, 1024, num_streams=4)] == [2] * 4
