@@ -29,6 +29,7 @@ from contender import CONTENDERS, Job, Result, Row
 from peers_report import Rounds, describe, heading, loss_table, speed_table
 from random_base import random_base
 
+from interviewmate_mlx import backend
 from interviewmate_mlx.config import RunConfig, load_run
 from interviewmate_mlx.data.batches import epoch_steps
 from interviewmate_mlx.data.prompts import Example, encode_records
@@ -170,10 +171,8 @@ def print_workload(options: argparse.Namespace, run: RunConfig, steps: list[list
         f"{options.threads} CPU threads",
         file=sys.stderr,
     )
-    if (load := os.getloadavg()[0]) > 0.5:
-        print(
-            f"Something else is running (load {load:.1f}): times will be too long", file=sys.stderr
-        )
+    for slowdown in backend.slowdowns():
+        print(f"slower than it could be: {slowdown}", file=sys.stderr)
 
 
 def measure(

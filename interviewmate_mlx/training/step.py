@@ -30,7 +30,7 @@ from interviewmate_mlx.training.loss import (
 AddMicrobatches = Callable[[Sequence[Microbatch], Sequence[int]], None]
 Update = Callable[[mx.array], dict[str, mx.array]]
 TotalLoss = Callable[[Sequence[Microbatch]], tuple[float, int]]
-Adder = Callable[..., list[mx.array]]
+Computation = Callable[..., list[mx.array]]
 
 
 def loss_of(
@@ -92,7 +92,7 @@ def compile_step(
         seeds = np.random.SeedSequence(entropy).generate_state(len(microbatches), np.uint64)
         remaining = iter(seeds.tolist())
 
-        def add(adder: Adder, microbatch: Microbatch) -> list[mx.array]:
+        def add(adder: Computation, microbatch: Microbatch) -> list[mx.array]:
             mx.random.seed(next(remaining))
             return adder(*microbatch.arrays())
 
@@ -136,7 +136,7 @@ def zero_sums(model: nn.Module) -> dict[str, Any]:
     return {"loss": mx.array(0.0), "tokens": mx.array(0), "gradients": gradients}
 
 
-def compile_adder(model: nn.Module, sums: dict[str, Any]) -> Adder:
+def compile_adder(model: nn.Module, sums: dict[str, Any]) -> Computation:
     """Compile what adds a microbatch, given as its arrays, to `sums`.
 
     It evaluates nothing and returns what leads to the sums, in the order of its computation.
@@ -165,7 +165,7 @@ def compile_adder(model: nn.Module, sums: dict[str, Any]) -> Adder:
 def compile_loss(model: nn.Module, streams: Sequence[mx.Stream] = ()) -> TotalLoss:
     """Compile the loss alone, for validation: the loss sum and token count of microbatches."""
 
-    def compiled() -> Adder:
+    def compiled() -> Computation:
         @partial(mx.compile, inputs=[model.state])
         def loss(*arrays: mx.array) -> list[mx.array]:
             loss_sum, num_tokens, states = loss_of(model, *arrays)
@@ -178,7 +178,7 @@ def compile_loss(model: nn.Module, streams: Sequence[mx.Stream] = ()) -> TotalLo
     def total_loss(microbatches: Sequence[Microbatch]) -> tuple[float, int]:
         sums: list[tuple[mx.array, mx.array]] = []
 
-        def add(loss: Adder, microbatch: Microbatch) -> list[mx.array]:
+        def add(loss: Computation, microbatch: Microbatch) -> list[mx.array]:
             results = loss(*microbatch.arrays())
             sums.append((results[-2], results[-1]))
             return results
@@ -192,9 +192,9 @@ def compile_loss(model: nn.Module, streams: Sequence[mx.Stream] = ()) -> TotalLo
 
 def run_side_by_side(
     streams: Sequence[mx.Stream],
-    functions: Sequence[Adder],
+    functions: Sequence[Computation],
     microbatches: Sequence[Microbatch],
-    run: Callable[[Adder, Microbatch], list[mx.array]],
+    run: Callable[[Computation, Microbatch], list[mx.array]],
 ) -> None:
     """Deal microbatches out to streams, each with a function of its own, and start them all.
 

@@ -94,6 +94,15 @@ def test_bench_says_that_the_system_swapped(monkeypatch, tiny_base, questions):
     ]
 
 
-def test_swap_is_counted():
-    before = backend.swapped_bytes()
-    assert 0 <= before <= backend.swapped_bytes()
+def test_swap_counts_both_ways(monkeypatch):
+    assert backend.swapped_bytes() >= 0
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(sin=3, sout=4))
+    assert backend.swapped_bytes() == 7
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+def test_low_power_mode_of_a_mac_is_found(monkeypatch, is_on):
+    said = SimpleNamespace(stdout=f" sleep 1\n lowpowermode         {int(is_on)}\n")
+    monkeypatch.setattr(backend.sys, "platform", "darwin")
+    monkeypatch.setattr(backend.subprocess, "run", lambda *_, **__: said)
+    assert backend._saves_power() == is_on

@@ -116,6 +116,15 @@ def test_cores_are_shared_by_as_many_microbatches_as_there_are(monkeypatch):
     assert threads == [6, 3, 6]
 
 
+def test_streams_are_given_their_pieces_in_turn(monkeypatch):
+    started = []
+    monkeypatch.setattr(mx, "async_eval", started.append)
+    results = [["a1", "a2", "a3"], ["b1"], ["c1", "c2"]]
+    step_module.evaluate_in_turn(results)
+    assert started == ["a1", "b1", "c1", "a2", "c2", "a3"]
+    assert results == [[], [], []]  # nothing is held any longer
+
+
 def test_microbatches_are_dealt_so_that_no_stream_has_much_more_to_do():
     rows = rows_of_unequal_length()
     hands = deal([collate([row]) for row in rows], 2)
