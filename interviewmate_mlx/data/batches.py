@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+from numpy.random import default_rng
 
 from interviewmate_mlx.data.prompts import Example
 
@@ -77,7 +78,7 @@ def epoch_steps(
     Returns:
         Row numbers, a list for each step.
     """
-    rng = np.random.default_rng([seed, epoch])
+    rng = default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     steps: list[list[int]] = []
     pool_rows = POOL_STEPS * effective_batch

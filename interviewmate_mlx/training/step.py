@@ -18,6 +18,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
+from numpy.random import SeedSequence
 
 from interviewmate_mlx import backend
 from interviewmate_mlx.data.batches import Microbatch
@@ -89,7 +90,7 @@ def compile_step(
     health = {"healthy": mx.array(True)}
 
     def add_microbatches(microbatches: Sequence[Microbatch], entropy: Sequence[int]) -> None:
-        seeds = np.random.SeedSequence(entropy).generate_state(len(microbatches), np.uint64)
+        seeds = SeedSequence(entropy).generate_state(len(microbatches), np.uint64)
         remaining = iter(seeds.tolist())
 
         def add(adder: Computation, microbatch: Microbatch) -> list[mx.array]:

@@ -71,3 +71,25 @@ def test_run_under_nohup_does_not_stop_when_the_terminal_is_closed(launchers, wh
     code += "with stop: signal.raise_signal(signal.SIGHUP)\n"
     code += "sys.exit(stop.wanted)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_run_that_has_started_loads_no_extension(launchers, whole, tmp_path):
+    """Some swallow the KeyboardInterrupt of a second signal while they are loaded."""
+    code = "import sys\n"
+    code += "from importlib.machinery import ExtensionFileLoader\n"
+    code += "from interviewmate_mlx import cli\n"
+    code += "enter = cli._StopOnSignal.__enter__\n"
+    code += "def note_and_enter(stop):\n"
+    code += "    global before\n"
+    code += "    before = set(sys.modules)\n"
+    code += "    return enter(stop)\n"
+    code += "cli._StopOnSignal.__enter__ = note_and_enter\n"
+    code += "try:\n"
+    code += "    cli.main()\n"
+    code += "finally:\n"
+    code += "    new = {name: sys.modules[name] for name in set(sys.modules) - before}\n"
+    code += "    loaders = {name: getattr(new[name], '__loader__', None) for name in new}\n"
+    code += "    print([n for n in new if isinstance(loaders[n], ExtensionFileLoader)])"
+    command = [sys.executable, "-c", code, "train", *launchers.words]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.stdout.splitlines()[-1] == "[]", ended.stderr
