@@ -217,7 +217,7 @@ def _keep_freed_memory() -> None:
         m_arena_max, m_mmap_max, m_trim_threshold = -8, -4, -1  # malloc.h
         libc.mallopt(m_arena_max, 1)
         libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_trim_threshold, -1)  # never
 
 
 def _blas_threads_setter() -> Callable[[int], None] | None:

@@ -45,7 +45,7 @@ def chunked_cross_entropy(
     mask: mx.array,
     chunk: int,
     cross_entropy: CrossEntropy = nn.losses.cross_entropy,
-) -> mx.array:
+) -> tuple[mx.array, mx.array]:
     """The loss sum of a frozen head, with logits of no more than `chunk` tokens at once.
 
     The gradient of the hidden states is computed along with the loss, chunk by
@@ -61,7 +61,8 @@ def chunked_cross_entropy(
         cross_entropy: as in `masked_cross_entropy`.
 
     Returns:
-        () float32, nats.
+        loss_sum: () float32, nats.
+        gradient: (N, C), its gradient by the hidden states; itself without one.
     """
 
     @mx.custom_function
@@ -89,5 +90,5 @@ def chunked_cross_entropy(
     ) -> mx.array:
         return (cotangents[0] * outputs[1]).astype(outputs[1].dtype)
 
-    sums: Any = loss_sum(hidden)
-    return sums[0]
+    results: Any = loss_sum(hidden)
+    return results

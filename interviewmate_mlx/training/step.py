@@ -37,19 +37,19 @@ Computation = Callable[..., list[mx.array]]
 def loss_of(
     model: nn.Module, inputs: mx.array, positions: mx.array, targets: mx.array, mask: mx.array
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """Loss sum and token count of a microbatch, and the states that led to them.
+    """Loss sum and token count of a microbatch, and what is computed on the way, in order.
 
     Logits exist only where there is a loss.
     """
     states = model.transformer.hidden_states(inputs)
     hidden = model.transformer.ln_f(states[-1])
     predicting = hidden.reshape(-1, hidden.shape[-1])[positions]
-    chunk = CHUNK_ELEMENTS // model.args.vocab_size
-    if model.training and len(positions) > chunk and not has_trainable_head(model):
-        loss = chunked_cross_entropy(
+    if model.training and not has_trainable_head(model):
+        chunk = CHUNK_ELEMENTS // model.args.vocab_size
+        loss, gradient = chunked_cross_entropy(
             model.head, predicting, targets, mask, chunk, model.cross_entropy
         )
-        return loss, mask.sum(), states
+        return loss, mask.sum(), [*states, gradient]
     logits = model.head(predicting)
     return *masked_cross_entropy(logits, targets, mask, model.cross_entropy), states
 

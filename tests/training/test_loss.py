@@ -23,7 +23,7 @@ def test_chunks_give_the_loss_and_the_gradient_of_the_whole(chunk, function):
         return masked_cross_entropy(head(states), targets, mask)[0]
 
     def chunked(states):
-        return chunked_cross_entropy(head, states, targets, mask, chunk, function)
+        return chunked_cross_entropy(head, states, targets, mask, chunk, function)[0]
 
     # Not the loss itself but its third: the chunks' gradients follow what comes after.
     loss, gradient = mx.compile(mx.value_and_grad(lambda h: chunked(h) / 3))(hidden)
@@ -38,7 +38,7 @@ def test_chunks_keep_a_gradient_in_the_hidden_states_dtype():
     targets, mask = mx.zeros(6, dtype=mx.int32), mx.ones(6, dtype=mx.bool_)
 
     def loss(states):
-        return chunked_cross_entropy(lambda s: s @ weight.T, states, targets, mask, 4)
+        return chunked_cross_entropy(lambda s: s @ weight.T, states, targets, mask, 4)[0]
 
     value, gradient = mx.value_and_grad(loss)(hidden)
     assert (value.dtype, gradient.dtype) == (mx.float32, mx.bfloat16)
