@@ -54,7 +54,7 @@ class Dropout(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its low-rank update: `y = Wx + b + scale * B A dropout(x)`.
+    """A frozen linear layer and its low-rank update: `y = Wx + b + B (scale * A dropout(x))`.
 
     A and B are float32 whatever the base's dtype; the sum is cast back to it.
     B starts at zero, so that the first forward is the base's own.
@@ -75,8 +75,9 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.base_layer(x)
-        update = self.lora_B(self.lora_A(self.dropout(x).astype(mx.float32)))
-        return (y + self.scale * update).astype(y.dtype)
+        inner = self.lora_A(self.dropout(x).astype(mx.float32))
+        # Scaled where it is narrowest.
+        return (y + self.lora_B(self.scale * inner)).astype(y.dtype)
 
     def merged(self) -> nn.Linear:
         """A plain layer whose weight is `W + scale * B A`, in the base's dtype.

@@ -208,12 +208,15 @@ def run_side_by_side(
     for at_once in itertools.zip_longest(*deal(microbatches, len(functions))):
         results = []
         on_streams: list[Any] = [mx.stream(s) for s in streams] or [nullcontext()]
+        if streams:
+            backend.share_cores(len(at_once) - at_once.count(None))
         for on_stream, function, microbatch in zip(on_streams, functions, at_once, strict=True):
             if microbatch:
                 with on_stream:
-                    results.append(run(function, microbatch))
+                    pieces = run(function, microbatch)
+                mx.async_eval(pieces.pop(0))  # computed while the next microbatch is traced
+                results.append(pieces)
         if streams:
-            backend.share_cores(len(results))
             evaluate_in_turn(results)
         else:
             mx.async_eval(results)

@@ -10,7 +10,13 @@ import torch
 from checkpoints import tiny_falcon
 
 from interviewmate_mlx.model import cpu_kernels
-from interviewmate_mlx.model.cpu_kernels import attention, cross_entropy, gelu, use_cpu_kernels
+from interviewmate_mlx.model.cpu_kernels import (
+    attention,
+    cross_entropy,
+    gelu,
+    layer_norm,
+    use_cpu_kernels,
+)
 from interviewmate_mlx.model.falcon import Model, ModelArgs, alibi_slopes, attention_bias
 
 
@@ -45,10 +51,33 @@ def test_gelu_far_out_is_the_straight_line(x):
     assert gelu(mx.array(x)).item() == pytest.approx(max(x, 0.0), abs=1e-7 * max(1, abs(x)))
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 32), (64, 2048), (2, 1, 4096)])
+@pytest.mark.parametrize("mean", [0, 5])
+def test_layer_norm_and_its_derivatives_are_the_exact_one_s(shape, mean):
+    rng = np.random.default_rng(0)
+    x, cotangent = mean + rng.normal(size=shape), rng.normal(size=shape)
+    x[..., 3] *= 50  # as some channels of a trained model are
+    arrays = [x, rng.normal(size=shape[-1]), rng.normal(size=shape[-1])]
+    arrays = [a.astype(np.float32) for a in arrays]
+    doubles = [torch.tensor(a.astype(np.float64), requires_grad=True) for a in arrays]
+    exact = torch.nn.functional.layer_norm(doubles[0], shape[-1:], *doubles[1:], eps=1e-5)
+    exact.backward(torch.tensor(cotangent.astype(np.float32).astype(np.float64)))
+
+    def ours(*arrays):
+        return layer_norm(*arrays, eps=1e-5)
+
+    inputs, cotangents = list(map(mx.array, arrays)), [mx.array(cotangent.astype(np.float32))]
+    (out,), slopes = mx.compile(lambda *a: mx.vjp(ours, list(a[:3]), [a[3]]))(*inputs, *cotangents)
+    expected = [exact.detach().numpy(), *(double.grad.numpy() for double in doubles)]
+    for one, other in zip([out, *slopes], expected, strict=True):
+        np.testing.assert_allclose(np.array(one), other, atol=1e-6 * np.abs(other).max(), rtol=0)
+
+
 @pytest.mark.parametrize("x", [math.nan, math.inf])
 def test_what_is_not_finite_stays_so(x):
     """Training finds it by that."""
     assert not math.isfinite(gelu(mx.array(x)).item())
+    assert not mx.isfinite(layer_norm(mx.array([0.0, x, 1.0]), mx.ones(3), mx.zeros(3), 1e-5)).any()
     logits = mx.array([[0.0, x, 1.0]])
     assert not math.isfinite(cross_entropy(logits, mx.array([0])).item())
 
