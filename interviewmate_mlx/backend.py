@@ -282,6 +282,11 @@ def swapped_bytes() -> int:
     return swap.sin + swap.sout
 
 
+def stolen_seconds() -> float:
+    """How long a virtual machine's core has waited for others on its host since it started."""
+    return getattr(psutil.cpu_times(), "steal", 0.0) / _num_cores()  # Linux alone tells
+
+
 def describe() -> dict[str, str | float | int | None]:
     """Facts about the machine for people and bug reports."""
     here = machine()

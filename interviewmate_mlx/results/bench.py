@@ -20,6 +20,7 @@ from interviewmate_mlx.training.task import prepare
 SEED_SAMPLES_PER_S = {"run_A": 0.664, "run_B": 0.657, "run_C": 0.653}
 _PRODUCT_ROWS = 512  # tokens of the products that are timed
 _SWAPPED_BYTES = 50_000_000  # less is some other program's, woken up
+_STOLEN_SHARE = 0.05  # of the cores' time; less is lost in the spread
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,12 @@ def bench(
 
         timed(0, warmup)
         mx.reset_peak_memory()
-        swapped_bytes = backend.swapped_bytes()
+        swapped_bytes, stolen_s = backend.swapped_bytes(), backend.stolen_seconds()
         events, seconds = timed(warmup, warmup + steps)
     swapped_bytes = backend.swapped_bytes() - swapped_bytes
+    stolen_share = (backend.stolen_seconds() - stolen_s) / seconds
+    if stolen_share > _STOLEN_SHARE:
+        slowdowns.append(f"other machines on its host took {stolen_share:.0%} of the cores' time")
     if swapped_bytes > _SWAPPED_BYTES:
         slowdowns.append(
             f"the system swapped {swapped_bytes / 1e9:.1f} GB meanwhile: close other programs, or "

@@ -1,5 +1,6 @@
 """What `bench` makes of the steps that it timed."""
 
+import re
 from types import SimpleNamespace
 
 import psutil
@@ -86,12 +87,30 @@ def test_a_gpu_that_is_not_used_is_said(monkeypatch):
 def test_bench_says_that_the_system_swapped(monkeypatch, tiny_base, questions):
     swapped = iter([1_000_000_000, 4_500_000_000])
     monkeypatch.setattr(backend, "swapped_bytes", lambda: next(swapped))
+    monkeypatch.setattr(backend, "stolen_seconds", lambda: 0.0)
     monkeypatch.setattr(backend, "slowdowns", list)
     settings = [f"model.base={tiny_base}", f"data.path={questions}"]
     slowdowns = bench(load_run("A", settings), steps=1, warmup=0).slowdowns
     assert slowdowns == [
         "the system swapped 3.5 GB meanwhile: close other programs, or lower train.memory_gb"
     ]
+
+
+def test_bench_says_that_the_machine_s_host_was_busy(monkeypatch, tiny_base, questions):
+    stolen = iter([1e6, 2e6])
+    monkeypatch.setattr(backend, "stolen_seconds", lambda: next(stolen))
+    monkeypatch.setattr(backend, "slowdowns", list)
+    settings = [f"model.base={tiny_base}", f"data.path={questions}"]
+    (slowdown,) = bench(load_run("A", settings), steps=1, warmup=0).slowdowns
+    assert re.fullmatch(r"other machines on its host took \d+% of the cores' time", slowdown)
+
+
+@pytest.mark.parametrize(("times", "expected"), [({"user": 5.0, "steal": 3.0}, 1.5), ({}, 0.0)])
+def test_stolen_time_is_a_core_s(monkeypatch, times, expected):
+    assert backend.stolen_seconds() >= 0
+    monkeypatch.setattr(psutil, "cpu_times", lambda: SimpleNamespace(**times))
+    monkeypatch.setattr(backend, "_num_cores", lambda: 2)
+    assert backend.stolen_seconds() == expected
 
 
 def test_swap_counts_both_ways(monkeypatch):
