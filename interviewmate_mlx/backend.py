@@ -187,6 +187,7 @@ def cpu_streams(most: int = _NUM_STREAMS) -> Iterator[list[mx.Stream]]:
         yield streams[:num_streams]
     finally:
         set_threads(_num_cores())
+        _return_freed_memory()
 
 
 def share_cores(num_streams: int) -> None:
@@ -218,6 +219,13 @@ def _keep_freed_memory() -> None:
         libc.mallopt(m_arena_max, 1)
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)  # never
+
+
+def _return_freed_memory() -> None:
+    """Give the system once what glibc has kept."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _blas_threads_setter() -> Callable[[int], None] | None:
@@ -283,8 +291,8 @@ def swapped_bytes() -> int:
 
 
 def stolen_seconds() -> float:
-    """How long a virtual machine's core has waited for others on its host since it started."""
-    return getattr(psutil.cpu_times(), "steal", 0.0) / _num_cores()  # Linux alone tells
+    """Seconds that a virtual machine's core has waited for others on its host, since its start."""
+    return getattr(psutil.cpu_times(), "steal", 0.0) / (os.cpu_count() or 1)  # Linux alone tells
 
 
 def describe() -> dict[str, str | float | int | None]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from numpy.random import default_rng
+from numpy.random import default_rng  # not at the first step: a Ctrl-C is lost while it loads
 
 from interviewmate_mlx.data.prompts import Example
 

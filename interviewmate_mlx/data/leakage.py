@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.random import default_rng
 
 GRAM_WORDS = 5
 # Similarity from which two texts are near-duplicates. A question has few grams, and one
@@ -84,7 +83,7 @@ def _hash_grams(texts: Sequence[str]) -> list[np.ndarray]:
     """The distinct 5-grams of each text, as sorted 64-bit hashes."""
     vocabulary: dict[str, int] = {}
     # Random odd factors make the sum over a gram's words a hash; the seed only keeps it fixed.
-    factors = default_rng(0).integers(0, 2**63, GRAM_WORDS, np.uint64) * 2 + 1
+    factors = np.random.default_rng(0).integers(0, 2**63, GRAM_WORDS, np.uint64) * 2 + 1
     grams = []
     for text in texts:
         ids = [vocabulary.setdefault(word, len(vocabulary) + 1) for word in fold(text)]
@@ -139,7 +138,7 @@ def _neighbours(values: np.ndarray, owners: np.ndarray, num_texts: int) -> np.nd
     order = np.argsort(owners, kind="stable")
     values, owners = values[order], owners[order]
     holders, starts = np.unique(owners, return_index=True)
-    factors = default_rng(1).integers(0, 2**63, _ORDERS, np.uint64) * 2 + 1
+    factors = np.random.default_rng(1).integers(0, 2**63, _ORDERS, np.uint64) * 2 + 1
     least = [np.minimum.reduceat(values * factor, starts) for factor in factors]
     codes = []
     for one, other in zip(least, least[1:] + least[:1], strict=True):

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
-from numpy.random import default_rng
 
 from interviewmate_mlx.data.batches import Microbatch
 
@@ -42,7 +41,7 @@ def packed_rows(
     documents = np.split(tokens, np.flatnonzero(tokens == end_id) + 1)
     epoch, skipped = divmod(first, rows_per_epoch(len(tokens), width))
     for number in itertools.count(epoch):
-        rng = default_rng([seed, number])
+        rng = np.random.default_rng([seed, number])
         stream = np.concatenate([documents[i] for i in rng.permutation(len(documents))])
         rows = np.lib.stride_tricks.sliding_window_view(stream, width + 1)[::width]
         order = rng.permutation(len(rows))

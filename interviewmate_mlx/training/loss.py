@@ -46,7 +46,7 @@ def chunked_cross_entropy(
     chunk: int,
     cross_entropy: CrossEntropy = nn.losses.cross_entropy,
 ) -> tuple[mx.array, mx.array]:
-    """The loss sum of a frozen head, with logits of no more than `chunk` tokens at once.
+    """The loss sum of a frozen head and its gradient, with logits of `chunk` tokens at once.
 
     The gradient of the hidden states is computed along with the loss, chunk by
     chunk, so that no chunk's logits wait for the backward pass. The head's own
@@ -62,7 +62,7 @@ def chunked_cross_entropy(
 
     Returns:
         loss_sum: () float32, nats.
-        gradient: (N, C), its gradient by the hidden states; itself without one.
+        gradient: (N, C), by the hidden states; nothing is differentiated through it.
     """
 
     @mx.custom_function

@@ -12,9 +12,9 @@ from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 
 # What a token takes at the peak, which is at the loss. A layer keeps for its backward pass the
-# inputs of the norms, of the attention and of the GELU, in units of C; and the scores, of
-# H * L, where attention does not compute them anew. On top come arrays that MLX has planned
-# ahead: copies of the last layers' scores and, of V, of the logits.
+# norms or their inputs, and the inputs of the attention and of the GELU, in units of C; and the
+# scores, of H * L, where attention does not compute them anew. On top come arrays that MLX has
+# planned ahead: copies of the last layers' scores and, of V, of the logits.
 _KEPT_CHANNELS = 16
 _KEPT_SCORES = 3
 _PLANNED_SCORES = 11

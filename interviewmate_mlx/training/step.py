@@ -18,7 +18,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
-from numpy.random import SeedSequence
+from numpy.random import SeedSequence  # as in `data/batches.py`, not at the first step
 
 from interviewmate_mlx import backend
 from interviewmate_mlx.data.batches import Microbatch
@@ -45,6 +45,8 @@ def loss_of(
     hidden = model.transformer.ln_f(states[-1])
     predicting = hidden.reshape(-1, hidden.shape[-1])[positions]
     if model.training and not has_trainable_head(model):
+        # Whatever the number of chunks: so the head's gradient is computed on the way, where as
+        # part of the last layer's backward pass it would keep another stream waiting.
         chunk = CHUNK_ELEMENTS // model.args.vocab_size
         loss, gradient = chunked_cross_entropy(
             model.head, predicting, targets, mask, chunk, model.cross_entropy
@@ -151,14 +153,14 @@ def compile_adder(model: nn.Module, sums: dict[str, Any]) -> Computation:
     )
     def add_microbatch(*arrays: mx.array) -> list[mx.array]:
         parameters = model.trainable_parameters()
-        (loss, tokens, states), gradients = loss_and_gradients(*arrays)
+        (loss, tokens, on_the_way), gradients = loss_and_gradients(*arrays)
         # The gradient's placeholders go; the model is not an output here, which would put it right.
         model.update(parameters)
         sums["loss"] += loss
         sums["tokens"] += tokens
         sums["gradients"] = tree_map(mx.add, sums["gradients"], gradients)
         backwards = [gradient for _, gradient in reversed(tree_flatten(sums["gradients"]))]
-        return [*states, sums["loss"], sums["tokens"], *backwards]
+        return [*on_the_way, sums["loss"], sums["tokens"], *backwards]
 
     return add_microbatch
 
@@ -169,8 +171,8 @@ def compile_loss(model: nn.Module, streams: Sequence[mx.Stream] = ()) -> TotalLo
     def compiled() -> Computation:
         @partial(mx.compile, inputs=[model.state])
         def loss(*arrays: mx.array) -> list[mx.array]:
-            loss_sum, num_tokens, states = loss_of(model, *arrays)
-            return [*states, loss_sum, num_tokens]
+            loss_sum, num_tokens, on_the_way = loss_of(model, *arrays)
+            return [*on_the_way, loss_sum, num_tokens]
 
         return loss
 
@@ -214,7 +216,8 @@ def run_side_by_side(
             if microbatch:
                 with on_stream:
                     pieces = run(function, microbatch)
-                mx.async_eval(pieces.pop(0))  # computed while the next microbatch is traced
+                if streams:  # then it is computed while the next stream's microbatch is traced
+                    mx.async_eval(pieces.pop(0))
                 results.append(pieces)
         if streams:
             evaluate_in_turn(results)

@@ -92,7 +92,6 @@ def prepare(base: str) -> None:
     """Import all that a run does, also what its libraries import late."""
     for name in ("results.log", "results.terminal", "training.loop"):
         importlib.import_module(f"interviewmate_mlx.{name}")
-    importlib.import_module("numpy.random")
     from interviewmate_mlx.weights.base import load_base_tokenizer
 
     load_base_tokenizer(Path(base))

@@ -23,13 +23,15 @@ def test_chunks_give_the_loss_and_the_gradient_of_the_whole(chunk, function):
         return masked_cross_entropy(head(states), targets, mask)[0]
 
     def chunked(states):
-        return chunked_cross_entropy(head, states, targets, mask, chunk, function)[0]
+        loss, gradient = chunked_cross_entropy(head, states, targets, mask, chunk, function)
+        # Not the loss itself but its third: the chunks' gradients follow what comes after.
+        return loss / 3, gradient
 
-    # Not the loss itself but its third: the chunks' gradients follow what comes after.
-    loss, gradient = mx.compile(mx.value_and_grad(lambda h: chunked(h) / 3))(hidden)
+    (loss, along), gradient = mx.compile(mx.value_and_grad(chunked))(hidden)
     expected, reference = mx.value_and_grad(lambda h: whole(h) / 3)(hidden)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     np.testing.assert_allclose(np.array(gradient), np.array(reference), atol=1e-6)
+    np.testing.assert_allclose(np.array(along), 3 * np.array(reference), atol=3e-6)
 
 
 def test_chunks_keep_a_gradient_in_the_hidden_states_dtype():

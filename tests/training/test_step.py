@@ -78,7 +78,9 @@ def test_accumulation_equals_one_large_batch(groups, fast, streams):
 
 
 def test_logits_in_chunks_give_the_same_update(monkeypatch):
-    expected, numbers = one_update([[0, 1, 2, 3]])
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "has_trainable_head", lambda model: True)
+        expected, numbers = one_update([[0, 1, 2, 3]])  # all logits at once, and autodiff
     monkeypatch.setattr(step_module, "CHUNK_ELEMENTS", 7 * 384)
     weights, chunked = one_update([[0, 1, 2, 3]])
     for name in expected:
@@ -123,6 +125,33 @@ def test_streams_are_given_their_pieces_in_turn(monkeypatch):
     step_module.evaluate_in_turn(results)
     assert started == ["a1", "b1", "c1", "a2", "c2", "a3"]
     assert results == [[], [], []]  # nothing is held any longer
+
+
+def test_stream_has_work_while_the_next_one_s_microbatch_is_traced(monkeypatch):
+    done = []
+    monkeypatch.setattr(mx, "async_eval", done.append)
+    monkeypatch.setattr(backend, "share_cores", lambda num_streams: None)
+
+    def run(name, microbatch):
+        done.append(f"trace {name}")
+        return [f"{name}1", f"{name}2"]
+
+    streams = [mx.default_stream(mx.cpu)] * 2
+    batches = [collate([row]) for row in rows_of_unequal_length()[:2]]
+    step_module.run_side_by_side(streams, ["a", "b"], batches, run)
+    assert done == ["trace a", "a1", "trace b", "b1", "a2", "b2"]
+
+
+def test_frozen_head_s_gradient_is_a_piece_of_its_own():
+    model, arrays = tiny_model(), collate(rows_of_unequal_length()).arrays()
+    num_layers = len(model.layers)
+    *_, pieces = step_module.loss_of(model, *arrays)
+    assert len(pieces) == num_layers + 1
+    assert pieces[-1].shape == (len(arrays[1]), model.args.hidden_size)
+    model.eval()
+    assert len(step_module.loss_of(model, *arrays)[2]) == num_layers
+    model.train().unfreeze()
+    assert len(step_module.loss_of(model, *arrays)[2]) == num_layers
 
 
 def test_microbatches_are_dealt_so_that_no_stream_has_much_more_to_do():
@@ -206,7 +235,9 @@ def test_loss_is_the_reference_s_sum_and_count():
 def test_validation_loss_is_the_training_loss_before_the_update():
     model, rows = tiny_model(), rows_of_unequal_length()
     batch = collate(rows)
+    model.eval()
     loss_sum, num_tokens = compile_loss(model)([batch])
+    model.train()
     add_microbatches, update = compile_step(model, adamw(), 1.0)
     add_microbatches([batch], [0, 0])
     loss = update(mx.array(1e-3))["loss"].item()
