@@ -9,6 +9,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -55,6 +56,18 @@ def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, recomputes, num_
         assert 0.2 * started.peak_bytes < taken < 1.5 * started.peak_bytes
     else:
         assert taken == pytest.approx(started.peak_bytes, rel=0.15)
+
+
+def test_memory_that_streams_kept_goes_back_when_they_are_closed():
+    if not backend.machine().cpu_streams or sys.platform != "linux":
+        pytest.skip("glibc keeps memory for the streams of MLX's CPU backend")
+    with backend.cpu_streams():
+        arrays = [mx.zeros((1000, 1000)) + n for n in range(100)]
+        mx.eval(arrays)
+        arrays.clear()
+        mx.synchronize()
+        kept = resident_bytes()
+    assert resident_bytes() < kept - 200_000_000  # of 400
 
 
 @pytest.mark.slow
