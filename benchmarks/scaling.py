@@ -4,8 +4,9 @@
     python benchmarks/scaling.py --model FOLDER   another base
 
 Rows are all of one length, made of the shipped answers, and trained on as
-`imate-mlx train --run A` would. It prints three tables and one line of JSON, and draws
-a plot where matplotlib is installed (`pip install "interviewmate-mlx[plots]"`).
+`imate-mlx train --run A` would; times are medians of the updates. It prints three
+tables and one line of JSON, and draws a plot where matplotlib is installed
+(`pip install "interviewmate-mlx[plots]"`).
 """
 
 import argparse
@@ -13,9 +14,9 @@ import dataclasses
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from peers import find_base
@@ -79,7 +80,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--lengths", type=numbers, default=LENGTHS, help="tokens a row, like 64,128"
     )
     parser.add_argument("--batches", type=numbers, default=BATCHES, help="rows an update, like 1,4")
-    parser.add_argument("--updates", type=int, default=1, help="timed, of each kind")
+    parser.add_argument("--updates", type=int, default=3, help="timed, of each kind")
     parser.add_argument("--warmup", type=int, default=1, help="untimed, of each kind")
     parser.add_argument("--plot", type=Path, default=HERE / "scaling.png", help="the picture")
     return parser.parse_args(words)
@@ -123,19 +124,15 @@ def measure_batch(
     task = dataclasses.replace(task, run=dataclasses.replace(task.run, train=train))
     compiled_step = compile_step(task.model, adamw(), train.max_grad_norm, streams)
 
-    def run(first: int, last: int) -> tuple[int, float]:
-        start = time.perf_counter()
-        steps = list(run_steps(task, compiled_step, first, last, len(streams), lambda: False))
-        return sum(step.num_tokens for step in steps), time.perf_counter() - start
-
     mx.reset_peak_memory()
-    run(0, options.warmup)
-    tokens, seconds = run(options.warmup, options.warmup + options.updates)
+    last = options.warmup + options.updates
+    steps = list(run_steps(task, compiled_step, 0, last, len(streams), lambda: False))
+    timed = steps[options.warmup :]
     cell = {
         "tokens_per_row": length,
         "rows_per_update": batch,
-        "tokens_per_s": tokens / seconds,
-        "seconds": seconds / options.updates,
+        "tokens_per_s": median(step.num_tokens / step.elapsed_s for step in timed),
+        "seconds": median(step.elapsed_s for step in timed),
         "peak_bytes": mx.get_peak_memory(),
     }
     print(
