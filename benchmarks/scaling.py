@@ -2,11 +2,11 @@
 
     python benchmarks/scaling.py                  a full-size model with random weights
     python benchmarks/scaling.py --model FOLDER   another base
+    python benchmarks/scaling.py --lengths 384 --batches 1 --set train.gradient_checkpointing=true
 
 Rows are all of one length, made of the shipped answers, and trained on as
 `imate-mlx train --run A` would; times are medians of the updates. It prints three
-tables and one line of JSON, and draws a plot where matplotlib is installed
-(`pip install "interviewmate-mlx[plots]"`).
+tables and one line of JSON; `--plot FILE` draws them (`pip install "interviewmate-mlx[plots]"`).
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +27,7 @@ from interviewmate_mlx import backend
 
 # isort: split
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from interviewmate_mlx.config import load_run, shipped
 from interviewmate_mlx.data.records import load_splits
@@ -56,12 +58,15 @@ def main(words: Sequence[str] | None = None) -> int:
     except InterviewMateError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    print(f"{processor()}, {here.device_name}, mlx {here.mlx_version}, {base.name}\n")
+    weights = max((cell["weight_bytes"] for cell in cells), default=0)
+    print(f"{processor()}, {here.device_name}, mlx {here.mlx_version}")
+    print(f"{base.name}: {weights / 1e9:.2f} GB of weights\n")
     print(table(cells, "tokens/s", lambda cell: f"{cell['tokens_per_s']:.0f}"))
     print(table(cells, "seconds an update", lambda cell: f"{cell['seconds']:.2f}"))
-    print(table(cells, "peak GB", lambda cell: f"{cell['peak_bytes'] / 1e9:.2f}"))
+    print(table(cells, "GB above the weights", above_weights))
     print(json.dumps({"device": here.device_name, "base": base.name, "cells": cells}))
-    draw(cells, options.plot)
+    if options.plot:
+        draw(cells, options.plot)
     return 0
 
 
@@ -82,8 +87,12 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, default=BATCHES, help="rows an update, like 1,4")
     parser.add_argument("--updates", type=int, default=3, help="timed, of each kind")
     parser.add_argument("--warmup", type=int, default=1, help="untimed, of each kind")
-    parser.add_argument("--plot", type=Path, default=HERE / "scaling.png", help="the picture")
-    return parser.parse_args(words)
+    parser.add_argument("--set", action="append", default=[], help="a key of the run, as in train")
+    parser.add_argument("--plot", type=Path, help="file of a picture to draw")
+    options = parser.parse_args(words)
+    if options.plot and not find_spec("matplotlib"):
+        parser.error('--plot needs matplotlib: pip install "interviewmate-mlx[plots]"')
+    return options
 
 
 def write_rows(path: Path, count: int, num_tokens: int) -> Path:
@@ -106,6 +115,7 @@ def measure(options: argparse.Namespace, base: Path, rows: Path, length: int) ->
         f"data.max_length={length}",
         "train.batch_size=1",
         "train.epochs=1000",
+        *options.set,
     ]
     try:
         task = prepare(load_run("A", settings))
@@ -134,13 +144,19 @@ def measure_batch(
         "tokens_per_s": median(step.num_tokens / step.elapsed_s for step in timed),
         "seconds": median(step.elapsed_s for step in timed),
         "peak_bytes": mx.get_peak_memory(),
+        "weight_bytes": sum(array.nbytes for _, array in tree_flatten(task.model.parameters())),
     }
     print(
         f"{length} tokens a row, {batch} rows: {cell['tokens_per_s']:.0f} tokens/s, "
-        f"{cell['peak_bytes'] / 1e9:.2f} GB",
+        f"{above_weights(cell)} GB above the weights",
         file=sys.stderr,
     )
     return cell
+
+
+def above_weights(cell: dict) -> str:
+    """GB at the peak that are not weights."""
+    return f"{(cell['peak_bytes'] - cell['weight_bytes']) / 1e9:.2f}"
 
 
 def table(cells: Cells, name: str, show: Callable[[dict], str]) -> str:
@@ -159,11 +175,8 @@ def table(cells: Cells, name: str, show: Callable[[dict], str]) -> str:
 
 def draw(cells: Cells, path: Path) -> None:
     """Speed by length, and time by the tokens of an update: a straight line is what is wanted."""
-    try:
-        import matplotlib  # an extra: the tables need none of it
-    except ModuleNotFoundError:
-        print('No plot: pip install "interviewmate-mlx[plots]"', file=sys.stderr)
-        return
+    import matplotlib  # an extra: the tables need none of it
+
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
