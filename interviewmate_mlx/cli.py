@@ -418,7 +418,7 @@ def bench(
             f"{result.samples_per_s:.3f} samples/s ({result.samples_per_s_slowest:.3f} to "
             f"{result.samples_per_s_fastest:.3f} a step), {result.tokens_per_s:.0f} tokens/s\n"
             f"peak {result.peak_gb:.2f} GB; {result.products_share:.0%} of the time is what its "
-            "matrix products need at this machine's own speed\n"
+            f"matrix products need at this machine's own {result.products_gflops:.0f} GFLOP/s\n"
             f"the whole run: {result.whole_run_s / 60:.1f} minutes"
         )
         if result.seed_samples_per_s:

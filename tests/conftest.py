@@ -144,6 +144,12 @@ def imate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resu
     return run
 
 
+@pytest.fixture(autouse=True)
+def brief_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench` times each product for half a second, to be fair to the machine; no test needs it."""
+    monkeypatch.setattr("interviewmate_mlx.results.bench._PRODUCT_SECONDS", 0.0)
+
+
 @pytest.fixture
 def signal_after() -> Callable[..., AbstractContextManager[None]]:
     """Send this process signals once `imate-mlx train` has shown a step."""

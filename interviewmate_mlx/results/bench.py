@@ -19,6 +19,7 @@ from interviewmate_mlx.training.task import prepare
 # The project that this one comes from: PyTorch on Apple Silicon, float32, rows padded to 256.
 SEED_SAMPLES_PER_S = {"run_A": 0.664, "run_B": 0.657, "run_C": 0.653}
 _PRODUCT_ROWS = 512  # tokens of the products that are timed
+_PRODUCT_SECONDS = 0.5  # for each shape
 _SWAPPED_BYTES = 50_000_000  # less is some other program's, woken up
 _STOLEN_SHARE = 0.05  # of the cores' time; less is lost in the spread
 
@@ -42,6 +43,7 @@ class BenchResult:
     tokens_per_s: float
     peak_gb: float
     products_share: float  # of the time, if the needed matrix products ran at the BLAS's own speed
+    products_gflops: float  # that speed, measured after the steps
     whole_run_s: float  # all epochs at this speed, without validation
     seed_samples_per_s: float | None  # the report this project comes from, on a Mac of its own
     slowdowns: list[str]  # what made it slower than the machine could be
@@ -82,6 +84,7 @@ def bench(
         )
     rows, tokens = sum(e.num_rows for e in events), sum(e.num_tokens for e in events)
     peak_bytes = mx.get_peak_memory()
+    products_s, gflops = needed_products(task.model, tokens, sum(e.num_predicted for e in events))
     speeds = [e.num_rows / e.elapsed_s for e in events]
     return BenchResult(
         run=run.name,
@@ -98,16 +101,16 @@ def bench(
         samples_per_s_fastest=max(speeds),
         tokens_per_s=tokens / seconds,
         peak_gb=peak_bytes / 1e9,
-        products_share=products_s(task.model, tokens, sum(e.num_predicted for e in events))
-        / seconds,
+        products_share=products_s / seconds,
+        products_gflops=gflops,
         whole_run_s=settings.epochs * len(task.train) * seconds / rows,
         seed_samples_per_s=SEED_SAMPLES_PER_S.get(run.name),
         slowdowns=slowdowns,
     )
 
 
-def products_s(model: Model, num_tokens: int, num_predicted: int) -> float:
-    """Seconds that training's matrix products would take at the machine's own speed.
+def needed_products(model: Model, num_tokens: int, num_predicted: int) -> tuple[float, float]:
+    """Seconds that training's matrix products would take at the machine's speed, and that speed.
 
     Of each linear layer of the base the forward product and the input's gradient; of the
     head the same at predicted tokens. A frozen base has no more; attention and LoRA, some
@@ -117,15 +120,22 @@ def products_s(model: Model, num_tokens: int, num_predicted: int) -> float:
         model: with or without LoRA.
         num_tokens: that go through the blocks.
         num_predicted: tokens with a loss.
+
+    Returns:
+        Seconds, and GFLOP/s.
     """
     modules = dict(model.named_modules())
     shapes = [shape_of(modules[p]) for p in linear_paths(model) if is_of_base(p)]
     work = [(out, into, num_tokens) for out, into in shapes]
     work.append((model.args.vocab_size, model.args.hidden_size, num_predicted))
     speed = {
-        (out, into): backend.matmul_gflops(_PRODUCT_ROWS, into, out) for out, into, _ in set(work)
+        (out, into): backend.matmul_gflops(_PRODUCT_ROWS, into, out, _PRODUCT_SECONDS)
+        for out, into, _ in set(work)
     }
-    return sum(4 * out * into * count / speed[out, into] / 1e9 for out, into, count in work)
+    gigaflops = [4 * out * into * count / 1e9 for out, into, count in work]
+    needed = zip(work, gigaflops, strict=True)
+    seconds = sum(amount / speed[out, into] for (out, into, _), amount in needed)
+    return seconds, sum(gigaflops) / seconds
 
 
 def is_of_base(path: str) -> bool:

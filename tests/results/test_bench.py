@@ -12,7 +12,7 @@ from interviewmate_mlx import backend
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.model.lora import add_lora
-from interviewmate_mlx.results.bench import SEED_SAMPLES_PER_S, bench, products_s
+from interviewmate_mlx.results.bench import SEED_SAMPLES_PER_S, bench, needed_products
 
 SHAPE = {
     "alibi": True,
@@ -29,17 +29,19 @@ SHAPE = {
 def test_products_are_those_of_the_base_s_layers_and_of_the_head(monkeypatch, lora):
     asked = []
 
-    def speed(rows: int, inner: int, columns: int) -> float:
+    def speed(rows: int, inner: int, columns: int, seconds: float) -> float:
         asked.append((columns, inner))
-        return 2.0  # GFLOP/s
+        return 2.0 if columns == 500 else 4.0  # GFLOP/s
 
     monkeypatch.setattr(backend, "matmul_gflops", speed)
     model = Model(ModelArgs.from_dict(SHAPE))
     if lora:
         add_lora(model, ["query_key_value", "dense_h_to_4h"], rank=4, alpha=8)
     # A layer has 3 C^2 + C^2 + 4 C^2 + 4 C^2 weights; two products of 2 FLOPs each a token.
-    flops = 4 * (3 * 12 * 64**2 * 1000 + 500 * 64 * 700)
-    assert products_s(model, 1000, 700) == pytest.approx(flops / 2e9)
+    layers, head = 4 * 3 * 12 * 64**2 * 1000, 4 * 500 * 64 * 700
+    seconds, gflops = needed_products(model, 1000, 700)
+    assert seconds == pytest.approx(layers / 4e9 + head / 2e9)
+    assert gflops == pytest.approx((layers + head) / 1e9 / seconds)
     assert sorted(asked) == [(64, 64), (64, 256), (192, 64), (256, 64), (500, 64)]
 
 
@@ -51,6 +53,7 @@ def test_bench_s_figures_follow_from_its_steps(tiny_base, questions):
     assert result.samples_per_s_slowest <= result.samples_per_s <= result.samples_per_s_fastest
     assert result.whole_run_s == pytest.approx(3 * 12 / result.samples_per_s)
     assert 0 < result.products_share < 1
+    assert result.products_gflops > 0
     assert result.seed_samples_per_s == SEED_SAMPLES_PER_S["run_A"] == 0.664
 
 
