@@ -18,8 +18,7 @@ from interviewmate_mlx.training.task import prepare
 
 # The project that this one comes from: PyTorch on Apple Silicon, float32, rows padded to 256.
 SEED_SAMPLES_PER_S = {"run_A": 0.664, "run_B": 0.657, "run_C": 0.653}
-_PRODUCT_ROWS = 512  # tokens of the products that are timed
-_PRODUCT_SECONDS = 0.5  # for each shape
+_PRODUCT_SECONDS = 0.5  # of timing each shape of a matrix product
 _SWAPPED_BYTES = 50_000_000  # less is some other program's, woken up
 _STOLEN_SHARE = 0.05  # of the cores' time; less is lost in the spread
 
@@ -84,7 +83,8 @@ def bench(
         )
     rows, tokens = sum(e.num_rows for e in events), sum(e.num_tokens for e in events)
     peak_bytes = mx.get_peak_memory()
-    products_s, gflops = needed_products(task.model, tokens, sum(e.num_predicted for e in events))
+    predicted = sum(event.num_predicted for event in events)
+    products_s, gflops = needed_products(task.model, tokens, predicted, steps)
     speeds = [e.num_rows / e.elapsed_s for e in events]
     return BenchResult(
         run=run.name,
@@ -109,17 +109,20 @@ def bench(
     )
 
 
-def needed_products(model: Model, num_tokens: int, num_predicted: int) -> tuple[float, float]:
+def needed_products(
+    model: Model, num_tokens: int, num_predicted: int, steps: int
+) -> tuple[float, float]:
     """Seconds that training's matrix products would take at the machine's speed, and that speed.
 
     Of each linear layer of the base the forward product and the input's gradient; of the
     head the same at predicted tokens. A frozen base has no more; attention and LoRA, some
-    2 %, are left out.
+    2 %, are left out. The speed is that of a mean step's tokens in one product.
 
     Args:
         model: with or without LoRA.
         num_tokens: that go through the blocks.
         num_predicted: tokens with a loss.
+        steps: that they came in.
 
     Returns:
         Seconds, and GFLOP/s.
@@ -129,13 +132,17 @@ def needed_products(model: Model, num_tokens: int, num_predicted: int) -> tuple[
     work = [(out, into, num_tokens) for out, into in shapes]
     work.append((model.args.vocab_size, model.args.hidden_size, num_predicted))
     speed = {
-        (out, into): backend.matmul_gflops(_PRODUCT_ROWS, into, out, _PRODUCT_SECONDS)
-        for out, into, _ in set(work)
+        product: backend.matmul_gflops(
+            rows=max(1, product[2] // steps),
+            inner=product[1],
+            columns=product[0],
+            seconds=_PRODUCT_SECONDS,
+        )
+        for product in set(work)
     }
-    gigaflops = [4 * out * into * count / 1e9 for out, into, count in work]
-    needed = zip(work, gigaflops, strict=True)
-    seconds = sum(amount / speed[out, into] for (out, into, _), amount in needed)
-    return seconds, sum(gigaflops) / seconds
+    gigaflops = {(out, into, count): 4 * out * into * count / 1e9 for out, into, count in speed}
+    seconds = sum(gigaflops[product] / speed[product] for product in work)
+    return seconds, sum(gigaflops[product] for product in work) / seconds
 
 
 def is_of_base(path: str) -> bool:
