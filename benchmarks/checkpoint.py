@@ -16,10 +16,10 @@ from interviewmate_mlx import backend
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.data.batches import steps_per_epoch
 from interviewmate_mlx.data.records import load_splits
+from interviewmate_mlx.hub.names import fetch_data
 from interviewmate_mlx.training.checkpoint import checkpoints
-from interviewmate_mlx.training.events import Saving, Stepped
+from interviewmate_mlx.training.events import Finished, Stepped, Validated
 from interviewmate_mlx.training.loop import train
-from interviewmate_mlx.weights.names import find_data
 
 
 def main() -> None:
@@ -28,9 +28,9 @@ def main() -> None:
     )
     parser.add_argument("--model", default="mini", help="mini, or the folder of a base")
     options = parser.parse_args()
-    print(backend.prepare().device_name)
+    print(backend.machine().device_name)
     run = load_run("A")
-    data = find_data(run.data.path)
+    data = fetch_data(run.data.path)
     step_s, save_s, size = last_step_and_save(options.model, data)
     num_steps = steps_per_epoch(len(load_splits(data)["train"]), run.train.effective_batch)
     print(
@@ -41,7 +41,7 @@ def main() -> None:
 
 def last_step_and_save(model: str, data: Path) -> tuple[float, float, int]:
     """Seconds of the last step, of what is saved after it, and the checkpoint's bytes."""
-    step_s = start = 0.0
+    step_s = save_s = start = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for name, count in (("train", 4), ("valid", 1)):
             rows = (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -51,9 +51,11 @@ def last_step_and_save(model: str, data: Path) -> tuple[float, float, int]:
         for event in train(load_run("A", settings), out):
             if isinstance(event, Stepped):
                 step_s = event.elapsed_s
-            if isinstance(event, Saving):
+            if isinstance(event, Validated):  # then it is saved
                 start = time.perf_counter()
-        return step_s, time.perf_counter() - start, checkpoints(out)[-1].stat().st_size
+            if isinstance(event, Finished):
+                save_s = time.perf_counter() - start
+        return step_s, save_s, checkpoints(out)[-1].stat().st_size
 
 
 if __name__ == "__main__":

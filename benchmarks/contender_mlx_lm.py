@@ -27,7 +27,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.trainer import TrainingArgs, iterate_batches, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from interviewmate_mlx.weights.base import load_base
+from interviewmate_mlx.base.base import Base
 
 
 class Clock(TrainingCallback):
@@ -43,9 +43,9 @@ class Clock(TrainingCallback):
 
 
 def main(job: Job) -> Result:
-    here = backend.prepare()
+    here = backend.machine()
     dtype = backend.resolve_dtype(job.dtype)
-    model, _ = load_base(Path(job.base), dtype)
+    model = Base.open(Path(job.base)).load(dtype)
     model.freeze()
     paths = [p for p, _ in model.layers[0].named_modules() if p.split(".")[-1] in job.targets]
     lora = {"rank": job.rank, "scale": job.alpha / job.rank, "dropout": 0.0, "keys": paths}

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="of an answer, at most")
     parser.add_argument("--answers", type=int, default=5)
     options = parser.parse_args()
-    print(backend.prepare().device_name)
+    print(backend.machine().device_name)
     model, tokenizer = load_coach(options.model, adapter=None)
     for seed in range(options.answers):
         sampling = Sampling(max_tokens=options.tokens, temperature=0.8, seed=seed)

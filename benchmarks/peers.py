@@ -30,14 +30,14 @@ from peers_report import Rounds, describe, heading, loss_table, speed_table
 from random_base import random_base
 
 from interviewmate_mlx import backend
+from interviewmate_mlx.base.base import Base
+from interviewmate_mlx.base.convert import convert
 from interviewmate_mlx.config import RunConfig, load_run
 from interviewmate_mlx.data.batches import epoch_steps
 from interviewmate_mlx.data.prompts import Example, encode_records
 from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.errors import BackendError, DataError, InterviewMateError
-from interviewmate_mlx.weights.base import load_base_tokenizer
-from interviewmate_mlx.weights.convert import convert
-from interviewmate_mlx.weights.names import find_data
+from interviewmate_mlx.hub.names import fetch_data
 
 HERE = Path(__file__).parent
 # Nats by which two losses may differ, both in float32 or one in bfloat16, and how much more for
@@ -52,7 +52,7 @@ class DisagreementError(InterviewMateError):
 def main(words: Sequence[str] | None = None) -> int:
     options = parse(words)
     try:
-        base = find_base(options)
+        base = make_base(options)
         run = load_run("A", overrides(options, base))
         rows, first = choose_steps(run, base, options.updates)
         print_workload(options, run, rows)
@@ -102,7 +102,7 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def find_base(options: argparse.Namespace) -> Path:
+def make_base(options: argparse.Namespace) -> Path:
     """A folder with safetensors, which all contenders read; made once where there is none."""
     if options.model is None:
         print("The random base ...", file=sys.stderr)
@@ -135,8 +135,8 @@ def choose_steps(run: RunConfig, base: Path, count: int) -> tuple[list[list[Row]
     Raises:
         DataError: an epoch has fewer whole updates.
     """
-    records = load_splits(find_data(run.data.path))["train"]
-    tokenizer = load_base_tokenizer(base)
+    records = load_splits(fetch_data(run.data.path))["train"]
+    tokenizer = Base.open(base).tokenizer
     examples, _ = encode_records(tokenizer, records, run.data.max_length, run.data.train_on)
     lengths = [len(example) for example in examples]
     batch = run.train.effective_batch
@@ -159,7 +159,7 @@ def choose_steps(run: RunConfig, base: Path, count: int) -> tuple[list[list[Row]
 
 
 def as_row(example: Example) -> Row:
-    return Row(example.tokens.tolist(), len(example) - int(example.learn.sum()))
+    return Row(example.tokens.tolist(), len(example) - int(example.loss_mask.sum()))
 
 
 def print_workload(options: argparse.Namespace, run: RunConfig, steps: list[list[Row]]) -> None:

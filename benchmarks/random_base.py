@@ -18,8 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from interviewmate_mlx.config import shipped
 from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.files import atomic_file, atomic_folder
-from interviewmate_mlx.weights.cast import cast
-from interviewmate_mlx.weights.safetensors_file import safetensors_header
+from interviewmate_mlx.formats.cast import cast
+from interviewmate_mlx.formats.safetensors_file import safetensors_header
 
 END = "<|endoftext|>"
 NUM_TOKENS = 50257

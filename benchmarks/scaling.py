@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peers import find_base
+from peers import make_base
 from peers_report import processor
 
 from interviewmate_mlx import backend
@@ -34,7 +34,7 @@ from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.errors import BackendError, InterviewMateError
 from interviewmate_mlx.training.loop import run_steps
 from interviewmate_mlx.training.optimizer import adamw
-from interviewmate_mlx.training.step import compile_step
+from interviewmate_mlx.training.step import Step
 from interviewmate_mlx.training.task import Task, prepare
 
 HERE = Path(__file__).parent
@@ -45,9 +45,9 @@ Cells = list[dict[str, Any]]
 
 def main(words: Sequence[str] | None = None) -> int:
     options = parse(words)
-    here = backend.prepare()
+    here = backend.machine()
     try:
-        base = find_base(options)
+        base = make_base(options)
         with tempfile.TemporaryDirectory() as folder, backend.memory_limits():
             rows = write_rows(
                 Path(folder, "train.jsonl"), 2 * max(options.batches), max(options.lengths)
@@ -122,21 +122,19 @@ def measure(options: argparse.Namespace, base: Path, rows: Path, length: int) ->
     except BackendError as error:
         print(f"{length} tokens a row: {error}", file=sys.stderr)
         return []
-    with backend.memory_limits(), backend.cpu_streams(task.memory.most_streams) as streams:
-        return [measure_batch(options, task, length, batch, streams) for batch in options.batches]
+    with backend.memory_limits(), task.executor.opened():
+        return [measure_batch(options, task, length, batch) for batch in options.batches]
 
 
-def measure_batch(
-    options: argparse.Namespace, task: Task, length: int, batch: int, streams: Sequence[mx.Stream]
-) -> dict:
+def measure_batch(options: argparse.Namespace, task: Task, length: int, batch: int) -> dict:
     """Updates of `batch` rows, on the task's model as earlier ones left it."""
     train = dataclasses.replace(task.run.train, grad_accumulation=batch)
     task = dataclasses.replace(task, run=dataclasses.replace(task.run, train=train))
-    compiled_step = compile_step(task.model, adamw(), train.max_grad_norm, streams)
+    step = Step(task.model, adamw(), train.max_grad_norm, task.executor)
 
     mx.reset_peak_memory()
     last = options.warmup + options.updates
-    steps = list(run_steps(task, compiled_step, 0, last, len(streams), lambda: False))
+    steps = list(run_steps(task, step, 0, last, lambda: False))
     timed = steps[options.warmup :]
     cell = {
         "tokens_per_row": length,

@@ -1,8 +1,9 @@
 """Device, dtype, BLAS and memory: the only file that asks what machine this is.
 
-Import it before MLX. MLX's Linux CPU wheel carries the reference BLAS, which
-multiplies fp32 matrices at about 2 GFLOP/s; an optimised BLAS that is loaded
-first, with its symbols global, takes its place at 50 to 170.
+Import it before MLX, as every folder of this package does. MLX's Linux CPU wheel
+contains the reference BLAS, which multiplies float32 matrices at about 2 GFLOP/s. An
+optimised BLAS that is loaded first, with its symbols global, takes its place at 50
+to 170.
 """
 
 import ctypes
@@ -10,12 +11,12 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -30,16 +31,19 @@ DEVICE_VARIABLE = "INTERVIEWMATE_DEVICE"
 # Metal: a wired limit of the whole recommended working set is unstable.
 _WIRED_SHARE = 0.85
 _ALLOCATED_SHARE = 0.95
-# Microbatches side by side on a CPU, at most: as many as a usual step has rows.
-_NUM_STREAMS = 4
+# Microbatches side by side on a CPU: at most as many as a usual step has rows.
+_MAX_STREAMS = 4
 # Share of the memory that training may plan with; the rest is the system's and the user's.
 _MEMORY_SHARE = 0.75
 
 
+_MLX_CAME_FIRST = "mlx.core" in sys.modules
+
+
 def _load_blas() -> str | None:
-    """Load the first BLAS found, symbols global, and return its path or name."""
-    if sys.platform != "linux":
-        return None  # Accelerate on macOS
+    """Load the first BLAS found, its symbols global, and return its path or name."""
+    if sys.platform != "linux" or _MLX_CAME_FIRST:
+        return None  # macOS has Accelerate; a loaded MLX has its BLAS already
     if explicit := os.environ.get(BLAS_VARIABLE):
         candidates = [explicit]
     else:
@@ -94,7 +98,15 @@ class Machine:
 
 
 def machine() -> Machine:
-    """Ask MLX and the system. Changes nothing, prints nothing."""
+    """What this process runs on.
+
+    The first call obeys `INTERVIEWMATE_DEVICE` and warns if the machine is slower than it
+    needs to be.
+
+    Raises:
+        BackendError: the variable names a device that is not here.
+    """
+    _choose_device()
     device = _device()
     info = mx.device_info()
     total = int(info.get("max_recommended_working_set_size", 0)) or int(info.get("total_memory", 0))
@@ -110,20 +122,9 @@ def machine() -> Machine:
     )
 
 
-def _device() -> str:
-    if mx.default_device() == mx.cpu:
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
-
-
-def prepare() -> Machine:
-    """Choose the device, warn once of what makes it slow, and return the machine.
-
-    `INTERVIEWMATE_DEVICE=cpu` keeps a Mac or a CUDA machine on its CPU.
-
-    Raises:
-        BackendError: the variable names a device that is not here.
-    """
+@cache
+def _choose_device() -> None:
+    """Obey the environment, once, and warn of a missing BLAS."""
     wanted = os.environ.get(DEVICE_VARIABLE, "")
     if wanted not in ("", "cpu", "gpu"):
         raise BackendError(
@@ -136,14 +137,23 @@ def prepare() -> Machine:
         )
     if wanted:
         mx.set_default_device(mx.cpu if wanted == "cpu" else mx.gpu)
-    here = machine()
-    if here.device == "cpu" and here.blas is None:
-        warnings.warn(
-            "no optimised BLAS found: matrix products run 20 to 80 times slower than this CPU can. "
-            "Install one: pip install mkl, or your system's OpenBLAS (Debian: libopenblas0).",
-            stacklevel=2,
+    if _device() == "cpu" and sys.platform == "linux" and BLAS is None:
+        how = (
+            "MLX was imported before interviewmate_mlx: import interviewmate_mlx.backend first"
+            if _MLX_CAME_FIRST
+            else "install one: pip install mkl, or your system's OpenBLAS (Debian: libopenblas0)"
         )
-    return here
+        warnings.warn(
+            "MLX uses its reference BLAS: matrix products run 20 to 80 times slower than this "
+            f"CPU can. To use a faster one, {how}.",
+            stacklevel=3,
+        )
+
+
+def _device() -> str:
+    if mx.default_device() == mx.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
 
 
 @contextmanager
@@ -165,53 +175,34 @@ def memory_limits() -> Iterator[None]:
         yield
 
 
-_LOCAL = threading.local()  # a stream belongs to the thread that made it
-
-
-@contextmanager
-def cpu_streams(most: int = _NUM_STREAMS) -> Iterator[list[mx.Stream]]:
-    """Streams that share a CPU's training, at most so many; none where MLX's device is a GPU.
-
-    MLX's CPU backend runs a stream's operations on one thread, all but the matrix
-    products, so that microbatches side by side keep the cores busy. See `share_cores`.
-    """
-    num_streams = min(machine().cpu_streams, max(1, most))
-    set_threads = _blas_threads_setter()
-    if not num_streams or not set_threads:
-        yield []
-        return
-    _keep_freed_memory()
-    streams = _LOCAL.__dict__.setdefault("streams", [])  # they live as long as their thread
-    streams += [mx.new_stream(mx.cpu) for _ in range(num_streams - len(streams))]
-    try:
-        yield streams[:num_streams]
-    finally:
-        set_threads(_num_cores())
-        _return_freed_memory()
+def new_cpu_stream() -> mx.Stream:
+    """Another stream of the CPU, for the thread that makes it."""
+    return mx.new_stream(mx.cpu)
 
 
 def share_cores(num_streams: int) -> None:
-    """Give a matrix product its share of a CPU's cores, while so many streams compute."""
+    """Give a matrix product its share of a CPU's cores, while this many streams compute."""
     if set_threads := _blas_threads_setter():
         set_threads(max(1, _num_cores() // num_streams))
 
 
 def _num_streams() -> int:
-    """None for a single core, or where the BLAS cannot be told to leave the cores to us."""
+    """0 for a single core, or if the BLAS cannot be told how many threads to use."""
     cores = _num_cores()
-    return min(cores, _NUM_STREAMS) if cores > 1 and _blas_threads_setter() else 0
+    return min(cores, _MAX_STREAMS) if cores > 1 and _blas_threads_setter() else 0
 
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc hand freed memory out again instead of returning it to the system.
+@contextmanager
+def keep_freed_memory() -> Iterator[None]:
+    """Let glibc reuse freed memory instead of returning it to the system, within the block.
 
-    MLX's CPU backend allocates each array anew. Large ones would be mapped, cleared and
-    unmapped every time, by one thread at once: a third of a step's time. A thread's own
-    heap is given back as soon as it is empty, so all threads share the first one.
+    MLX's CPU backend allocates each array separately. Large ones would be mapped, cleared
+    and unmapped every time, by one thread at once: a third of a step's time. A thread's own
+    heap is returned as soon as it is empty, so all threads share the first one.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -219,13 +210,11 @@ def _keep_freed_memory() -> None:
         libc.mallopt(m_arena_max, 1)
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)  # never
-
-
-def _return_freed_memory() -> None:
-    """Give the system once what glibc has kept."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    try:
+        yield
+    finally:
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)  # return what was kept
 
 
 def _blas_threads_setter() -> Callable[[int], None] | None:
@@ -237,7 +226,9 @@ def _blas_threads_setter() -> Callable[[int], None] | None:
 
 def resolve_dtype(name: str) -> mx.Dtype:
     """`auto`, `float32`, `bfloat16` or `float16` -> the MLX dtype."""
-    return getattr(mx, machine().dtype if name == "auto" else name)
+    default = machine().dtype
+    dtype: mx.Dtype = getattr(mx, default if name == "auto" else name)
+    return dtype
 
 
 def matmul_gflops(

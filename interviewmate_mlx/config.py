@@ -7,16 +7,17 @@ import difflib
 import math
 import sys
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from interviewmate_mlx.errors import ConfigError, brief, list_faults
+from interviewmate_mlx.files import is_utf8, read_bounded
 
-_MOST_BYTES = 1 << 16  # of a run's file; a larger one is something else
-_MOST_SHOWN = 200  # characters of a wrong value
+_MAX_BYTES = 1 << 16  # of a run's file
+_MAX_SHOWN_CHARS = 200  # of a wrong value
 
 
 def _option(default: Any, holds: Callable[[Any], bool], expected: str) -> Any:
@@ -42,12 +43,12 @@ def _name(default: str) -> Any:
 
 
 def _is_name(value: str) -> bool:
-    # A path that is not UTF-8 reaches Python with lone surrogates; TOML cannot hold those.
-    return bool(value.strip()) and not any("\ud800" <= char <= "\udfff" for char in value)
+    # TOML cannot hold a path that is not UTF-8.
+    return bool(value.strip()) and is_utf8(value)
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class ModelConfig:
     """[model]"""
 
     base: str = _name("tiiuae/falcon-rw-1b")  # mini, a folder or a Hub id
@@ -56,7 +57,7 @@ class BaseModel:
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraConfig:
     """[lora]"""
 
     rank: int = _at_least(8, 1)
@@ -67,7 +68,7 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     """[data]"""
 
     path: str = _name("interview")  # the shipped questions, a folder, a file, or a Hub data set
@@ -76,7 +77,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainConfig:
     """[train]"""
 
     epochs: int = _at_least(3, 1)
@@ -100,7 +101,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Validate:
+class ValidateConfig:
     """[validate]"""
 
     every: int = _at_least(0, 0)  # steps; 0: at the end of each epoch
@@ -116,30 +117,45 @@ class RunConfig:
     """
 
     name: str = "custom"
-    model: BaseModel = field(default_factory=BaseModel)
-    lora: Lora = field(default_factory=Lora)
-    data: Data = field(default_factory=Data)
-    train: Train = field(default_factory=Train)
-    validate: Validate = field(default_factory=Validate)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
 
     def __post_init__(self) -> None:
         _refuse(self.name, [f for t in _TABLES for f in _range_faults(t, getattr(self, t))])
 
+    def replace(self, name: str | None = None, **tables: Mapping[str, Any]) -> "RunConfig":
+        """A copy with other values, as in `run.replace(lora={"rank": 16}, data={"path": "mine"})`.
+
+        Args:
+            name: of the copy; by default the same.
+            tables: values by key, for each table that changes.
+
+        Raises:
+            ConfigError: as for `load_run`.
+        """
+        name = name or self.name
+        merged = {table: asdict(getattr(self, table)) for table in _TABLES}
+        merged |= {table: {**merged.get(table, {}), **values} for table, values in tables.items()}
+        return _from_tables(name, merged, [], where=name)
+
 
 _TABLES: dict[str, type] = {
-    "model": BaseModel,
-    "lora": Lora,
-    "data": Data,
-    "train": Train,
-    "validate": Validate,
+    "model": ModelConfig,
+    "lora": LoraConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "validate": ValidateConfig,
 }
 
 
 def load_run(run: str, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a shipped run (`A`, `B`, `C`) or a TOML file, and override single keys.
+    """Read a shipped run (`A`, `B`, `C`, `mini`) or a TOML file, and override single keys.
 
     Args:
-        run: a shipped run's letter, or the path of a TOML file.
+        run: a shipped run's name, or the path of a TOML file.
         overrides: `table.key=value` each, the value as TOML would write it;
             quotes may be left out.
 
@@ -199,19 +215,13 @@ def _find_run(run: str) -> tuple[str, str]:
         return f"run_{name}" if is_letter else name, files[name].read_text(encoding="utf-8")
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ConfigError(f"{run} is no file.\nGive the path of a .toml file.")
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
+            raise ConfigError(f"{run} is not a file.\nGive the path of a .toml file.")
+        data = read_bounded(path, _MAX_BYTES)
     except OSError as error:
         raise ConfigError(
-            f"Cannot read the run {brief(run, _MOST_SHOWN)[1:-1]}: {error.strerror}.\n"
+            f"Cannot read the run {brief(run, _MAX_SHOWN_CHARS)[1:-1]}: {error.strerror}.\n"
             f"Give a .toml file that you may read, or {', '.join(shipped_runs())}."
         ) from error
-    if len(data) > _MOST_BYTES:
-        raise ConfigError(
-            f"{run}: got a file of more than {_MOST_BYTES} bytes, expected a run.\n"
-            "Give another file."
-        )
     try:
         return path.stem, data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -237,7 +247,9 @@ def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) ->
     key, equals, text = override.partition("=")
     table, dot, name = key.strip().partition(".")
     if not (equals and dot and name):
-        faults.append(f"{override[:_MOST_SHOWN]}: expected table.key=value, as in lora.rank=16")
+        faults.append(
+            f"{override[:_MAX_SHOWN_CHARS]}: expected table.key=value, as in lora.rank=16"
+        )
         return
     value = text.strip()
     with suppress(ValueError, RecursionError):  # then it is a text, and of the wrong type
@@ -257,9 +269,9 @@ def _from_tables(name: str, tables: dict[str, Any], faults: list[str], where: st
         if not isinstance(content, dict):
             owners = [f"[{t}]" for t, kind in _TABLES.items() if table in get_type_hints(kind)]
             expected = f"it in {' or '.join(owners)}" if owners else "a table"
-            faults.append(f"{table}: got {brief(content, _MOST_SHOWN)}, expected {expected}")
+            faults.append(f"{table}: got {brief(content, _MAX_SHOWN_CHARS)}, expected {expected}")
         elif table not in _TABLES:
-            faults.append(f"unknown table [{table[:_MOST_SHOWN]}]{_nearest(table, _TABLES)}")
+            faults.append(f"unknown table [{table[:_MAX_SHOWN_CHARS]}]{_nearest(table, _TABLES)}")
         else:
             parts[table] = _read_table(table, content, faults)
     for table, values in parts.items():
@@ -274,13 +286,13 @@ def _read_table(table: str, content: dict[str, Any], faults: list[str]) -> Any:
     for key, value in content.items():
         if key not in types:
             faults.append(
-                f"unknown key {table}.{key[:_MOST_SHOWN]}{_nearest(key, types, f'{table}.')}"
+                f"unknown key {table}.{key[:_MAX_SHOWN_CHARS]}{_nearest(key, types, f'{table}.')}"
             )
             continue
         try:
             values[key] = _coerce(value, types[key])
         except TypeError as error:
-            faults.append(f"{table}.{key}: got {brief(value, _MOST_SHOWN)}, expected {error}")
+            faults.append(f"{table}.{key}: got {brief(value, _MAX_SHOWN_CHARS)}, expected {error}")
     return _TABLES[table](**values)
 
 
@@ -299,7 +311,11 @@ def _coerce(value: Any, expected: Any) -> Any:
         return value
     if expected == tuple[str, ...]:
         names = [value] if isinstance(value, str) else value
-        if isinstance(names, list) and names and all(isinstance(n, str) and n for n in names):
+        if (
+            isinstance(names, list | tuple)
+            and names
+            and all(isinstance(n, str) and n for n in names)
+        ):
             return tuple(names)
         raise TypeError('a list of names, as in ["query_key_value"]')
     kinds = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -315,7 +331,7 @@ def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 def _range_faults(table: str, values: Any) -> list[str]:
     rules = [(f.name, f.metadata) for f in fields(values) if f.metadata]
     return [
-        f"{table}.{key}: got {brief(getattr(values, key), _MOST_SHOWN)}, "
+        f"{table}.{key}: got {brief(getattr(values, key), _MAX_SHOWN_CHARS)}, "
         f"expected {rule['expected']}"
         for key, rule in rules
         if not rule["holds"](getattr(values, key))
@@ -324,7 +340,7 @@ def _range_faults(table: str, values: Any) -> list[str]:
 
 def _refuse(run: str, faults: list[str]) -> None:
     if faults:
-        raise ConfigError(f"The run {run} cannot be trained:\n{list_faults(faults, most=20)}")
+        raise ConfigError(f"The run {run} cannot be trained:\n{list_faults(faults, max_shown=20)}")
 
 
 def _toml(value: Any) -> str:

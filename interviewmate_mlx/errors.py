@@ -3,7 +3,8 @@
     InterviewMateError
     ├── ConfigError      a run's TOML, or an option, is wrong
     ├── BackendError     this machine cannot do what was asked
-    ├── ModelError       a model folder is missing, or is no Falcon-RW
+    ├── StorageError     a file cannot be written, or a disk is too small
+    ├── ModelError       a model folder is missing or not supported
     │   └── WeightsError a weights file is damaged, unsafe, or does not fit
     ├── DataError        rows that cannot be trained on
     ├── AdapterError     an adapter folder that does not fit
@@ -11,17 +12,29 @@
     └── TrainingError    a run that cannot start, go on, or resume
 
 A message says what is wrong, where, what was got and what was expected, and
-in its last line what to do. The command line prints it and exits with 1;
-anything that is not an InterviewMateError is a bug.
+in its last line what to do. The command line prints it and exits with 1.
+Any other exception is a bug in this package.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NoReturn
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+_FAILED = object()
 
 
 class InterviewMateError(Exception):
-    """The root: catch this to catch everything this package raises on purpose."""
+    """The root: catch this to catch everything this package raises on purpose.
+
+    Attributes:
+        arguments: names of the arguments that would avoid the error, if there are any; the
+            command line says which options they are.
+    """
+
+    def __init__(self, message: str, *arguments: str) -> None:
+        super().__init__(message)
+        self.arguments = arguments
 
 
 class ConfigError(InterviewMateError):
@@ -32,8 +45,12 @@ class BackendError(InterviewMateError):
     """This machine cannot do what was asked."""
 
 
+class StorageError(InterviewMateError):
+    """A file or folder cannot be written, or its disk is too small."""
+
+
 class ModelError(InterviewMateError):
-    """A model folder is missing, or is no Falcon-RW."""
+    """A model folder is missing or not supported."""
 
 
 class WeightsError(ModelError):
@@ -56,35 +73,64 @@ class TrainingError(InterviewMateError):
     """A run that cannot start, go on, or resume."""
 
 
-def brief(value: object, most: int = 80) -> str:
-    """A value as it is written, for a message; cut where it is long."""
+def brief(value: object, max_chars: int = 80) -> str:
+    """A value's repr for a message, shortened if it is long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # more digits than Python shows, or too deeply nested
         text = f"a very large {type(value).__name__}"
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
 
 
-def list_faults(faults: Sequence[str], most: int = 10) -> str:
-    """Lay out several faults of one kind, one an indented line, the rest counted."""
-    lines = [f"  {fault}" for fault in faults[:most]]
-    if len(faults) > most:
-        lines.append(f"  ... and {len(faults) - most} more")
+def list_faults(faults: Sequence[str], max_shown: int = 10) -> str:
+    """Several faults of one kind, one indented line each; those above the limit are counted."""
+    lines = [f"  {fault}" for fault in faults[:max_shown]]
+    if len(faults) > max_shown:
+        lines.append(f"  ... and {len(faults) - max_shown} more")
     return "\n".join(lines)
 
 
-@contextmanager
-def collected(faults: list[InterviewMateError]) -> Iterator[None]:
-    """Put the error that ends the block on a list, for `raise_together`."""
-    try:
-        yield
-    except InterviewMateError as error:
-        faults.append(error)
+def redact_secrets(text: str) -> str:
+    """Replace what looks like a Hub token, or like a password in an address, by `***`."""
+    text = re.sub(r"\b(hf|api)_\w{6,}", "***", text)
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
-def raise_together(faults: Sequence[InterviewMateError], what: str) -> NoReturn:
-    """Raise collected errors: a single one as it is, more as a `TrainingError` that holds all."""
-    if len(faults) == 1:
-        raise faults[0]
-    listed = "\n\n".join(f"{type(fault).__name__}: {fault}" for fault in faults)
-    raise TrainingError(f"{what}, for {len(faults)} reasons:\n\n{listed}")
+class Checks:
+    """Runs steps that need each other's results, and raises all their errors together.
+
+    A step is left out if one that it needs has failed:
+
+        checks = Checks("The run cannot start")
+        rows = checks.run(read_rows, path)
+        model = checks.run(build_model, config)
+        plan = checks.run(plan_memory, model, rows)
+        checks.raise_faults()  # from here on all three are values
+    """
+
+    def __init__(self, what: str) -> None:
+        """
+        Args:
+            what: the first words of the message if several steps fail.
+        """
+        self._what = what
+        self._faults: list[InterviewMateError] = []
+
+    def run(self, step: Callable[..., Result], *needed: Any) -> Result:
+        """Call a step with what it needs, some of it perhaps from earlier steps."""
+        failed: Any = _FAILED
+        if any(value is _FAILED for value in needed):
+            return failed
+        try:
+            return step(*needed)
+        except InterviewMateError as error:
+            self._faults.append(error)
+            return failed
+
+    def raise_faults(self) -> None:
+        """Raise the only error as it is, or several as one `TrainingError`; none: do nothing."""
+        if len(self._faults) == 1:
+            raise self._faults[0]
+        if self._faults:
+            listed = "\n\n".join(f"{type(fault).__name__}: {fault}" for fault in self._faults)
+            raise TrainingError(f"{self._what}, for {len(self._faults)} reasons:\n\n{listed}")

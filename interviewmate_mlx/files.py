@@ -1,11 +1,11 @@
 """Files and folders that appear whole or not at all.
 
 Everything is written inside a hidden sibling, `.NAME.tmp-XXXX/`, and moved to
-its name when it is complete and on the disk. The sibling is held by a lock
-that dies with its process, so what a killed process left behind is known for
-certain, and cleared by the next one that writes to the same name.
+its name when it is complete and on the disk. The sibling is locked, and the
+lock ends with its process. So the next writer to the same name can tell what
+a killed process left behind, and removes it.
 
-`locked` keeps a folder to one process at a time.
+`locked` gives a folder to one process at a time.
 """
 
 import ctypes
@@ -19,9 +19,57 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from rich.filesize import decimal
+
+from interviewmate_mlx.errors import StorageError
+
 LOCK_FILE = ".lock"  # in a folder that is in use; holds the process's id
 
-Progress = Callable[[int, int], None]  # told of bytes done and bytes in all
+Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
+
+
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """The content of a file that may come from a stranger.
+
+    Raises:
+        OSError: it cannot be read, or is larger than `max_bytes` (EFBIG).
+    """
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        limit = f"{max_bytes >> 20} MB" if max_bytes >= 1 << 20 else f"{max_bytes >> 10} kB"
+        raise OSError(errno.EFBIG, f"got more than {limit}, expected at most that", str(path))
+    return data
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written in UTF-8.
+
+    A path or an argument in another encoding reaches Python with lone surrogates.
+    """
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def check_free_space(
+    path: Path, needed_bytes: int, elsewhere: str = "choose a folder on another disk"
+) -> None:
+    """Compare what will be written with the free space of the disk.
+
+    Args:
+        path: where it will be written; it need not exist yet.
+        needed_bytes: of all files together.
+        elsewhere: how to write to another disk, for the message.
+
+    Raises:
+        StorageError: there is less space.
+    """
+    folder = next(place for place in (path, *path.parents) if place.exists())
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise StorageError(
+            f"{folder}: {decimal(free_bytes)} are free, expected {decimal(needed_bytes)}.\n"
+            f"Free some space, or {elsewhere}."
+        )
 
 
 @contextmanager
@@ -32,15 +80,29 @@ def atomic_file(path: Path) -> Iterator[Path]:
     A symbolic link is followed. Missing parents are made.
 
     Raises:
-        OSError: the folder cannot be written to, or the block wrote no file.
+        StorageError: the folder cannot be written to, the disk is full, or the
+            block wrote no file.
     """
     path = Path(os.path.realpath(path))
-    with _workspace(path) as workspace:
+    with _as_storage_error(path), _workspace(path) as workspace:
         temporary = workspace / path.name
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
+
+
+def append_text(path: Path, text: str, sync: bool = False) -> None:
+    """Add to the end of a file, and bring all of it to the disk if asked.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    with _as_storage_error(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextmanager
@@ -53,11 +115,11 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     parents are made.
 
     Raises:
-        FileExistsError: `path` is there, is no empty folder, and `replace` is false.
-        OSError: the folder cannot be written to.
+        StorageError: `path` exists, is not an empty folder, and `replace` is false;
+            or the folder cannot be written to, or the disk is full.
     """
     path = Path(os.path.realpath(path))
-    with _workspace(path) as workspace:
+    with _as_storage_error(path), _workspace(path) as workspace:
         if not replace:
             _refuse_existing(path)
         temporary = workspace / path.name
@@ -77,21 +139,22 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a folder to this process while the block runs, also when the block is killed.
+    """Lock a folder for this process while the block runs.
 
-    The folder is made when it is not there, with its parents, and what was made is
-    removed again when it is left empty. Where the file system has no locks, this
-    keeps nobody out.
+    The folder and its parents are made if they are missing. What was made is removed
+    again if it stays empty. The lock ends with the process, however that ends. Some
+    file systems have no locks; there, other processes are not kept out.
 
     Raises:
-        BlockingIOError: a process has it; `strerror` says which.
-        OSError: the folder cannot be written to.
+        BlockingIOError: another process has it; `strerror` says which.
+        StorageError: the folder cannot be written to.
     """
     path = folder / LOCK_FILE
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     with ExitStack() as stack:
         stack.callback(_remove_empty, made)
-        descriptor = _take_lock(path)
+        with _as_storage_error(folder):
+            descriptor = _take_lock(path)
         stack.callback(os.close, descriptor)
         stack.callback(_remove_lock, path, descriptor)
         yield
@@ -153,7 +216,25 @@ def clear_leftovers(path: Path) -> None:
 
 def _refuse_existing(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} is already there")
+        raise FileExistsError(errno.EEXIST, "it exists already", str(path))
+
+
+@contextmanager
+def _as_storage_error(path: Path) -> Iterator[None]:
+    """Turn an OSError of writing `path` into a message."""
+    try:
+        yield
+    except BlockingIOError:  # a lock that another process has
+        raise
+    except OSError as error:
+        place = error.filename or path
+        if isinstance(place, int) or ".tmp-" in str(place):
+            place = path
+        raise StorageError(
+            f"Cannot write {path}: {f'{place}: ' if str(place) != str(path) else ''}"
+            f"{error.strerror or error}.\n"
+            "Check the path, its permissions and the free space of its disk."
+        ) from error
 
 
 @contextmanager

@@ -14,9 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from interviewmate_mlx import backend
 from interviewmate_mlx.config import load_run
-from interviewmate_mlx.results.log import Summary, record
+from interviewmate_mlx.training.events import Summary
 from interviewmate_mlx.training.loop import train
 
 # isort: split
@@ -29,7 +28,7 @@ def train_once(run_name: str, overrides: Sequence[str]) -> Summary:
     run = load_run(run_name, list(overrides))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / run.name
-        *_, summary = record(train(run, out), run, out)
+        *_, summary = train(run, out)
     assert isinstance(summary, Summary)
     return summary
 
@@ -88,7 +87,6 @@ def main() -> None:
     parser.add_argument("--rate-scale", type=float, default=1.0, help="of the learning rates")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
-    backend.prepare()
     rows = []
     for name in args.runs:
         rate = args.rate_scale * load_run(name).train.learning_rate

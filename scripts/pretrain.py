@@ -1,10 +1,11 @@
 """Pretrain a small Falcon-RW on a text: the tokenizer, the model, a folder as the Hub has it.
 
-    python scripts/pretrain.py text.txt.xz --out models/small --tokens 4.5e6
+    python scripts/pretrain.py text.txt.xz --out models/small --tokens 16e6
 
-This made `mini`, the base inside the package. The text is UTF-8, plain or .xz, its
-documents apart by `<|endoftext|>`; every hundredth is held out. What is not finished
-lies in OUT.work: Ctrl-C saves there, and --resume goes on as if nothing had happened.
+This made `mini`, the base inside the package. A text is UTF-8, plain or .xz, with
+`<|endoftext|>` between its documents; every hundredth document is held out. With --then, a
+second text joins in for a second stage, in which the learning rate falls to 0. What is not
+finished lies in OUT.work: Ctrl-C saves there, and --resume goes on as if nothing had happened.
 """
 
 import argparse
@@ -24,22 +25,29 @@ from interviewmate_mlx import backend
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from pretrain_folder import evaluate, falcon_config, write_folder
-from pretrain_text import Text, prepare_text, progress_bar
+from pretrain_optimizer import Muon
+from pretrain_rows import collate_groups, packed_rows, rows_in_order
+from pretrain_text import Text, prepare_texts, progress_bar
 from rich.console import Console
 
-from interviewmate_mlx.data.packing import collate_groups, packed_rows, rows_in_order
+from interviewmate_mlx.base.converted import write_json
 from interviewmate_mlx.errors import InterviewMateError, TrainingError
+from interviewmate_mlx.formats.json_file import read_json
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import Model, ModelArgs
-from interviewmate_mlx.training.checkpoint import State, checkpoints, load_newest, save_checkpoint
-from interviewmate_mlx.training.loop import restore
-from interviewmate_mlx.training.optimizer import Muon, learning_rate_at
-from interviewmate_mlx.training.step import AddMicrobatches, Update, compile_loss, compile_step
-from interviewmate_mlx.weights.converted import write_json
-from interviewmate_mlx.weights.json_file import read_json
+from interviewmate_mlx.training.checkpoint import (
+    State,
+    checkpoints,
+    load_newest,
+    restore,
+    save_checkpoint,
+)
+from interviewmate_mlx.training.optimizer import learning_rate_at
+from interviewmate_mlx.training.step import Executor, Step, total_loss
+from interviewmate_mlx.training.task import choose_executor
 
-# What can differ when a run goes on: it changes speed, or the card, and not the weights' recipe.
-FREE = ("text", "out", "resume", "sources", "save_minutes", "microbatch")
+# What may differ when a run goes on: it changes speed, or the card, but not the weights.
+FREE = ("text", "then", "out", "resume", "sources", "save_minutes", "microbatch")
 PLAIN_LINE_STEPS = 20
 SAMPLE_ROWS = 32  # of the held-out ones, at each checkpoint: a trend for little time
 
@@ -57,13 +65,16 @@ def options() -> argparse.ArgumentParser:
     add("--save-minutes", type=float, default=5, help="between checkpoints")
     add("--microbatch", type=int, default=4, help="rows at once: memory and speed")
     add("--tokens", type=float, default=40e6, help="to train on, repeated ones counted")
+    add("--then", type=Path, help="a second text, for a second stage")
+    add("--then-tokens", type=float, default=0, help="of the second stage")
+    add("--then-share", type=float, default=1.0, help="of its rows that are the second text's")
     add("--rows", type=int, default=16, help="of a step")
     add("--width", type=int, default=256, help="tokens of a row")
     add("--vocab", type=int, default=6144, help="tokens of the tokenizer")
     add("--hidden", type=int, default=384, help="hidden size")
     add("--layers", type=int, default=4)
     add("--heads", type=int, default=6)
-    add("--learning-rate", type=float, default=5e-3, help="its peak; then linear to 0")
+    add("--learning-rate", type=float, default=5e-3, help="its peak; in the last stage linear to 0")
     add("--warmup", type=float, default=0.02, help="share of the steps")
     add("--weight-decay", type=float, default=0.1)
     add("--max-grad-norm", type=float, default=1.0)
@@ -86,33 +97,39 @@ def main(words: list[str] | None = None) -> int:
 
 def pretrain(args: argparse.Namespace, console: Console, stop: Callable[[], bool]) -> None:
     """The whole way from the text to the folder, or to a checkpoint when `stop` says so."""
-    backend.prepare()
     work = args.out.with_name(f"{args.out.name}.work")
     keep_recipe(args, work)
-    text = prepare_text(args.text, args.vocab, work, console)
+    texts = prepare_texts(
+        [args.text, *([args.then] if args.then else [])], args.vocab, work, console
+    )
     model, optimizer = build_model(args), Muon(args.vocab, args.weight_decay)
     if backend.machine().device == "cpu":
         use_cpu_kernels(model)
     num_parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
-    console.print(f"{num_parameters:,} parameters, {len(text.train):,} tokens to learn from")
-    with backend.memory_limits(), backend.cpu_streams() as streams:
-        state = train(args, work, text, model, optimizer, streams, console, stop)
+    console.print(f"{num_parameters:,} parameters, {len(texts[0].train):,} tokens to learn from")
+    executor = choose_executor()
+    with backend.memory_limits(), executor.opened():
+        state = train(args, work, texts, model, optimizer, executor, console, stop)
         if state.step < total_steps(args):
             console.print(f"interrupted after step {state.step}; --resume goes on")
             return
-        write_folder(args, text, model, state.step)
+        write_folder(args, texts, model, state.step)
     console.print(f"{args.out} is written; {work} can be removed")
 
 
 def keep_recipe(args: argparse.Namespace, work: Path) -> None:
     """Write the recipe into the work folder, or hold a resumed run to the one it began with."""
     recipe: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in FREE}
-    try:
-        recipe["text_sha256"] = hashlib.sha256(args.text.read_bytes()).hexdigest()
-    except OSError as error:
-        raise TrainingError(f"Cannot read {args.text}: {error.strerror}.") from error
+    for name in ("text", "then"):
+        if path := getattr(args, name):
+            try:
+                recipe[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            except OSError as error:
+                raise TrainingError(f"Cannot read {path}: {error.strerror}.") from error
+    if bool(args.then) != bool(args.then_tokens):
+        raise TrainingError("--then and --then-tokens go together: give both, or neither.")
     if args.out.exists():
-        raise TrainingError(f"{args.out} is there already.\nRemove it, or choose another --out.")
+        raise TrainingError(f"{args.out} exists already.\nRemove it, or choose another --out.")
     if checkpoints(work) and not args.resume:
         raise TrainingError(f"{work} holds a run.\nGo on with --resume, or remove it.")
     path = work / "recipe.json"
@@ -143,31 +160,38 @@ def build_model(args: argparse.Namespace) -> Model:
     return model
 
 
-def total_steps(args: argparse.Namespace) -> int:
+def first_steps(args: argparse.Namespace) -> int:
+    """Steps of the first stage."""
     return math.ceil(args.tokens / (args.rows * args.width))
+
+
+def total_steps(args: argparse.Namespace) -> int:
+    return first_steps(args) + math.ceil(args.then_tokens / (args.rows * args.width))
 
 
 def train(
     args: argparse.Namespace,
     work: Path,
-    text: Text,
+    texts: Sequence[Text],
     model: Model,
     optimizer: Muon,
-    streams: Sequence[mx.Stream],
+    executor: Executor,
     console: Console,
     stop: Callable[[], bool],
 ) -> State:
     """Train to the last step or until `stop`, from the newest checkpoint if there is one."""
-    compiled_step = compile_step(model, optimizer, args.max_grad_norm, streams)
-    total_loss = compile_loss(model, streams)
-    found = load_newest(work)
-    state = restore(found, model, optimizer)[0] if found else State()
-    sample = rows_in_order(text.held_out, text.end_id, args.width)[:SAMPLE_ROWS]
+    step = Step(model, optimizer, args.max_grad_norm, executor)
+    loss_of = total_loss(model, executor)
+    state = State()
+    if found := load_newest(work):
+        restore(found, model, optimizer)
+        state = found.state
+    samples = [rows_in_order(t.held_out, t.end_id, args.width)[:SAMPLE_ROWS] for t in texts]
     first, last = state.step, total_steps(args)
     began = saved = time.monotonic()
     with progress_bar(console) as bar:
         task = bar.add_task("", total=last, completed=first)
-        for numbers in steps(args, text, compiled_step, first):
+        for numbers in steps(args, texts, step, first):
             mx.eval(numbers, model.trainable_parameters(), optimizer.state)
             if not numbers["is_finite"].item():
                 raise TrainingError(
@@ -188,26 +212,41 @@ def train(
             if is_over:
                 break
             if saved > now:
-                loss, _ = evaluate(total_loss, sample, args.microbatch)
-                console.print(f"step {state.step}/{last}  saved  held-out sample {loss:.4f}")
+                losses = [evaluate(loss_of, sample, args.microbatch)[0] for sample in samples]
+                said = " ".join(f"{loss:.4f}" for loss in losses)
+                console.print(f"step {state.step}/{last}  saved  held-out sample {said}")
     return state
 
 
 def steps(
-    args: argparse.Namespace,
-    text: Text,
-    compiled_step: tuple[AddMicrobatches, Update],
-    first: int,
+    args: argparse.Namespace, texts: Sequence[Text], step: Step, first: int
 ) -> Iterator[dict[str, mx.array]]:
     """Take the steps from `first` on, and yield what each update says, not yet evaluated."""
-    add_microbatches, update = compiled_step
-    last = total_steps(args)
-    rows = packed_rows(text.train, text.end_id, args.width, args.seed, first * args.rows)
-    for step in range(first, last):
-        taken = list(islice(rows, args.rows))
-        add_microbatches(collate_groups(taken, args.microbatch), [args.seed, step])
-        rate = learning_rate_at(step, last, args.learning_rate, "linear", args.warmup)
-        yield update(mx.array(rate))
+    turn, last = first_steps(args), total_steps(args)
+    num_second = round(args.rows * args.then_share)  # of a late step's rows, from the second text
+    num_late = max(0, first - turn)
+    num_taken = min(first, turn) * args.rows + num_late * (args.rows - num_second)
+    rows, more = (
+        packed_rows(text.train, text.end_id, args.width, args.seed, taken)
+        for text, taken in ((texts[0], num_taken), (texts[-1], num_late * num_second))
+    )
+    for number in range(first, last):
+        later = num_second if number >= turn else 0
+        taken = [*islice(rows, args.rows - later), *islice(more, later)]
+        step.accumulate(collate_groups(taken, args.microbatch), [args.seed, number])
+        mx.eval(step.sums)
+        backend.share_cores(1)  # Muon's products get all of them
+        yield step.update(learning_rate(args, number))
+
+
+def learning_rate(args: argparse.Namespace, number: int) -> float:
+    """Up, then level until the last stage, then straight down to 0."""
+    turn, last = first_steps(args), total_steps(args)
+    if not args.then_tokens:
+        return learning_rate_at(number, last, args.learning_rate, "linear", args.warmup)
+    if number < turn:
+        return learning_rate_at(number, turn, args.learning_rate, "constant", args.warmup)
+    return learning_rate_at(number - turn, last - turn, args.learning_rate, "linear", 0.0)
 
 
 def describe(args: argparse.Namespace, step: int, loss: float, tokens_per_s: float) -> str:

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_sampler
+from pretrain_rows import collate_groups, rows_in_order
 from pretrain_text import Text
 
-from interviewmate_mlx.data.packing import collate_groups, rows_in_order
+from interviewmate_mlx.base.base import Base
+from interviewmate_mlx.base.converted import write_json, write_tokenizer
+from interviewmate_mlx.base.tokenizer import read_tokenizer_files
+from interviewmate_mlx.data.batches import Microbatch
 from interviewmate_mlx.files import atomic_folder
 from interviewmate_mlx.model.falcon import Model
-from interviewmate_mlx.training.step import TotalLoss, compile_loss
-from interviewmate_mlx.weights.base import load_base
-from interviewmate_mlx.weights.converted import write_json, write_tokenizer
-from interviewmate_mlx.weights.tokenizer import read_tokenizer
+from interviewmate_mlx.training.step import total_loss
 
 PROMPTS = (
     "Gradient descent is",
@@ -59,17 +60,18 @@ def falcon_config(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def write_folder(args: argparse.Namespace, text: Text, model: Model, steps: int) -> None:
+def write_folder(args: argparse.Namespace, texts: Sequence[Text], model: Model, steps: int) -> None:
     """Write `args.out`, whole or not at all. The card's figures are those of the weights in it."""
     config = falcon_config(args)
     weights = {name: w.astype(mx.bfloat16) for name, w in tree_flatten(model.parameters())}
     with atomic_folder(args.out) as folder:
-        write_tokenizer(folder, text.tokenizer, read_tokenizer(text.tokenizer))
+        write_tokenizer(folder, read_tokenizer_files(texts[0].tokenizer))
         write_json(folder / "config.json", config)
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
         write_json(folder / "generation_config.json", ids)
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
-        card = model_card(args, text, steps, *load_base(folder, mx.float32))
+        base = Base.open(folder)
+        card = model_card(args, texts, steps, base.load(mx.float32), base.tokenizer)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_checksums(folder)
 
@@ -82,36 +84,51 @@ def write_checksums(folder: Path) -> None:
 
 
 def evaluate(
-    total_loss: TotalLoss, rows: Sequence[np.ndarray], microbatch: int
+    loss_of: Callable[[Sequence[Microbatch]], tuple[float, int]],
+    rows: Sequence[np.ndarray],
+    microbatch: int,
 ) -> tuple[float, float]:
     """Mean loss a token, and its sum, in nats."""
-    loss_sum, num_tokens = total_loss(collate_groups(rows, microbatch))
+    loss_sum, num_tokens = loss_of(collate_groups(rows, microbatch))
     return loss_sum / num_tokens, loss_sum
 
 
 def model_card(
-    args: argparse.Namespace, text: Text, steps: int, model: Model, tokenizer: Any
+    args: argparse.Namespace, texts: Sequence[Text], steps: int, model: Model, tokenizer: Any
 ) -> str:
     """README.md: what the model is, how it was made, how good it is, and what it is not."""
-    rows = rows_in_order(text.held_out, text.end_id, args.width)
-    mean, total = evaluate(compile_loss(model), rows, args.microbatch)
+    loss_of = total_loss(model)
     num_parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
-    seen, num_tokens = steps * args.rows * args.width, len(text.train)
+    seen, num_tokens = steps * args.rows * args.width, len(texts[0].train)
+    schedule = "then linear to 0"
+    if len(texts) > 1:
+        late = round(args.then_tokens / (args.rows * args.width))
+        share = round(args.rows * args.then_share) / args.rows
+        schedule = f"level, and in the last {late:,} steps linear to 0"
     facts = {
         "parameters": f"{num_parameters:,}, the tied head counted once; stored in bfloat16",
         "shape": f"{args.layers} layers, hidden size {args.hidden}, {args.heads} heads of "
         f"{args.hidden // args.heads}, {args.vocab} tokens",
         "text": f"{num_tokens:,} tokens to learn from; every hundredth document, "
-        f"{len(text.held_out):,} tokens, held out",
-        "tokens seen": f"{seen:,}, or {seen / num_tokens:.1f} epochs: {steps:,} steps of "
-        f"{args.rows} packed rows of {args.width} tokens",
+        f"{len(texts[0].held_out):,} tokens, held out",
+        "tokens seen": f"{seen:,}: {steps:,} steps of {args.rows} packed rows of {args.width} "
+        "tokens",
         "optimizer": "Muon for the matrices of the blocks, AdamW for the rest; learning rate "
-        f"{args.learning_rate:g} after {args.warmup:.0%} warmup, then linear to 0; weight decay "
+        f"{args.learning_rate:g} after {args.warmup:.0%} warmup, {schedule}; weight decay "
         f"{args.weight_decay:g}; gradients clipped to {args.max_grad_norm:g}; seed {args.seed}",
-        "held-out loss": f"{mean:.4f} nats a token",
-        "held-out perplexity": f"{math.exp(mean):.2f}",
-        "held-out bits per byte": f"{total / math.log(2) / text.held_out_bytes:.4f}",
     }
+    if len(texts) > 1:
+        facts["second stage"] = (
+            f"the last {late:,} steps, {share:.0%} of their rows from {texts[1].name} "
+            f"({len(texts[1].train):,} tokens to learn from, {len(texts[1].held_out):,} held out)"
+        )
+    for text in texts:
+        rows = rows_in_order(text.held_out, text.end_id, args.width)
+        mean, total = evaluate(loss_of, rows, args.microbatch)
+        facts[f"held out of {text.name}"] = (
+            f"{mean:.4f} nats a token, perplexity {math.exp(mean):.2f}, "
+            f"{total / math.log(2) / text.held_out_bytes:.4f} bits a byte"
+        )
     sources = args.sources.read_text(encoding="utf-8") if args.sources else "Not stated."
     card = Path(__file__).with_name("pretrain_card.md").read_text(encoding="utf-8")
     return card.format(

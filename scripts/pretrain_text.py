@@ -2,7 +2,7 @@
 
 import lzma
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from interviewmate_mlx.base.converted import write_json
 from interviewmate_mlx.errors import TrainingError
 from interviewmate_mlx.files import atomic_file, atomic_folder
-from interviewmate_mlx.weights.converted import write_json
-from interviewmate_mlx.weights.json_file import read_json
+from interviewmate_mlx.formats.json_file import read_json
 
 END = "<|endoftext|>"
 HELD_OUT_EVERY = 100
@@ -25,6 +25,7 @@ class Text:
     """Token ids of a text.
 
     Attributes:
+        name: of its file.
         train: (N,) uint16; each document ends in `end_id`.
         held_out: likewise, of the documents that are only for judging.
         held_out_bytes: of those documents in UTF-8.
@@ -32,6 +33,7 @@ class Text:
         tokenizer: its folder.
     """
 
+    name: str
     train: np.ndarray
     held_out: np.ndarray
     held_out_bytes: int
@@ -39,23 +41,49 @@ class Text:
     tokenizer: Path
 
 
-def prepare_text(path: Path, vocab_size: int, work: Path, console: Console) -> Text:
-    """Train the tokenizer and encode the text, unless an earlier run has left both in `work`."""
-    folder, files = work / "tokenizer", [work / "train.npy", work / "held_out.npy"]
-    if not (work / "text.json").is_file():  # written last
-        documents = read_documents(path)
-        held_out = documents[::HELD_OUT_EVERY]
-        del documents[::HELD_OUT_EVERY]
-        console.print(f"{len(documents):,} documents to learn from, {len(held_out):,} held out")
-        train_tokenizer(documents, vocab_size, folder)
-        for name, texts in zip(files, (documents, held_out), strict=True):
-            with atomic_file(name) as temporary:
-                np.save(temporary, encode(folder, texts, console))
-        write_json(work / "text.json", {"held_out_bytes": sum(len(t.encode()) for t in held_out)})
-    train, valid = map(np.load, files)
-    return Text(
-        train, valid, **read_json(work / "text.json"), end_id=int(train[-1]), tokenizer=folder
-    )
+def prepare_texts(
+    paths: Sequence[Path], vocab_size: int, work: Path, console: Console
+) -> list[Text]:
+    """Train the tokenizer on the first text and encode all, unless `work` has them already.
+
+    Of the first text every hundredth document is held out. Of the others, those are held
+    out that share a paragraph with one of them. So a cut of the first text is judged on
+    the cuts of its held-out documents.
+    """
+    tokenizer, texts = work / "tokenizer", []
+    for number, path in enumerate(paths):
+        files = [work / f"train_{number}.npy", work / f"held_out_{number}.npy"]
+        facts = work / f"text_{number}.json"
+        if not facts.is_file():  # written last
+            documents = read_documents(path)
+            if number == 0:
+                held_out = documents[::HELD_OUT_EVERY]
+                del documents[::HELD_OUT_EVERY]
+                train_tokenizer(documents, vocab_size, tokenizer)
+            else:
+                judged = read_documents(paths[0])[::HELD_OUT_EVERY]
+                known = set().union(*map(paragraphs, judged))
+                held_out = [d for d in documents if not known.isdisjoint(paragraphs(d))]
+                documents = [d for d in documents if known.isdisjoint(paragraphs(d))]
+            console.print(
+                f"{path.name}: {len(documents):,} documents to learn from, "
+                f"{len(held_out):,} held out"
+            )
+            for file, some in zip(files, (documents, held_out), strict=True):
+                with atomic_file(file) as temporary:
+                    np.save(temporary, encode(tokenizer, some, console))
+            write_json(facts, {"held_out_bytes": sum(len(t.encode()) for t in held_out)})
+        train, valid = map(np.load, files)
+        end_id = int(train[-1])
+        texts.append(
+            Text(path.name, train, valid, **read_json(facts), end_id=end_id, tokenizer=tokenizer)
+        )
+    return texts
+
+
+def paragraphs(document: str) -> set[str]:
+    """What stands between empty lines."""
+    return {paragraph.strip() for paragraph in document.split("\n\n")}
 
 
 def read_documents(path: Path) -> list[str]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import mlx.core as mx
 import torch
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -11,6 +12,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import FalconConfig, FalconForCausalLM
+
+from interviewmate_mlx.model.falcon import Model, ModelArgs
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -71,7 +74,7 @@ def write_tokenizer(folder: Path, vocab_size: int = 384) -> Path:
 
 def tiny_falcon(
     heads: int = 4,
-    head_size: int = 16,
+    head_dim: int = 16,
     layers: int = 2,
     vocab_size: int = 384,
     bias: bool = True,
@@ -84,7 +87,7 @@ def tiny_falcon(
     """
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
-        "hidden_size": heads * head_size,
+        "hidden_size": heads * head_dim,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "alibi": True,
@@ -103,6 +106,15 @@ def tiny_falcon(
             is_norm_scale = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(noise * 0.1 + (1.0 if is_norm_scale else 0.0))
     return model
+
+
+def our_model(reference: FalconForCausalLM | None = None) -> Model:
+    """Our network in eval mode, with the weights of transformers' (by default `tiny_falcon()`)."""
+    reference = reference or tiny_falcon()
+    model = Model(ModelArgs.from_dict(reference.config.to_dict()))
+    state = {name: mx.array(tensor.numpy()) for name, tensor in reference.state_dict().items()}
+    model.load_weights(list(model.sanitize(state).items()))
+    return model.eval()
 
 
 def hub_config(model: FalconForCausalLM) -> dict[str, Any]:

@@ -26,13 +26,12 @@ from interviewmate_mlx import backend  # noqa: F401
 # isort: split
 from checkpoints import tiny_falcon, write_checkpoint
 
+from interviewmate_mlx.base.convert import convert
 from interviewmate_mlx.cli import main
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.results import terminal
-from interviewmate_mlx.results.log import record
 from interviewmate_mlx.training.events import Stepped
 from interviewmate_mlx.training.loop import train
-from interviewmate_mlx.weights.convert import convert
 
 # Of unequal length, so that rows fall into several widths; no two alike.
 _QUESTIONS = {
@@ -78,7 +77,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Falcon-RW of two layers, four heads of 16, as it would lie on the Hub. Read only."""
     folder = tmp_path_factory.mktemp("hub") / "tiny-falcon"
-    return write_checkpoint(folder, tiny_falcon(heads=4, head_size=16, layers=2))
+    return write_checkpoint(folder, tiny_falcon(heads=4, head_dim=16, layers=2))
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +120,7 @@ def tiny_adapter(
             "validate.every=1000",
         ],
     )
-    for _ in record(train(run, out), run, out):
+    for _ in train(run, out):
         pass
     return out
 

@@ -20,14 +20,14 @@ import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
 
+from interviewmate_mlx.adapter.config import AdapterConfig
+from interviewmate_mlx.adapter.folder import Adapter, adapter_weights, save_adapter
 from interviewmate_mlx.config import load_run, parse_run, to_toml
 from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.errors import InterviewMateError
+from interviewmate_mlx.formats.safetensors_file import read_safetensors_header, safetensors_header
+from interviewmate_mlx.formats.torch_file import read_torch_file
 from interviewmate_mlx.model.falcon import Model, ModelArgs
-from interviewmate_mlx.weights.adapter_config import AdapterConfig
-from interviewmate_mlx.weights.peft import adapter_weights, load_adapter, save_adapter
-from interviewmate_mlx.weights.safetensors_file import read_safetensors_header, safetensors_header
-from interviewmate_mlx.weights.torch_file import read_torch_file
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _safetensors_contents(seeds: list[bytes]) -> st.SearchStrategy[bytes]:
 
 
 def _read_safetensors(path: Path) -> None:
-    for entry in read_safetensors_header(path).values():
+    for entry in read_safetensors_header(path).tensors.values():
         assert sum(len(chunk) for chunk in entry.chunks()) == entry.nbytes < 1 << 20
 
 
@@ -311,7 +311,7 @@ def adapter_target(folder: Path) -> Target:
         config_file.write_bytes(content[8 : 8 + length])
         weights_file.write_bytes(content[8 + length :])
         model = Model(args)
-        load_adapter(model, folder)
+        Adapter.open(folder).apply(model)
         for name, array in adapter_weights(model).items():
             assert np.isfinite(np.array(array)).all(), name
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 import pytest
 from safetensors.numpy import load_file
 
+from interviewmate_mlx import backend
 from interviewmate_mlx.cli import main
 from interviewmate_mlx.coach import generate
 
@@ -24,10 +25,15 @@ from interviewmate_mlx.coach import generate
 IMATE = [sys.executable, "-W", "error", "-c", "from interviewmate_mlx.cli import main; main()"]
 
 
+CONTEXT = click.Context(main)
+
+
 def all_commands(command: click.Command, path: str = "") -> Iterator[tuple[str, click.Command]]:
     yield path, command
     if isinstance(command, click.Group):
-        for name, sub in command.commands.items():
+        for name in command.list_commands(CONTEXT):
+            sub = command.get_command(CONTEXT, name)
+            assert sub
             yield from all_commands(sub, f"{path} {name}".strip())
 
 
@@ -56,7 +62,7 @@ def test_help_shows_an_example_that_is_right(imate, path):
         command, name = main, "imate-mlx"
         while isinstance(command, click.Group):
             name = words.pop(0)
-            command = command.commands[name]
+            command = command.get_command(CONTEXT, name)
         assert path in ("", next(p for p, c in COMMANDS.items() if c is command))
         command.make_context(name, words)  # refuses what it does not know
 
@@ -137,26 +143,29 @@ def test_wrong_usage_exits_with_2_and_says_why(imate, words, said):
         ),
         ("train TRAIN --resume", "TrainingError: Nothing to resume in adapters/run_A"),
         ("train TRAIN --out FILE", "TrainingError: FILE is a file."),
-        ("train TRAIN --out FILE/adapter", "Cannot write or read FILE/adapter: Not a directory"),
+        (
+            "train TRAIN --out FILE/adapter",
+            "StorageError: Cannot write FILE/adapter: Not a directory",
+        ),
         ("bench TRAIN --set nonsense", "ConfigError: The run A cannot be trained:\n  nonsense: ex"),
-        ("generate x", "ConfigError: No base: give --model (mini, a folder, or a Hub id"),
+        ("generate x", "ConfigError: No base: name one (mini, a folder, or a Hub id"),
         ("generate x --model FILE", "ModelError: No model at FILE"),
         ("generate x --model QUESTIONS", "ModelError: No model at QUESTIONS"),
         ("generate x --model CHECKPOINT", "ModelError: CHECKPOINT holds no model*.safetensors."),
         ("generate x --model BASE --adapter nowhere", "AdapterError: No adapter in nowhere"),
         ("convert FILE", "ModelError: FILE holds no config.json."),
-        ("convert /nowhere", "ConfigError: No folder /nowhere, and no Hub id"),
+        ("convert /nowhere", "ConfigError: No folder /nowhere, and not a Hub id"),
         (
             "convert CHECKPOINT --revision v2",
             "ConfigError: --revision is for Hub ids, and CHECKPOINT is a",
         ),
         (
             "convert CHECKPOINT --out QUESTIONS",
-            "ModelError: QUESTIONS is there already, and no con",
+            "ModelError: QUESTIONS exists already, and no con",
         ),
-        ("convert CHECKPOINT --out QUESTIONS --force", "ModelError: QUESTIONS is there already"),
+        ("convert CHECKPOINT --out QUESTIONS --force", "ModelError: QUESTIONS exists already"),
         ("convert CHECKPOINT --out CHECKPOINT", "ModelError: CHECKPOINT holds the source"),
-        ("convert CHECKPOINT --out FILE/x", "ModelError: Cannot convert CHECKPOINT"),
+        ("convert CHECKPOINT --out FILE/x", "StorageError: Cannot write FILE/x"),
         ("export nowhere --out x", "AdapterError: No adapter in nowhere"),
         ("export QUESTIONS --out x", "AdapterError: No adapter in QUESTIONS"),
         ("data check nowhere", "DataError: No data at nowhere."),
@@ -218,6 +227,7 @@ def test_reader_who_goes_away_is_no_error(tmp_path):
 
 def test_device_that_is_not_known_is_refused(imate, monkeypatch):
     monkeypatch.setenv("INTERVIEWMATE_DEVICE", "tpu")
+    backend._choose_device.cache_clear()  # it is asked once a process
     said = (
         "BackendError: INTERVIEWMATE_DEVICE: got 'tpu', expected cpu or gpu.\n"
         "Correct it, or unset it.\n"
@@ -286,7 +296,8 @@ def test_run_is_not_replaced_unasked(imate, small):
     result = imate("train", *small, code=1)
     assert result.stderr == (
         f"TrainingError: {out} is not empty.\n"
-        "Go on with --resume, replace it with --force, or choose another --out.\n"
+        "Resume its run, replace it, or choose another folder.\n"
+        "Options for that: --resume, --force, --out.\n"
     )
     # Forced, but the new run cannot start.
     imate("train", *small, "--force", "--set", "data.path=nowhere", code=1)

@@ -15,9 +15,9 @@ from checkpoints import tiny_falcon, write_checkpoint
 from hub_server import TOKEN, USER, HubServer
 
 from interviewmate_mlx import __version__
+from interviewmate_mlx.base.convert import convert
 from interviewmate_mlx.cli import main
 from interviewmate_mlx.coach import generate
-from interviewmate_mlx.weights.convert import convert
 
 SHOWN: dict[str, str] = {}  # an option -> the test that shows its effect
 
@@ -38,8 +38,21 @@ def all_options(command: click.Command, path: str = "") -> Iterator[str]:
         if isinstance(parameter, click.Option):
             yield f"{path} {max(parameter.opts, key=len)}".strip()
     if isinstance(command, click.Group):
-        for name, sub in command.commands.items():
-            yield from all_options(sub, f"{path} {name}".strip())
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            yield from all_options(command.get_command(context, name), f"{path} {name}".strip())
+
+
+@shows("--traceback")
+@pytest.mark.parametrize("asked", ["option", "variable"])
+def test_traceback_shows_the_whole_error(imate, monkeypatch, asked):
+    plain = imate("data", "check", "nowhere", code=1).stderr
+    assert "Traceback" not in plain
+    monkeypatch.setenv("INTERVIEWMATE_TRACEBACK", "1" if asked == "variable" else "")
+    whole = imate(*["--traceback"] * (asked == "option"), "data", "check", "nowhere", code=1).stderr
+    assert whole.startswith("Traceback (most recent call last):\n")
+    assert "records.py" in whole
+    assert plain.splitlines()[0].removeprefix("DataError: ") in whole
 
 
 def test_every_option_has_a_test_of_its_effect():
@@ -53,7 +66,7 @@ def test_every_option_has_a_test_of_its_effect():
 def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base that differs from `tiny_base` in shape and tokenizer; 384 rows for 300 tokens."""
     folder = tmp_path_factory.mktemp("hub") / "other"
-    model = tiny_falcon(heads=2, head_size=16, layers=1, seed=1)
+    model = tiny_falcon(heads=2, head_dim=16, layers=1, seed=1)
     checkpoint = write_checkpoint(folder, model, tokenizer_size=300)
     return convert(checkpoint, tmp_path_factory.mktemp("models") / "other").path
 
@@ -228,7 +241,9 @@ def test_train_replaces_a_run_with_force_alone(imate, small):
     imate("train", *small)
     before = Path("adapters/run_A/adapter_model.safetensors").read_bytes()
     different = [*small, "--set", "train.seed=1"]
-    assert "replace it with --force" in imate("train", *different, code=1).stderr
+    assert (
+        "Options for that: --resume, --force, --out." in imate("train", *different, code=1).stderr
+    )
     assert Path("adapters/run_A/adapter_model.safetensors").read_bytes() == before
     imate("train", *different, "--force")
     assert Path("adapters/run_A/adapter_model.safetensors").read_bytes() != before
@@ -381,7 +396,7 @@ def test_export_leaves_any_other_folder_alone_even_with_force(imate, tiny_adapte
     Path("mine").mkdir()
     Path("mine/thesis").touch()
     said = imate("export", tiny_adapter, "--out", "mine", "--force", code=1).stderr
-    assert "mine is there already, and is no exported adapter" in said
+    assert "mine exists and is not an exported adapter" in said
     assert [path.name for path in Path("mine").iterdir()] == ["thesis"]
 
 

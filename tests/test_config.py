@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from interviewmate_mlx.config import (
-    BaseModel,
-    Data,
-    Lora,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
     RunConfig,
-    Train,
-    Validate,
+    TrainConfig,
+    ValidateConfig,
     load_run,
     parse_run,
     shipped,
@@ -100,7 +100,7 @@ def test_shipped_run_is_found_in_either_case_under_one_name(letter):
 
 def test_file_with_a_shipped_runs_name_is_the_users(write_run):
     path = write_run("[lora]\nrank = 3\n", name="A.toml")
-    assert load_run(path) == replace(RunConfig(), name="A", lora=Lora(rank=3))
+    assert load_run(path) == replace(RunConfig(), name="A", lora=LoraConfig(rank=3))
 
 
 def test_shipped_file_is_found_without_the_current_folder(tmp_path, monkeypatch):
@@ -150,11 +150,11 @@ def test_every_key_of_a_file_arrives(write_run):
     run = load_run(path)
     assert run == RunConfig(
         name="mine",
-        model=BaseModel("models/mine", "bfloat16"),
-        lora=Lora(16, 32.0, 0.0, ("dense", "query_key_value"), True),
-        data=Data("rows", 128, "all"),
-        train=Train(5, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, True, 6.5, 0),
-        validate=Validate(10, 2),
+        model=ModelConfig("models/mine", "bfloat16"),
+        lora=LoraConfig(16, 32.0, 0.0, ("dense", "query_key_value"), True),
+        data=DataConfig("rows", 128, "all"),
+        train=TrainConfig(5, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, True, 6.5, 0),
+        validate=ValidateConfig(10, 2),
     )
     defaults = RunConfig()
     for table in ("model", "lora", "data", "train", "validate"):
@@ -183,7 +183,9 @@ def test_run_that_is_not_there_is_refused(run, said):
 
 def test_folder_that_ends_in_toml_is_refused(tmp_path):
     (tmp_path / "x.toml").mkdir()
-    assert refusal(str(tmp_path / "x.toml")).endswith("is no file.\nGive the path of a .toml file.")
+    assert refusal(str(tmp_path / "x.toml")).endswith(
+        "is not a file.\nGive the path of a .toml file."
+    )
 
 
 @pytest.mark.parametrize(
@@ -305,7 +307,7 @@ def test_all_faults_are_named_at_once(write_run):
 
 def test_run_made_in_python_is_held_to_the_same_ranges():
     with pytest.raises(ConfigError, match=r"lora\.rank: got 0, expected at least 1"):
-        RunConfig(lora=Lora(rank=0))
+        RunConfig(lora=LoraConfig(rank=0))
 
 
 # overrides
@@ -388,14 +390,17 @@ def test_shipped_run_comes_back_from_its_toml(letter, write_run):
 @pytest.mark.parametrize("odd", ODD)
 def test_run_with_odd_characters_comes_back_from_its_toml(odd):
     run = RunConfig(
-        name=odd, model=BaseModel(odd), data=Data(path=odd), lora=Lora(targets=(odd, "dense"))
+        name=odd,
+        model=ModelConfig(odd),
+        data=DataConfig(path=odd),
+        lora=LoraConfig(targets=(odd, "dense")),
     )
     assert parse_run(odd, to_toml(run)) == run
 
 
 @pytest.mark.parametrize("number", [1e-5, 5e-5, 1e-300, 0.1 + 0.2, 3.0, 1e22, 123456789.125])
 def test_number_comes_back_exactly(number):
-    run = RunConfig(train=Train(learning_rate=number), lora=Lora(rslora=True))
+    run = RunConfig(train=TrainConfig(learning_rate=number), lora=LoraConfig(rslora=True))
     assert parse_run("custom", to_toml(run)) == run
 
 

@@ -12,9 +12,9 @@ from hub_server import TOKEN, USER, HubServer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from interviewmate_mlx.weights import hub_cache
-from interviewmate_mlx.weights.base import load_base
-from interviewmate_mlx.weights.peft import load_adapter
+from interviewmate_mlx.adapter.folder import Adapter
+from interviewmate_mlx.base.base import Base
+from interviewmate_mlx.hub import cache as hub_cache
 
 FALCON = "tiiuae/falcon-rw-1b"
 
@@ -61,9 +61,9 @@ def test_whole_job_from_the_hub_and_back(
         ids = tokenizer("Question: What is a loss?\nAnswer:", return_tensors="pt")["input_ids"]
         base = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
         theirs = PeftModel.from_pretrained(base, str(adapter)).eval()
-        model, _ = load_base(converted, mx.float32)
+        model = Base.open(converted).load(mx.float32)
         plain = np.array(model(mx.array(ids.numpy())))
-        load_adapter(model, adapter)
+        Adapter.open(adapter).apply(model)
         ours = np.array(model.eval()(mx.array(ids.numpy())))
         with torch.no_grad():
             np.testing.assert_allclose(ours, theirs(ids).logits.numpy(), atol=1e-4, rtol=0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from interviewmate_mlx import files
+from interviewmate_mlx.errors import StorageError
 from interviewmate_mlx.files import atomic_file, atomic_folder, locked
 
 
@@ -78,7 +79,7 @@ def test_file_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:
 
 
 def test_block_that_writes_nothing_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a.txt"):
+    with pytest.raises(StorageError), atomic_file(tmp_path / "a.txt"):
         pass
     assert os.listdir(tmp_path) == []
 
@@ -111,7 +112,7 @@ def test_folder_does_not_appear_when_the_block_fails(tmp_path: Path) -> None:
 def test_folder_is_not_replaced_unless_asked(tmp_path: Path) -> None:
     path = tmp_path / "out"
     write_folder(path, "old")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(StorageError):
         write_folder(path, "new")
     assert (path / "sub" / "a.txt").read_text() == "old"
     write_folder(path, "new", replace=True)
@@ -127,7 +128,7 @@ def test_folder_takes_the_place_of_an_empty_one(tmp_path: Path) -> None:
 
 def test_folder_that_came_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "out"
-    with pytest.raises(FileExistsError), atomic_folder(path):
+    with pytest.raises(StorageError), atomic_folder(path):
         write_folder(path, "the faster one")
     assert (path / "sub" / "a.txt").read_text() == "the faster one"
     assert os.listdir(tmp_path) == ["out"]
@@ -177,7 +178,7 @@ def test_replacing_in_two_steps_puts_the_old_folder_back_when_the_second_fails(
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", failing_rename)
-    with pytest.raises(OSError, match="the disk went away"):
+    with pytest.raises(StorageError, match="the disk went away"):
         write_folder(path, "new", replace=True)
     assert (path / "sub" / "a.txt").read_text() == "old"
     assert os.listdir(tmp_path) == ["out"]
@@ -213,7 +214,7 @@ def test_a_folder_is_put_back_when_its_replacer_was_killed_between_two_steps(
         path,
     )
     assert not path.exists()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(StorageError):
         write_folder(path, "newer")
     assert (path / "sub" / "a.txt").read_text() == "old"
 

@@ -11,13 +11,12 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from interviewmate_mlx import backend
+from interviewmate_mlx.adapter.folder import Adapter
+from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.data.prompts import encode_question
 from interviewmate_mlx.errors import ConfigError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.falcon import Model
-from interviewmate_mlx.weights.adapter_config import read_adapter_config
-from interviewmate_mlx.weights.base import find_base, hash_weights, load_base
-from interviewmate_mlx.weights.peft import load_adapter, trained_on
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Sampling:
 
 
 def load_coach(
-    base: str | None,
-    adapter: Path | None,
+    base: str | None = None,
+    adapter: Path | str | None = None,
     dtype: str = "auto",
     progress: Progress | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
@@ -42,38 +41,45 @@ def load_coach(
         base: `mini`, a folder or a Hub id; by default the one that the adapter names.
         adapter: a PEFT folder.
         dtype: of the weights.
-        progress: bytes done and in all, while a base is pulled and converted.
+        progress: called with bytes done and bytes in all, while a base is pulled and
+            converted.
 
     Raises:
         InterviewMateError: one of them is missing or does not fit.
 
     Warns:
-        UserWarning: the adapter fits, and was trained on other weights. No error: they may be
-            those of a base trained further, which only the user can know.
+        UserWarning: the adapter fits, but was trained on other weights. This is not an error:
+            only the user can know whether the base was trained further.
     """
-    name = base or (read_adapter_config(adapter).base if adapter else "")
+    opened = Adapter.open(Path(adapter)) if adapter else None
+    name = base or (opened.config.base if opened else "")
     if not name:
         raise ConfigError(
-            "No base: give --model (mini, a folder, or a Hub id such as tiiuae/falcon-rw-1b), "
-            "or an adapter that names its base."
+            "No base: name one (mini, a folder, or a Hub id such as tiiuae/falcon-rw-1b), "
+            "or an adapter that names its base.",
+            "base",
+            "adapter",
         )
-    folder = find_base(name, progress)
-    model, tokenizer = load_base(folder, backend.resolve_dtype(dtype))
-    if adapter:
-        load_adapter(model, adapter)
-        expected, got = trained_on(adapter), hash_weights(folder)
+    opened_base = Base.open(name, progress)
+    model = opened_base.load(backend.resolve_dtype(dtype))
+    if opened:
+        opened.apply(model)
+        expected, got = opened.base_hash, opened_base.weights_hash
         if expected and got and expected != got:
             warnings.warn(
-                f"{adapter} was trained on other weights than those in {folder}; "
-                "what it answers on these may make no sense.",
+                f"{adapter} was trained on other weights than those in {opened_base.folder}; "
+                "its answers may make no sense.",
                 stacklevel=2,
             )
     model.eval()
-    return model, tokenizer
+    return model, opened_base.tokenizer
 
 
 def stream_answer(
-    model: Model, tokenizer: TokenizerWrapper, question: str, sampling: Sampling
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    question: str,
+    sampling: Sampling = Sampling(),
 ) -> Iterator[str]:
     """Yield the answer to a question piece by piece, until the end token or `max_tokens`."""
     if sampling.temperature > 0:
@@ -86,6 +92,11 @@ def stream_answer(
         yield piece.text
 
 
-def answer(model: Model, tokenizer: TokenizerWrapper, question: str, sampling: Sampling) -> str:
+def answer(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    question: str,
+    sampling: Sampling = Sampling(),
+) -> str:
     """The whole answer to a question, without the space that the template puts before it."""
     return "".join(stream_answer(model, tokenizer, question, sampling)).strip()

@@ -7,13 +7,12 @@ step is split changes speed and memory, never the update (dropout's draws aside)
 
 import itertools
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from numpy.random import default_rng  # not at the first step: a Ctrl-C is lost while it loads
+from numpy.random import default_rng  # loaded here: a Ctrl-C is lost while it loads
 
 from interviewmate_mlx.data.prompts import Example
 
@@ -23,10 +22,6 @@ WIDTH_STEP = 16
 # Rows of similar length are grouped within pools of so many steps: long enough a
 # pool to find them, short enough that the order of an epoch stays random.
 POOL_STEPS = 16
-# Of fewer padded tokens matrix products lose speed, and another trace is not worth it.
-STREAM_TOKENS = 256
-# Of more a CPU's caches hold too little of what one operation hands to the next.
-MOST_STREAM_TOKENS = 2048
 # The number of predicted tokens is rounded up to so many parts of a microbatch.
 PREDICTED_PARTS = 8
 
@@ -41,18 +36,14 @@ class Microbatch:
             that predict a token. N is rounded up; the surplus points at 0.
         targets: (N,) int32, the tokens to predict.
         mask: (N,) bool, false on the surplus.
-        num_rows: B.
-        num_tokens: real tokens, without padding.
-        num_predicted: tokens with a loss.
+        seed: of its dropout.
     """
 
     inputs: mx.array
     positions: mx.array
     targets: mx.array
     mask: mx.array
-    num_rows: int
-    num_tokens: int
-    num_predicted: int
+    seed: int = 0
 
     def arrays(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """What the compiled step takes."""
@@ -96,31 +87,21 @@ def padded_width(num_inputs: int) -> int:
     return WIDTH_STEP * math.ceil(num_inputs / WIDTH_STEP)
 
 
-def split_step(
-    examples: Sequence[Example], token_budget: int, num_streams: int = 1
-) -> list[list[Example]]:
+def split_step(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
     """Fit a step into as few microbatches as the budget of padded tokens allows.
 
     Rows of like length share a microbatch. A single row is always allowed.
+    """
+    return fill(sorted(examples, key=len, reverse=True), token_budget)
+
+
+def fill(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
+    """Groups of as many rows as the budget of padded tokens allows, one at least.
 
     Args:
-        examples: the rows.
-        token_budget: padded tokens at a time, those of all streams.
-        num_streams: that run at the same time, and so share the budget and, evenly, the rows.
+        examples: the longest first.
+        token_budget: of a group, padded.
     """
-    examples = sorted(examples, key=len, reverse=True)
-    if num_streams > 1:
-        widths = {padded_width(len(example) - 1) for example in examples}
-        sizes = sorted(width * (n + 1) for width in widths for n in range(len(examples)))
-        # The smallest with no more groups than streams.
-        even = bisect_left(sizes, True, key=lambda size: len(_fill(examples, size)) <= num_streams)
-        share = max(STREAM_TOKENS, sizes[even])
-        token_budget = min(token_budget // num_streams, share, MOST_STREAM_TOKENS)
-    return _fill(examples, token_budget)
-
-
-def _fill(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
-    """Groups of as many rows, the longest first, as have room in the budget; at least one."""
     groups: list[list[Example]] = []
     for example in examples:
         width = padded_width(len(groups[-1][0]) - 1) if groups else 0
@@ -143,7 +124,7 @@ def collate(examples: Sequence[Example], width: int | None = None) -> Microbatch
     positions, targets = [], []
     for row, example in enumerate(examples):
         inputs[row, : len(example) - 1] = example.tokens[:-1]
-        predicted = np.flatnonzero(example.learn)
+        predicted = np.flatnonzero(example.loss_mask)
         positions.append(row * width + predicted - 1)
         targets.append(example.tokens[predicted])
     num_predicted = sum(map(len, targets))
@@ -154,19 +135,13 @@ def collate(examples: Sequence[Example], width: int | None = None) -> Microbatch
         positions=mx.array(np.pad(np.concatenate(positions), (0, surplus)).astype(np.int32)),
         targets=mx.array(np.pad(np.concatenate(targets), (0, surplus)).astype(np.int32)),
         mask=mx.array(np.arange(num_predicted + surplus) < num_predicted),
-        num_rows=len(examples),
-        num_tokens=sum(map(len, examples)),
-        num_predicted=num_predicted,
     )
 
 
-def in_order(examples: Sequence[Example], token_budget: int) -> list[Microbatch]:
-    """Microbatches over all rows, by length: for validation, where nothing is random."""
+def by_width(examples: Sequence[Example]) -> list[list[Example]]:
+    """All rows in groups of one padded width, the narrowest first, as validation takes them."""
 
     def width(example: Example) -> int:
         return padded_width(len(example) - 1)
 
-    by_width = itertools.groupby(sorted(examples, key=len), key=width)
-    return [
-        collate(group) for _, rows in by_width for group in split_step(list(rows), token_budget)
-    ]
+    return [list(rows) for _, rows in itertools.groupby(sorted(examples, key=len), key=width)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interviewmate_mlx.config import Data
+from interviewmate_mlx.config import DataConfig
 from interviewmate_mlx.data.leakage import (
     ANSWER_THRESHOLD,
     QUESTION_THRESHOLD,
@@ -46,7 +46,9 @@ class DataReport:
     token_lengths: tuple[int, float, int] | None = None  # shortest, median, longest row
 
 
-def check_data(path: Path, tokenizer: Any = None, max_length: int = Data.max_length) -> DataReport:
+def check_data(
+    path: Path, tokenizer: Any = None, max_length: int = DataConfig.max_length
+) -> DataReport:
     """Read a file or folder and look for everything that would make training or validation lie.
 
     Args:
@@ -76,7 +78,7 @@ def check_data(path: Path, tokenizer: Any = None, max_length: int = Data.max_len
     if faults:
         raise DataError(
             f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n"
-            f"{list_faults(faults, most=20)}\nMend or remove those rows and check again."
+            f"{list_faults(faults, max_shown=20)}\nMend or remove those rows and check again."
         )
     words = [len(fold(record.answer)) for record in records]
     return DataReport(

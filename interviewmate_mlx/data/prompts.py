@@ -39,15 +39,15 @@ class Example:
     Attributes:
         record: where it comes from.
         tokens: (L,) int32 token ids.
-        learn: (L,) bool, true on the tokens that are predicted with a loss.
+        loss_mask: (L,) bool, true on the tokens that are predicted with a loss.
             Never on the first: nothing comes before it.
-        num_cut: tokens that did not fit.
+        num_truncated: tokens that did not fit.
     """
 
     record: Record
     tokens: np.ndarray
-    learn: np.ndarray
-    num_cut: int = 0
+    loss_mask: np.ndarray
+    num_truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -67,20 +67,20 @@ def encode_record(tokenizer: Any, record: Record, max_length: int, train_on: str
         train_on: `answer`, or `all` for a loss on every token but the first.
     """
     tokens: list[int] = []
-    learn: list[bool] = []
+    loss_mask: list[bool] = []
     for text, is_answer in _parts(record):
         piece = encode(tokenizer, text)
         if is_answer:
             piece.append(tokenizer.eos_token_id)
         tokens += piece
-        learn += [is_answer or train_on == "all"] * len(piece)
-    if learn:
-        learn[0] = False
+        loss_mask += [is_answer or train_on == "all"] * len(piece)
+    if loss_mask:
+        loss_mask[0] = False
     return Example(
         record=record,
         tokens=np.array(tokens[:max_length], dtype=np.int32),
-        learn=np.array(learn[:max_length], dtype=bool),
-        num_cut=max(0, len(tokens) - max_length),
+        loss_mask=np.array(loss_mask[:max_length], dtype=bool),
+        num_truncated=max(0, len(tokens) - max_length),
     )
 
 
@@ -99,8 +99,8 @@ def encode_records(
 ) -> tuple[list[Example], list[Example]]:
     """Encode all rows; those with nothing left to learn from come second."""
     examples = [encode_record(tokenizer, record, max_length, train_on) for record in records]
-    kept = [example for example in examples if example.learn.any()]
-    return kept, [example for example in examples if not example.learn.any()]
+    kept = [example for example in examples if example.loss_mask.any()]
+    return kept, [example for example in examples if not example.loss_mask.any()]
 
 
 def _parts(record: Record) -> list[tuple[str, bool]]:

@@ -18,14 +18,14 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from interviewmate_mlx.config import shipped
 from interviewmate_mlx.data.rows import read_rows
 from interviewmate_mlx.errors import DataError, brief, list_faults
+from interviewmate_mlx.files import is_utf8
 
 LABELS = ("id", "category", "difficulty", "follow_up")
 DIFFICULTIES = ("beginner", "intermediate", "advanced")
-_MOST_FAULTS = 1000  # then nobody mends them by hand
-_MISSPELT = 0.85  # difflib's ratio from which an unknown key is taken for a label
+_MAX_FAULTS = 1000  # more than anybody mends by hand
+_MISSPELT_RATIO = 0.85  # from this difflib ratio on, an unknown key is taken for a label
 ROLES = ("system", "user", "assistant")
 SPLIT_NAMES = {
     "train": ("train",),
@@ -105,12 +105,6 @@ def split_files(path: Path) -> dict[str, Path]:
     return {split: file for split, file in found.items() if file}
 
 
-def shipped_data(name: str) -> Path | None:
-    """The folder of a data set that comes with the package, or None."""
-    folder = shipped(f"data/{name}")
-    return folder if name.isidentifier() and (folder / "train.jsonl").is_file() else None
-
-
 def read_records(path: Path) -> list[Record]:
     """Read and check one .jsonl or .json file.
 
@@ -122,7 +116,7 @@ def read_records(path: Path) -> list[Record]:
     if faults:
         count = f"{len(faults)} faulty row{'s' if len(faults) > 1 else ''}"
         raise DataError(
-            f"{path}: {count}:\n{list_faults(faults, most=20)}\nMend them and run again."
+            f"{path}: {count}:\n{list_faults(faults, max_shown=20)}\nMend them and run again."
         )
     if not records:
         raise DataError(f"{path}: no rows.\nAdd rows, one JSON object a line.")
@@ -138,22 +132,24 @@ def scan_records(path: Path) -> tuple[list[Record], list[str]]:
     records: list[Record] = []
     faults: list[str] = []
     lines_of_ids: dict[str, str] = {}
-    for place, row in read_rows(path):
-        if len(faults) == _MOST_FAULTS:
-            faults.append(f"{place}: after {_MOST_FAULTS} faults nothing more was read")
+    for row in read_rows(path):
+        if len(faults) == _MAX_FAULTS:
+            faults.append(f"{row.place}: after {_MAX_FAULTS} faults nothing more was read")
             break
-        try:
-            record = _read_row(row() if callable(row) else row, f"{path.name} {place}")
-        except RecursionError:
-            faults.append(f"{place}: nested too deeply")
+        if row.fault:
+            faults.append(f"{row.place}: {row.fault}")
             continue
+        try:
+            record = _read_row(row.value, f"{path.name} {row.place}")
         except ValueError as error:
-            faults.append(f"{place}: {error}")
+            faults.append(f"{row.place}: {error}")
             continue
         if record.id and record.id in lines_of_ids:
             first = lines_of_ids[record.id]
-            faults.append(f"{place}: id {record.id!r} is taken by {first}; expected each id once")
-        lines_of_ids.setdefault(record.id, place)
+            faults.append(
+                f"{row.place}: id {record.id!r} is taken by {first}; expected each id once"
+            )
+        lines_of_ids.setdefault(record.id, row.place)
         records.append(record)
     return records, faults
 
@@ -194,7 +190,7 @@ def _refuse_misspelt(row: dict[str, Any]) -> None:
     for key in row.keys() - {"question", "answer", *LABELS}:
         ratios = {label: SequenceMatcher(None, key.casefold(), label).ratio() for label in LABELS}
         nearest = max(LABELS, key=ratios.__getitem__)
-        if ratios[nearest] >= _MISSPELT:
+        if ratios[nearest] >= _MISSPELT_RATIO:
             raise ValueError(f"got the key {brief(key)}, expected {nearest!r} (or another name)")
 
 
@@ -227,7 +223,7 @@ def _text(row: dict[str, Any], key: str) -> str:
         raise ValueError(f"{key}: got {got}, expected a text")
     if not value.strip():
         raise ValueError(f"{key}: got an empty text")
-    if any("\ud800" <= char <= "\udfff" for char in value):
+    if not is_utf8(value):
         raise ValueError(f"{key}: got half a surrogate pair, expected valid Unicode")
     return value
 

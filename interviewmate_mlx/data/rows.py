@@ -1,51 +1,58 @@
 """The rows of a JSONL or JSON file, whatever they hold."""
 
+import errno
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from interviewmate_mlx.errors import DataError, brief
+from interviewmate_mlx.files import read_bounded
 
-# What a file may hold, so that reading it takes a bounded share of memory and time. A .json
-# file is held as a whole, a .jsonl file row by row.
-_MOST_BYTES = {".jsonl": 256 << 20, ".json": 16 << 20}
-_MOST_ROW_BYTES = 1 << 20
+# A .json file is held in memory as a whole, a .jsonl file row by row.
+_MAX_BYTES = {".jsonl": 256 << 20, ".json": 16 << 20}
+_MAX_ROW_BYTES = 1 << 20
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row's place, and its parser (.jsonl) or value (.json).
+@dataclass(frozen=True)
+class Row:
+    """One row of a file.
 
-    A parser raises ValueError, or RecursionError where a row is nested too deeply.
+    Attributes:
+        place: where it stands, for messages: `line 3`, `row 3`.
+        value: the parsed JSON; None if there is a fault.
+        fault: why it cannot be parsed; empty if it can.
+    """
+
+    place: str
+    value: Any
+    fault: str = ""
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a .jsonl or .json file.
 
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    if path.suffix not in (".jsonl", ".json"):
+    if path.suffix not in _MAX_BYTES:
         raise DataError(
             f"{path}: got a {path.suffix or 'nameless'} file, expected .jsonl or .json."
         )
-    most = _MOST_BYTES[path.suffix]
     try:
-        with path.open("rb") as file:
-            data = file.read(most + 1)
+        data = read_bounded(path, _MAX_BYTES[path.suffix])
     except OSError as error:
-        raise DataError(
-            f"Cannot read {path}: {error.strerror}.\nCheck the path and who may read it."
-        ) from error
-    if len(data) > most:
-        raise DataError(
-            f"{path}: got more than {most >> 20} MB, expected at most that in one file.\n"
-            "Split it into several."
-        )
+        hint = "Split it into several." if error.errno == errno.EFBIG else "Check who may read it."
+        raise DataError(f"Cannot read {path}: {error.strerror}.\n{hint}") from error
     data = data.removeprefix(b"\xef\xbb\xbf")
     _refuse_encoding(path, data)
     if path.suffix == ".jsonl":
         for number, line in enumerate(io.BytesIO(data), start=1):
             if line.strip():
-                yield f"line {number}", _parser(line.rstrip(b"\r\n"))
+                yield _parse_line(f"line {number}", line.rstrip(b"\r\n"))
         return
     try:
         rows = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
@@ -56,7 +63,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: not JSON: {fault}\nMend that place and run again.") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: got a JSON {type(rows).__name__}, expected a list of rows.")
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    yield from (Row(f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _refuse_encoding(path: Path, data: bytes) -> None:
@@ -82,18 +89,20 @@ def _is_utf8(line: bytes) -> bool:
     return True
 
 
-def _parser(line: bytes) -> Callable[[], Any]:
-    def parse() -> Any:
-        if len(line) > _MOST_ROW_BYTES:
-            raise ValueError(f"got {len(line)} bytes, expected at most {_MOST_ROW_BYTES} in a row")
-        try:
-            return json.loads(line.decode("utf-8"), object_pairs_hook=_without_duplicates)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8 at byte {error.start} of the line") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-
-    return parse
+def _parse_line(place: str, line: bytes) -> Row:
+    if len(line) > _MAX_ROW_BYTES:
+        fault = f"got {len(line)} bytes, expected at most {_MAX_ROW_BYTES} in a row"
+        return Row(place, None, fault)
+    try:
+        return Row(place, json.loads(line.decode("utf-8"), object_pairs_hook=_without_duplicates))
+    except UnicodeDecodeError as error:
+        return Row(place, None, f"not UTF-8 at byte {error.start} of the line")
+    except json.JSONDecodeError as error:
+        return Row(place, None, f"not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return Row(place, None, "nested too deeply")
+    except ValueError as error:  # a key that stands twice, a number of too many digits
+        return Row(place, None, str(error))
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

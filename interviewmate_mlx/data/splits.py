@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from interviewmate_mlx.data.records import read_records, split_files
+from interviewmate_mlx.data.rows import read_rows
 from interviewmate_mlx.errors import DataError, list_faults
 from interviewmate_mlx.files import atomic_file
 
@@ -40,7 +41,7 @@ def split_rows(
     has no file.
 
     Args:
-        sources: .jsonl or .json files, or folders of splits; none deals nothing out anew.
+        sources: .jsonl or .json files, or folders of splits; may be empty.
         out: the folder of the three files.
         seed: of the hash that orders the rows.
         shares: of train, valid and test; they sum to 1.
@@ -105,8 +106,7 @@ def _files(sources: list[Path]) -> list[Path]:
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """The rows of a file as they are, by id."""
     records = read_records(path)  # all faults of the rows
-    text = path.read_text(encoding="utf-8-sig")
-    rows = json.loads(text) if path.suffix == ".json" else _lines(text)
+    rows = [row.value for row in read_rows(path)]
     faults = [f"{record.source}: no id" for record in records if not record.id]
     if faults:
         raise DataError(
@@ -115,10 +115,6 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
             'Give each row an "id" of its own that never changes, such as a running number.'
         )
     return {record.id: row for record, row in zip(records, rows, strict=True)}
-
-
-def _lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _place(row: dict[str, Any], row_id: str, seed: int) -> tuple[str, str, str]:

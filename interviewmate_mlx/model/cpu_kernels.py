@@ -1,18 +1,18 @@
-"""Norm, GELU, attention and cross-entropy of what a CPU vectorises: sums, products, quotients.
+"""Norm, GELU, attention and cross-entropy from operations that MLX vectorises on a CPU.
 
-MLX's Linux CPU backend takes `exp`, `erf` and `softmax` number by number, so that
-they cost as much as the matrix products beside them. Inside one `mx.compile`,
-plain arithmetic is vectorised, and sums of rows are as matrix products; here the
-functions are built of those, each with a derivative of its own. For float32 on a
-CPU alone: every other backend has fast kernels. Largest errors against float64,
-held by `tests/model/test_cpu_kernels.py`:
+MLX's Linux CPU backend computes `exp`, `erf` and `softmax` one number at a time. In
+training they then cost as much as the matrix products. Plain arithmetic inside one
+`mx.compile` is vectorised, and row sums are fast as matrix products. The functions
+here use only those, each with its own derivative. They are for float32 on a CPU;
+every other backend has fast kernels. Largest errors against float64, held by
+`tests/model/test_cpu_kernels.py`:
 
     exp           2e-7 * (1 + |x|), relative, for -87 <= x <= 0: as if x had been rounded
     gelu          1e-6 for |x| <= 8, derivative 1e-6
     layer_norm    1e-6 of its largest number, likewise each derivative
 
-Polynomials are summed pairwise (Estrin's scheme): a chain as deep as Horner's is
-longer than what MLX fuses into one kernel, and would be stored halfway.
+Polynomials are summed pairwise (Estrin's scheme). Horner's scheme is a longer chain
+than MLX fuses into one kernel, so its intermediate results would be stored.
 """
 
 import math
@@ -65,12 +65,12 @@ def exp(x: mx.array) -> mx.array:
 
     To be called inside `mx.compile`.
     """
-    # A comparison keeps the compiler from vectorising the rest of its kernel:
-    # `contiguous` is not fused, and so gives it a kernel of its own.
+    # A comparison keeps the compiler from vectorising its kernel. `contiguous` is not
+    # fused, so it ends that kernel here.
     x = mx.contiguous(mx.maximum(x, _LEAST))
     y = x * (1 / _LN2)
-    # The larger of 0 and y + 127.5, cut to an integer: the exponent in a float32's bits,
-    # which begin at the 23rd. An exponent of 0 makes 0, and no slow subnormal number.
+    # The larger of 0 and y + 127.5, truncated to an integer: the exponent field of a
+    # float32, which starts at bit 23. An exponent of 0 gives 0, not a slow subnormal.
     bits = (0.5 * ((y + 128) + mx.abs(y + 127))).astype(mx.int32) << 23
     k = (bits >> 23).astype(mx.float32) - 127
     return _polynomial(_EXP, x - k * _LN2) * bits.view(mx.float32)
@@ -80,7 +80,7 @@ def _rational(
     fit: tuple[list[float], list[float]], limit: float, x: mx.array, factor: mx.array
 ) -> mx.array:
     """factor * (1/2 + x * p(x**2) / q(x**2)), with x cut to the limits."""
-    # As in `exp`: a kernel of its own.
+    # `contiguous` ends the kernel, as in `exp`.
     x = mx.contiguous(mx.clip(x, -limit, limit))
     square = x * x
     ratio = _polynomial(fit[0], square) / _polynomial(fit[1], square)
@@ -120,7 +120,7 @@ def _layer_norm_vjp(
     cotangent = cotangents[0]
     product = cotangent * normal
     shares = weight[:, None] / weight.size
-    # What a change of the mean and of the scale takes back.
+    # The last two terms come from the derivatives of the mean and of the scale.
     slope = cotangent * weight - cotangent @ shares - normal * (product @ shares)
     rows = tuple(range(product.ndim - 1))
     return scale * slope, product.sum(rows), cotangent.sum(rows), mx.zeros_like(eps)
@@ -156,16 +156,16 @@ def _times_difference(x: mx.array, y: mx.array, z: mx.array) -> mx.array:
     return x * (y - z)
 
 
-def _scores(queries: mx.array, keys: mx.array, bias: mx.array) -> mx.array:
-    return queries @ keys.swapaxes(-1, -2) + bias
+def _scores(queries: mx.array, keys: mx.array, mask: mx.array) -> mx.array:
+    return queries @ keys.swapaxes(-1, -2) + mask
 
 
 @mx.custom_function
 def _attention(
-    queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Attention, and the logarithm of each row's sum of exponentials, (B, H, L, 1)."""
-    scores = _scores(queries, keys, bias)
+    scores = _scores(queries, keys, mask)
     top = scores.max(axis=-1, keepdims=True)
     exponentials = _exp_minus(scores, top)
     total = _row_sums(exponentials)
@@ -176,18 +176,18 @@ def _attention(
 def _attention_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, ...]:
-    queries, keys, values, bias = primals
+    queries, keys, values, mask = primals
     out, log_total = outputs
     cotangent = mx.contiguous(cotangents[0])
-    # Computed anew: to keep them would take more memory than all else of a layer.
-    probabilities = _exp_minus(_scores(queries, keys, bias), log_total)
+    # Computed again: keeping them would take more memory than the rest of a layer.
+    probabilities = _exp_minus(_scores(queries, keys, mask), log_total)
     inner = _row_sums(cotangent * out)
     score_gradient = _times_difference(probabilities, cotangent @ values.swapaxes(-1, -2), inner)
     return (
         score_gradient @ keys,
         score_gradient.swapaxes(-1, -2) @ queries,
         probabilities.swapaxes(-1, -2) @ cotangent,
-        mx.zeros_like(bias),
+        mx.zeros_like(mask),
     )
 
 
@@ -211,7 +211,7 @@ def attention(
     Returns:
         (B, H, L, D).
     """
-    # Contiguous once, or each of the products that they are in would copy them.
+    # Made contiguous once; otherwise each product that uses them makes its own copy.
     outputs: Any = _attention(queries * scale, mx.contiguous(keys), mx.contiguous(values), mask)
     return outputs[0]
 

@@ -9,7 +9,7 @@ the sdpa path of transformers' `models/falcon/modeling_falcon.py`.
 
 Shape letters, here and in the rest of the package:
     B batch    L length of the queries    K length of the keys, cached ones included
-    H heads    D head size                C channels = H * D    V vocabulary
+    H heads    D head dimension           C channels = H * D    V vocabulary
 """
 
 import math
@@ -83,7 +83,7 @@ class ModelArgs:
 
 
 def alibi_slopes(num_heads: int) -> mx.array:
-    """One slope a head, as ALiBi defines them (https://arxiv.org/abs/2108.12409).
+    """One slope per head, as ALiBi defines them (https://arxiv.org/abs/2108.12409).
 
     A geometric sequence for a power of two. Other counts take the sequence of
     the largest power of two below, then every second slope of the doubled one.
@@ -101,7 +101,7 @@ def alibi_slopes(num_heads: int) -> mx.array:
     return mx.array(slopes, dtype=mx.float32).astype(mx.bfloat16)
 
 
-def attention_bias(
+def alibi_mask(
     slopes: mx.array,
     query_positions: mx.array,
     key_positions: mx.array,
@@ -139,27 +139,27 @@ def attention_bias(
 
 
 class Attention(nn.Module):
-    """Multi-head attention with a fused projection: q, k and v lie interleaved a head."""
+    """Multi-head attention with a fused projection: q, k and v are interleaved per head."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.num_heads = args.num_attention_heads
-        self.head_size = args.hidden_size // args.num_attention_heads
-        self.scale = self.head_size**-0.5
+        self.head_dim = args.hidden_size // args.num_attention_heads
+        self.scale = self.head_dim**-0.5
         self.query_key_value = nn.Linear(args.hidden_size, 3 * args.hidden_size, bias=args.bias)
         self.dense = nn.Linear(args.hidden_size, args.hidden_size, bias=args.bias)
         self.attend: Any = scaled_dot_product_attention
 
-    def __call__(self, x: mx.array, bias: mx.array, cache: Any = None) -> mx.array:
+    def __call__(self, x: mx.array, mask: mx.array, cache: Any = None) -> mx.array:
         B, L, C = x.shape
-        qkv = self.query_key_value(x).reshape(B, L, self.num_heads, 3, self.head_size)
-        # A split and no slices: its gradient is one concatenation.
+        qkv = self.query_key_value(x).reshape(B, L, self.num_heads, 3, self.head_dim)
+        # One split instead of three slices: its gradient is a single concatenation.
         queries, keys, values = (
             part.squeeze(3).swapaxes(1, 2) for part in mx.split(qkv, 3, axis=3)
         )
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        out = self.attend(queries, keys, values, cache=cache, scale=self.scale, mask=bias)
+        out = self.attend(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
         return self.dense(out.swapaxes(1, 2).reshape(B, L, C))
 
 
@@ -191,8 +191,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(args.hidden_size, eps=args.layer_norm_epsilon)
         self.mlp = MLP(args)
 
-    def __call__(self, x: mx.array, bias: mx.array, cache: Any = None) -> mx.array:
-        x = x + self.self_attention(self.input_layernorm(x), bias, cache)
+    def __call__(self, x: mx.array, mask: mx.array, cache: Any = None) -> mx.array:
+        x = x + self.self_attention(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -218,12 +218,12 @@ class Transformer(nn.Module):
         first, num_cached = _cache_position(caches[0])
         query_positions = first[:, None] + mx.arange(x.shape[1])
         key_positions = first[:, None] + mx.arange(-num_cached, x.shape[1])
-        bias = attention_bias(
+        mask = alibi_mask(
             alibi_slopes(self.num_heads), query_positions, key_positions, self.scale, x.dtype
         )
         states = []
         for block, block_cache in zip(self.h, caches, strict=True):
-            x = block(x, bias, block_cache)
+            x = block(x, mask, block_cache)
             states.append(x)
         return states
 
@@ -271,7 +271,7 @@ class Model(nn.Module):
 
 
 def _cache_position(cache: Any) -> tuple[mx.array, int]:
-    """The position of the next token a row, (B,) or (1,), and how many keys are cached.
+    """The position of each row's next token, (B,) or (1,), and how many keys are cached.
 
     In a batch with left padding the two differ: `BatchKVCache.offset` starts at
     minus the padding, `_idx` at 0.

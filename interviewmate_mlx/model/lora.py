@@ -7,13 +7,14 @@ model's own parameter paths behind the prefix `base_model.model.`.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from interviewmate_mlx.errors import AdapterError, list_faults
+from interviewmate_mlx.model.tree import named_arrays
 
 Projection: TypeAlias = nn.Linear | nn.QuantizedLinear
 
@@ -120,7 +121,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 def linear_paths(model: nn.Module) -> list[str]:
     """Paths of the linear layers of a model, in its order."""
-    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    leaves: Any = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
     return [path for path, module in leaves if isinstance(module, Projection)]
 
 
@@ -218,7 +219,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """
 
     def count(tree: dict) -> int:
-        return sum(array.size for _, array in tree_flatten(tree))
+        return sum(array.size for array in named_arrays(tree).values())
 
     total = count(model.parameters())
     for _, module in model.named_modules():

@@ -13,7 +13,7 @@ from interviewmate_mlx.model.lora import linear_paths, shape_of
 from interviewmate_mlx.training.events import Stepped
 from interviewmate_mlx.training.loop import run_steps
 from interviewmate_mlx.training.optimizer import adamw
-from interviewmate_mlx.training.step import compile_step
+from interviewmate_mlx.training.step import Step
 from interviewmate_mlx.training.task import prepare
 
 # The project that this one comes from: PyTorch on Apple Silicon, float32, rows padded to 256.
@@ -53,19 +53,18 @@ def bench(
 ) -> BenchResult:
     """Time `steps` optimizer updates of a run after `warmup` untimed ones. Writes nothing.
 
-    Each step is a true one, on the run's own rows in the order of its seed. A
+    Each step is a real one, on the run's own rows in the order of its seed. A
     width that the warm-up did not meet is compiled within the timed steps, as
     it would be in training.
     """
     slowdowns = backend.slowdowns()
-    task = prepare(run, progress)
-    with backend.memory_limits(), backend.cpu_streams(task.memory.most_streams) as streams:
-        settings = run.train
-        compiled_step = compile_step(task.model, adamw(), settings.max_grad_norm, streams)
+    task = prepare(run, progress=progress)
+    with backend.memory_limits(), task.executor.opened():
+        step = Step(task.model, adamw(), run.train.max_grad_norm, task.executor)
 
         def timed(first: int, last: int) -> tuple[list[Stepped], float]:
             start = time.perf_counter()
-            events = list(run_steps(task, compiled_step, first, last, len(streams), lambda: False))
+            events = list(run_steps(task, step, first, last, lambda: False))
             return events, time.perf_counter() - start
 
         timed(0, warmup)
@@ -103,7 +102,7 @@ def bench(
         peak_gb=peak_bytes / 1e9,
         products_share=products_s / seconds,
         products_gflops=gflops,
-        whole_run_s=settings.epochs * len(task.train) * seconds / rows,
+        whole_run_s=run.train.epochs * len(task.rows.train) * seconds / rows,
         seed_samples_per_s=SEED_SAMPLES_PER_S.get(run.name),
         slowdowns=slowdowns,
     )

@@ -22,14 +22,21 @@ from rich.text import Text
 from interviewmate_mlx.data.check import DataReport
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.files import Progress as ByteProgress
-from interviewmate_mlx.results.log import Summary
-from interviewmate_mlx.training.events import Event, Finished, Started, Stepped, Validated
+from interviewmate_mlx.results.bench import BenchResult
+from interviewmate_mlx.training.events import (
+    Event,
+    Finished,
+    Started,
+    Stepped,
+    Summary,
+    Validated,
+)
 
 # Without a terminal: a line each time so many parts of the run are done.
 _PLAIN_LINES = 20
 
 
-def show(events: Iterator[Event | Summary], console: Console) -> Iterator[Event | Summary]:
+def show(events: Iterator[Event], console: Console) -> Iterator[Event]:
     """Pass a run's events on while showing them: a bar with its time, the numbers below it."""
     bar = Progress(
         TextColumn("step {task.completed}/{task.total}"),
@@ -85,7 +92,8 @@ def byte_bar(description: str, console: Console) -> Iterator[ByteProgress]:
 
 def summary_table(summary: Summary) -> Table:
     """The closing table of a run."""
-    table = Table(title=f"{summary.run} on {summary.base}", show_header=False, title_justify="left")
+    title = f"{summary.run} on {summary.base}"
+    table = Table(title=title, show_header=False, title_justify="left", min_width=len(title))
     window = summary.loss_window_steps
     steps = f"{window} steps" if window > 1 else "step"
     rows = [
@@ -113,6 +121,26 @@ def summary_table(summary: Summary) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def bench_text(result: BenchResult) -> str:
+    """What `bench` found, in a few lines."""
+    lines = [
+        f"{result.run} on {result.base}, {result.device}, {result.dtype}",
+        f"{result.steps} steps ({result.rows} rows, {result.tokens} tokens) "
+        f"in {result.seconds:.2f} s",
+        f"{result.samples_per_s:.3f} samples/s ({result.samples_per_s_slowest:.3f} to "
+        f"{result.samples_per_s_fastest:.3f} a step), {result.tokens_per_s:.0f} tokens/s",
+        f"peak {result.peak_gb:.2f} GB; {result.products_share:.0%} of the time is what its "
+        f"matrix products need at this machine's own {result.products_gflops:.0f} GFLOP/s",
+        f"the whole run: {result.whole_run_s / 60:.1f} minutes",
+    ]
+    if result.seed_samples_per_s:
+        lines.append(
+            f"the project this one comes from: {result.seed_samples_per_s} samples/s "
+            "(falcon-rw-1b, PyTorch on Apple Silicon)"
+        )
+    return "\n".join(lines)
 
 
 def data_tables(report: DataReport) -> list[Table | Text]:
@@ -149,13 +177,13 @@ def data_tables(report: DataReport) -> list[Table | Text]:
 def preview_text(tokenizer: Any, example: Example) -> Text:
     """A row's tokens, one after the other, those that carry loss marked; then their counts."""
     text = Text()
-    for token, learn in zip(example.tokens.tolist(), example.learn.tolist(), strict=True):
+    for token, has_loss in zip(example.tokens.tolist(), example.loss_mask.tolist(), strict=True):
         piece = tokenizer.decode([token]).replace("\n", "\\n\n")
-        text.append(f"[{piece}]" if learn else piece, style="green" if learn else "dim")
-    num_learned = int(example.learn.sum())
+        text.append(f"[{piece}]" if has_loss else piece, style="green" if has_loss else "dim")
+    num_learned = int(example.loss_mask.sum())
     text.append(f"\n\n{len(example)} tokens, {num_learned} of them [with loss]")
-    if example.num_cut:
-        text.append(f"; {example.num_cut} more were cut")
+    if example.num_truncated:
+        text.append(f"; {example.num_truncated} more were truncated")
     if not num_learned:
         text.append("\nnothing is left to learn: training would drop this row")
     return text
@@ -165,8 +193,10 @@ def _print_start(event: Started, console: Console) -> None:
     rows = f"{event.num_train_rows} rows to train on, {event.num_valid_rows} to validate on"
     console.print(f"{rows}; {event.total_steps} steps, {event.steps_per_epoch} an epoch")
     console.print(f"about {filesize.decimal(event.peak_bytes)} of memory at the peak")
-    if event.num_cut_rows:
-        console.print(f"{event.num_cut_rows} rows are longer than data.max_length and were cut")
+    if event.num_truncated_rows:
+        console.print(
+            f"{event.num_truncated_rows} rows are longer than data.max_length and were truncated"
+        )
     if event.num_dropped_rows:
         console.print(f"{event.num_dropped_rows} rows had nothing left to learn and were dropped")
     for note in event.notes:

@@ -1,11 +1,10 @@
 """The exact state of a run, in one file.
 
 `checkpoints/step-000053.safetensors` holds the adapter, the optimizer's moments
-and the best adapter so far as tensors, and all else as JSON in the file's
-metadata, with a hash over all of it. One file is there or not; there is no half
-of a save.
+and the best adapter so far as tensors. The rest is JSON in the file's metadata,
+with a hash over everything. A save is one file, so it exists whole or not at all.
 
-No random state is kept: the order of an epoch and the dropout of a step follow
+No random state is saved: the order of an epoch and the dropout of a step follow
 from the seed and the step alone.
 """
 
@@ -16,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_map_with_path
 
 from interviewmate_mlx.errors import TrainingError, WeightsError, list_faults
 from interviewmate_mlx.files import atomic_file
-from interviewmate_mlx.weights.safetensors_file import save_tensors
+from interviewmate_mlx.formats.safetensors_file import save_tensors
+from interviewmate_mlx.model.tree import named_arrays
 
 FOLDER = "checkpoints"
 PATTERN = "step-*.safetensors"
@@ -34,7 +37,7 @@ class State:
     best_step: int = 0
     best_loss: float | None = None  # validation loss at best_step
     bad_validations: int = 0  # in a row, without a new best
-    token_budget: int = 0  # at a time; kept, so that a resumed run splits steps alike
+    token_budget: int = 0  # of the memory plan; a resumed run must split its steps alike
     fingerprint: dict[str, str] = field(default_factory=dict)  # of base and data
     versions: dict[str, str] = field(default_factory=dict)  # of what the bytes depend on
 
@@ -44,18 +47,18 @@ Tensors = dict[str, dict[str, mx.array]]  # by group: adapter, optimizer, best
 
 @dataclass(frozen=True)
 class Saved:
-    """A run as it was saved last."""
+    """A run as it was last saved."""
 
     state: State
     tensors: Tensors
-    damaged: dict[Path, str]  # newer checkpoints that are not whole, and why
+    damaged: dict[Path, str]  # newer checkpoints that are damaged, and how
 
 
 def save_checkpoint(out: Path, state: State, tensors: Tensors, keep: int) -> Path:
     """Write one checkpoint, then remove all but the newest `keep`.
 
     Raises:
-        OSError: it cannot be written; those there stay.
+        StorageError: it cannot be written; earlier ones stay.
     """
     path = out / FOLDER / f"step-{state.step:06d}.safetensors"
     flat = {f"{group}/{name}": a for group, arrays in tensors.items() for name, a in arrays.items()}
@@ -81,7 +84,7 @@ def load_newest(out: Path) -> Saved | None:
     """Read the newest checkpoint that is whole; None where there are none at all.
 
     Raises:
-        TrainingError: none is whole, or another version of this package wrote it.
+        TrainingError: all are damaged, or another version of this package wrote it.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints(out)):
@@ -95,7 +98,8 @@ def load_newest(out: Path) -> Saved | None:
         faults = [f"{path.name}: {fault}" for path, fault in damaged.items()]
         raise TrainingError(
             f"{out / FOLDER} holds no checkpoint that is whole:\n{list_faults(faults)}\n"
-            "Restore one, or train anew with another --out."
+            "Restore one, or train again into another folder.",
+            "out",
         )
     return None
 
@@ -109,12 +113,14 @@ def load_checkpoint(path: Path) -> tuple[State, Tensors]:
     """
     try:
         loaded: Any = mx.load(str(path), return_metadata=True)
-        flat, meta = loaded
-        text = meta["state"]
-        is_whole = _hash(text, flat) == meta["sha256"]
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        flat, metadata = loaded
+        mx.eval(flat)
+    except (RuntimeError, ValueError) as error:
         raise WeightsError(f"damaged: {error}") from error
-    if not is_whole:
+    if not {"state", "sha256"} <= metadata.keys():
+        raise WeightsError("damaged: it says neither the run's state nor its hash")
+    text = metadata["state"]
+    if _hash(text, flat) != metadata["sha256"]:
         raise WeightsError("damaged: its bytes are not those that were written")
     tensors: Tensors = {"adapter": {}, "optimizer": {}, "best": {}}
     try:
@@ -125,9 +131,25 @@ def load_checkpoint(path: Path) -> tuple[State, Tensors]:
     except (TypeError, KeyError) as error:
         raise TrainingError(
             f"{path} was written by another version of this package: {error}\n"
-            "Go on with that version, or train anew with another --out."
+            "Use that version, or train again into another folder.",
+            "out",
         ) from error
     return state, tensors
+
+
+def restore(saved: Saved, model: nn.Module, optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    """Put a checkpoint's numbers into model and optimizer, in place.
+
+    Returns:
+        The best adapter so far, in the model's order; empty if there is none yet.
+    """
+    adapter, best = saved.tensors["adapter"], saved.tensors["best"]
+    model.load_weights(list(adapter.items()), strict=False)
+    moments = saved.tensors["optimizer"]
+    optimizer.state.update(tree_map_with_path(lambda name, _: moments[name], optimizer.state))
+    # The order decides the bytes of the adapter's file.
+    names = named_arrays(model.trainable_parameters())
+    return {name: best[name] for name in names if name in best}
 
 
 def set_aside(damaged: dict[Path, str]) -> list[str]:

@@ -12,7 +12,7 @@ class Started:
     steps_per_epoch: int
     num_train_rows: int
     num_valid_rows: int
-    num_cut_rows: int  # whose answer was longer than max_length allows
+    num_truncated_rows: int  # longer than max_length allows
     num_dropped_rows: int  # with nothing left to learn from
     num_trainable: int
     num_parameters: int
@@ -47,10 +47,38 @@ class Validated:
 
 
 @dataclass(frozen=True)
-class Saving:
-    """The state after `step` updates is about to be saved; what tells of them comes first."""
+class Summary:
+    """What a run came to. Losses are nats per predicted token, weighted by tokens."""
 
-    step: int
+    run: str
+    base: str
+    steps: int
+    epochs: float
+    first_loss: float  # training loss over the first steps
+    final_loss: float  # over the last
+    loss_window_steps: int
+    base_valid_loss: float | None  # before the first step
+    best_valid_loss: float | None
+    best_step: int | None  # whose adapter was kept; None: the last one's
+    stopped_early: bool
+    train_rows: int
+    valid_rows: int
+    trainable_parameters: int
+    total_parameters: int
+    training_s: float  # steps alone, without loading and validation
+    samples_per_s: float
+    tokens_per_s: float  # real tokens, without padding
+    peak_gb: float
+    package_version: str
+
+    @property
+    def reduction(self) -> float:
+        """Share of the first training loss that is gone."""
+        return 1 - self.final_loss / self.first_loss
+
+    @property
+    def trainable_share(self) -> float:
+        return self.trainable_parameters / self.total_parameters
 
 
 @dataclass(frozen=True)
@@ -61,6 +89,7 @@ class Finished:
     best_step: int | None  # whose adapter was kept; None: the last one's
     interrupted: bool
     stopped_early: bool
+    summary: Summary  # of what was done so far
 
 
-Event = Started | Stepped | Validated | Saving | Finished
+Event = Started | Stepped | Validated | Finished

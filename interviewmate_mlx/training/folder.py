@@ -1,44 +1,50 @@
-"""A run's folder: which process has it, which run is in it, and what may be done to it."""
+"""A run's folder: which process holds it, which run is in it, and what may be done to it."""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from interviewmate_mlx.adapter.card import write_card
+from interviewmate_mlx.adapter.config import AdapterConfig
+from interviewmate_mlx.adapter.folder import WEIGHTS_FILE
 from interviewmate_mlx.config import RunConfig, parse_run, to_toml
 from interviewmate_mlx.errors import ConfigError, TrainingError, list_faults
 from interviewmate_mlx.files import LOCK_FILE, atomic_file, clear_leftovers, locked
+from interviewmate_mlx.hub.names import is_hub_id, local_path, shipped_base
 from interviewmate_mlx.training.checkpoint import FOLDER, PATTERN, checkpoints
-from interviewmate_mlx.weights.peft import WEIGHTS_FILE
+from interviewmate_mlx.training.events import Summary
 
 RUN_FILE = "run.toml"
 
 
 @contextmanager
-def hold(out: Path) -> Iterator[None]:
-    """Keep a run's folder to this process while it runs.
+def lock_run(out: Path) -> Iterator[None]:
+    """Lock a run's folder for this process while the block runs.
 
     Raises:
         TrainingError: another process trains in it, or it is a file.
+        StorageError: it cannot be written to.
     """
     if out.is_file():
-        raise TrainingError(f"{out} is a file.\nChoose another --out.")
+        raise TrainingError(f"{out} is a file.\nChoose another folder.", "out")
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(out))
         except BlockingIOError as error:
             raise TrainingError(
                 f"{out} is in use: {error.strerror}.\n"
-                "Wait until it ends, stop it, or choose another --out."
+                "Wait until it ends, stop it, or choose another folder.",
+                "out",
             ) from error
         yield
 
 
 def check_out(out: Path, resume: bool, replace: bool = False) -> None:
-    """Refuse to mix a new run with an old one, and to replace what is no run.
+    """Refuse to mix a new run with an old one, and to replace what is not a run.
 
-    A run that was killed before its first checkpoint can be resumed too: it begins anew.
+    A run that was killed before its first checkpoint can be resumed too: it starts again.
 
     Raises:
         TrainingError: `out` holds something already, or, to resume, nothing.
@@ -46,11 +52,12 @@ def check_out(out: Path, resume: bool, replace: bool = False) -> None:
     has_run = (out / RUN_FILE).is_file()
     if resume:
         if not has_run:
-            raise TrainingError(f"Nothing to resume in {out}: it holds no run.\nTrain anew.")
+            raise TrainingError(f"Nothing to resume in {out}: it holds no run.\nTrain a new one.")
         if not checkpoints(out) and (out / WEIGHTS_FILE).exists():
             raise TrainingError(
-                f"Nothing to resume in {out}: its checkpoints are gone, and only they can be.\n"
-                "Restore them, or train anew with another --out."
+                f"Nothing to resume in {out}: its checkpoints are gone.\n"
+                "Restore them, or train again into another folder.",
+                "out",
             )
         clear_leftovers(out / FOLDER / PATTERN)
         return
@@ -59,13 +66,16 @@ def check_out(out: Path, resume: bool, replace: bool = False) -> None:
         return
     if not replace:
         raise TrainingError(
-            f"{out} is not empty.\n"
-            "Go on with --resume, replace it with --force, or choose another --out."
+            f"{out} is not empty.\nResume its run, replace it, or choose another folder.",
+            "resume",
+            "replace",
+            "out",
         )
     if not has_run:
         raise TrainingError(
             f"{out} holds no run of this package, so it is not replaced.\n"
-            "Remove it yourself, or choose another --out."
+            "Remove it yourself, or choose another folder.",
+            "out",
         )
 
 
@@ -95,7 +105,7 @@ def read_run(out: Path) -> RunConfig:
     except (OSError, ValueError, ConfigError) as error:  # a TOML or Unicode error is a ValueError
         reason = error.strerror if isinstance(error, OSError) else error
         raise TrainingError(
-            f"Cannot read {path}: {reason}\nRestore it, or train anew with another --out."
+            f"Cannot read {path}: {reason}\nRestore it, or train again into another folder.", "out"
         ) from error
 
 
@@ -117,7 +127,8 @@ def check_same_run(run: RunConfig, out: Path) -> None:
     if faults:
         raise TrainingError(
             f"{out} began as another run:\n{list_faults(faults)}\n"
-            "Resume with what it began with, or train anew with another --out."
+            "Resume it with its own values, or train again into another folder.",
+            "out",
         )
 
 
@@ -125,3 +136,46 @@ def write_run(run: RunConfig, out: Path) -> None:
     """Keep the resolved run beside its adapter."""
     with atomic_file(out / RUN_FILE) as temporary:
         temporary.write_text(to_toml(run), encoding="utf-8")
+
+
+def adapter_config(run: RunConfig) -> AdapterConfig:
+    """What the adapter's folder says of it."""
+    lora, base = run.lora, run.model.base
+    # A folder by its whole path: the adapter is loaded from other folders too.
+    if not shipped_base(base) and local_path(base).exists():
+        base = str(local_path(base).resolve())
+    return AdapterConfig(base, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.rslora)
+
+
+def write_run_card(out: Path, run: RunConfig, summary: Summary) -> None:
+    """Write the model card of a run's adapter."""
+    base = run.model.base
+    facts = {
+        "trainable parameters": f"{summary.trainable_parameters:,} ({summary.trainable_share:.2%})",
+        "steps, epochs": f"{summary.steps}, {summary.epochs:.2f}",
+        f"training loss, first and last {_steps(summary.loss_window_steps)}": (
+            f"{summary.first_loss:.4f}, {summary.final_loss:.4f}"
+        ),
+    }
+    if summary.base_valid_loss is not None and summary.best_valid_loss is not None:
+        facts["validation loss, base"] = f"{summary.base_valid_loss:.4f}"
+        facts[f"validation loss, adapter (step {summary.best_step})"] = (
+            f"{summary.best_valid_loss:.4f}"
+        )
+    is_shipped = shipped_base(base) is not None
+    write_card(
+        out,
+        run.name,
+        replace(adapter_config(run), base=base),
+        facts,
+        trained_on=f"Trained with InterviewMate (`interviewmate_mlx` {summary.package_version}) "
+        f"on {summary.train_rows} question-and-answer rows ({run.data.path}).",
+        base_hub_id=base if is_hub_id(base) else None,
+        # transformers needs the folder of a shipped base; its name means something here alone.
+        base_folder=f"models/{base}" if is_shipped else base,
+        base_hint=f"The base is shipped: `imate-mlx convert {base}` first." if is_shipped else "",
+    )
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else f"{count} steps"

@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from interviewmate_mlx.data.batches import padded_width, split_step
+from interviewmate_mlx.data.batches import padded_width
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.falcon import Model, ModelArgs
+from interviewmate_mlx.model.tree import named_arrays
+from interviewmate_mlx.training.step import Executor
 
 # What a token takes at the peak, which is at the loss. A layer keeps for its backward pass the
-# norms or their inputs, and the inputs of the attention and of the GELU, in units of C; and the
-# scores, of H * L, where attention does not compute them anew. On top come arrays that MLX has
-# planned ahead: copies of the last layers' scores and, of V, of the logits.
+# norms or their inputs and the inputs of attention and GELU, in units of C; and the scores, H * L,
+# unless attention computes them again. On top come arrays that MLX has planned ahead: copies of
+# the last layers' scores and, V each, of the logits.
 _KEPT_CHANNELS = 16
 _KEPT_SCORES = 3
 _PLANNED_SCORES = 11
@@ -22,12 +23,14 @@ _PLANNED_LOGITS = 7
 
 
 def weight_bytes(model: nn.Module, num_streams: int = 1) -> int:
-    """Bytes of the parameters; of what is trained also gradients, one set a stream, and the rest.
+    """Bytes of the parameters and of all that belongs to the trained ones.
 
-    The rest is two moments and, while it is updated, a second copy.
+    That is one set of gradients per stream, two moments and, during the update, a copy.
     """
-    parameters = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    trained = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
+    parameters, trained = (
+        sum(array.nbytes for array in named_arrays(tree).values())
+        for tree in (model.parameters(), model.trainable_parameters())
+    )
     return parameters + (3 + num_streams) * trained
 
 
@@ -36,7 +39,7 @@ def bytes_per_token(
     width: int,
     itemsize: int,
     keeps_scores: bool,
-    recomputes: bool = False,
+    gradient_checkpointing: bool = False,
     num_streams: int = 1,
 ) -> int:
     """Bytes that one padded token of a microbatch takes.
@@ -49,13 +52,13 @@ def bytes_per_token(
         args: the model's shape.
         width: tokens of a padded row; attention while training is unfused.
         itemsize: bytes of an activation.
-        keeps_scores: false with `use_cpu_kernels`, whose attention computes them anew.
-        recomputes: true with `recompute_blocks`: one block at a time keeps more than its input.
-        num_streams: that run side by side. What MLX plans ahead it plans for all of them
-            together; not so with `recomputes`, as measured.
+        keeps_scores: false with `use_cpu_kernels`, whose attention computes them again.
+        gradient_checkpointing: one block at a time keeps more than its input.
+        num_streams: that run side by side. What MLX plans ahead, it plans for all of them
+            together; measured, this does not hold with gradient checkpointing.
     """
     layers, inputs = args.num_hidden_layers, 0
-    if recomputes:
+    if gradient_checkpointing:
         layers, inputs, num_streams = 1, layers, 1
     channels = inputs + _KEPT_CHANNELS * layers
     scores = _PLANNED_SCORES / num_streams + (_KEPT_SCORES * layers if keeps_scores else 0)
@@ -70,7 +73,7 @@ class MemoryPlan:
 
     Attributes:
         row_width: padded tokens of the longest row.
-        token_budget: padded tokens that there is room for at a time, those of all streams.
+        token_budget: padded tokens that there is room for at a time, over all streams.
         step_tokens: of them, those of the largest step.
         peak_bytes: expected at that step.
     """
@@ -81,8 +84,8 @@ class MemoryPlan:
     peak_bytes: int
 
     @property
-    def most_streams(self) -> int:
-        """How many have room for a row of their own."""
+    def max_rows(self) -> int:
+        """How many of the longest rows there is room for at a time."""
         return max(1, self.token_budget // self.row_width)
 
 
@@ -92,10 +95,10 @@ def plan_memory(
     effective_batch: int,
     itemsize: int,
     keeps_scores: bool,
-    recomputes: bool,
+    gradient_checkpointing: bool,
     memory_bytes: int,
-    num_streams: int,
-    token_budget: int | None = None,
+    executor: Executor,
+    token_budget: int = 0,
 ) -> MemoryPlan:
     """Plan a run: weights, and `bytes_per_token` for each padded token.
 
@@ -105,17 +108,17 @@ def plan_memory(
         effective_batch: rows of a step.
         itemsize: bytes of an activation.
         keeps_scores: as in `bytes_per_token`.
-        recomputes: as in `bytes_per_token`.
+        gradient_checkpointing: as in `bytes_per_token`.
         memory_bytes: what training may take.
-        num_streams: that may run side by side; 0 for none.
-        token_budget: of the run that goes on; it is kept, whatever there is room for now.
+        executor: of the machine, before it is limited to the plan.
+        token_budget: of the run that goes on, kept whatever there is room for now; 0 for none.
 
     Raises:
         BackendError: not even the longest row fits.
     """
     weights = weight_bytes(model)
     width = padded_width(max(map(len, rows)) - 1)
-    shape = model.args, width, itemsize, keeps_scores, recomputes
+    shape = model.args, width, itemsize, keeps_scores, gradient_checkpointing
     per_token = bytes_per_token(*shape)
     needed = weights + width * per_token
     if needed > memory_bytes:
@@ -123,14 +126,14 @@ def plan_memory(
             f"Training needs about {needed / 1e9:.1f} GB ({weights / 1e9:.1f} of them weights), "
             f"but may take {memory_bytes / 1e9:.1f} here (train.memory_gb, or the machine's).\n"
             "Lower data.max_length, set model.dtype to bfloat16, train a smaller or quantised base"
-            f"{'' if recomputes else ', or set train.gradient_checkpointing'}."
+            f"{'' if gradient_checkpointing else ', or set train.gradient_checkpointing'}."
         )
     budget = token_budget or (memory_bytes - weights) // per_token
-    most_streams = max(1, min(num_streams, budget // width))
+    executor = executor.limited_to(budget // width)
     longest = sorted(rows, key=len)[-effective_batch:]
-    microbatches = split_step(longest, budget, most_streams)
-    sizes = sorted(padded_width(len(group[0]) - 1) * len(group) for group in microbatches)
-    side_by_side = min(most_streams, len(sizes))
+    groups = executor.split(longest, budget)
+    sizes = sorted(padded_width(len(group[0]) - 1) * len(group) for group in groups)
+    side_by_side = min(executor.num_streams, len(sizes))
     step_tokens = sum(sizes[-side_by_side:])
     per_token = bytes_per_token(*shape, side_by_side)
     peak_bytes = weight_bytes(model, side_by_side) + step_tokens * per_token

@@ -1,4 +1,4 @@
-"""The compiled microbatch and the compiled update.
+"""One optimizer update: microbatches are accumulated, then applied.
 
     gradient of a step = sum over its microbatches of d(loss_sum) / number of predicted tokens
 
@@ -6,241 +6,244 @@ So any split of a step into microbatches gives the same update, and padding
 never matters. (With dropout, each split draws other masks.)
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
-from numpy.random import SeedSequence  # as in `data/batches.py`, not at the first step
+from mlx.utils import tree_map
+from numpy.random import SeedSequence  # loaded here: a Ctrl-C is lost while it loads
 
-from interviewmate_mlx import backend
-from interviewmate_mlx.data.batches import Microbatch
+from interviewmate_mlx.data.batches import Microbatch, split_step
+from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.loss import (
     CHUNK_ELEMENTS,
     chunked_cross_entropy,
     masked_cross_entropy,
 )
 
-AddMicrobatches = Callable[[Sequence[Microbatch], Sequence[int]], None]
-Update = Callable[[mx.array], dict[str, mx.array]]
-TotalLoss = Callable[[Sequence[Microbatch]], tuple[float, int]]
-Computation = Callable[..., list[mx.array]]
+# A result to be added up, and the arrays that are computed on the way to it, in order.
+Computed = tuple[Any, list[mx.array]]
+Compute = Callable[[Microbatch], Computed]
 
 
-def loss_of(
-    model: nn.Module, inputs: mx.array, positions: mx.array, targets: mx.array, mask: mx.array
-) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """Loss sum and token count of a microbatch, and what is computed on the way, in order.
+class Executor(Protocol):
+    """How a step's rows become microbatches, and where these are computed."""
 
-    Logits exist only where there is a loss.
+    @property
+    def num_streams(self) -> int:
+        """How many microbatches are computed at once."""
+
+    @property
+    def steps_ahead(self) -> int:
+        """How many steps are handed to the device before the first one's numbers are read."""
+
+    def limited_to(self, num_rows: int) -> "Executor":
+        """The same, with at most so many rows computed at once if each takes all memory."""
+
+    def opened(self) -> AbstractContextManager[object]:
+        """Use it within the block."""
+
+    def split(self, rows: Sequence[Example], token_budget: int) -> list[list[Example]]:
+        """The rows of each microbatch of a step."""
+
+    def sum_of(self, compile_one: Callable[[], Compute]) -> Callable[[Sequence[Microbatch]], Any]:
+        """A function that adds up what a compiled computation gives for each microbatch."""
+
+
+class OneStream:
+    """Microbatches one after the other, on MLX's default device."""
+
+    num_streams = 1
+    steps_ahead = 1
+
+    def limited_to(self, num_rows: int) -> "OneStream":
+        return self
+
+    def opened(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def split(self, rows: Sequence[Example], token_budget: int) -> list[list[Example]]:
+        return split_step(rows, token_budget)
+
+    def sum_of(self, compile_one: Callable[[], Compute]) -> Callable[[Sequence[Microbatch]], Any]:
+        compute = compile_one()
+
+        def total(microbatches: Sequence[Microbatch]) -> Any:
+            sums: Any = None
+            for microbatch in microbatches:
+                result, _ = compute(microbatch)
+                sums = tree_map(mx.add, sums, result) if sums else result
+                mx.async_eval(sums)
+            return sums
+
+        return total
+
+
+class Step:
+    """The compiled update of a model's trainable parameters.
+
+    `accumulate` some microbatches, then `update`. Model and optimizer are changed in
+    place. From the first loss, gradient or updated parameter on that is not finite,
+    nothing is updated any more.
+
+    Attributes:
+        sums: the loss sum, token count and gradients of what was accumulated since the
+            last update; None before the first microbatch.
     """
-    states = model.transformer.hidden_states(inputs)
-    hidden = model.transformer.ln_f(states[-1])
-    predicting = hidden.reshape(-1, hidden.shape[-1])[positions]
-    if model.training and not has_trainable_head(model):
-        # Whatever the number of chunks: so the head's gradient is computed on the way, where as
-        # part of the last layer's backward pass it would keep another stream waiting.
-        chunk = CHUNK_ELEMENTS // model.args.vocab_size
-        loss, gradient = chunked_cross_entropy(
-            model.head, predicting, targets, mask, chunk, model.cross_entropy
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        max_grad_norm: float = 0.0,
+        executor: Executor | None = None,
+    ) -> None:
+        """
+        Args:
+            model: a network with `transformer` and `head`.
+            optimizer: initialised here.
+            max_grad_norm: the global norm to clip to; 0 does not clip.
+            executor: where microbatches are computed; by default one after the other.
+        """
+        optimizer.init(model.trainable_parameters())
+        self._model, self._optimizer = model, optimizer
+        self._max_grad_norm = max_grad_norm or math.inf
+        self._total = (executor or OneStream()).sum_of(partial(_compile_gradients, model))
+        self.sums: Any = None
+        self._is_healthy = mx.array(True)
+        state = [model.state, optimizer.state]
+        self._update = partial(mx.compile, inputs=state, outputs=state)(self._apply)
+
+    def accumulate(self, microbatches: Sequence[Microbatch], entropy: Sequence[int]) -> None:
+        """Add the loss, tokens and gradients of microbatches to those of the step.
+
+        Args:
+            microbatches: of the step, some or all.
+            entropy: numbers that dropout follows from.
+        """
+        seeds = SeedSequence(entropy).generate_state(len(microbatches), np.uint64).tolist()
+        sums = self._total(
+            [replace(m, seed=seed) for m, seed in zip(microbatches, seeds, strict=True)]
         )
-        return loss, mask.sum(), [*states, gradient]
-    logits = model.head(predicting)
-    return *masked_cross_entropy(logits, targets, mask, model.cross_entropy), states
+        self.sums = tree_map(mx.add, self.sums, sums) if self.sums else sums
 
+    def update(self, learning_rate: float) -> dict[str, mx.array]:
+        """Apply what was accumulated, and start the next step's sums.
 
-def has_trainable_head(model: nn.Module) -> bool:
-    """Whether training changes the matrix that makes logits."""
-    head = model.transformer.word_embeddings if model.args.tie_word_embeddings else model.lm_head
-    return bool(head.trainable_parameters())
+        Returns:
+            `loss`, `grad_norm` (before clipping), () float32 each, and `is_finite`, () bool;
+            on their way to the device, not evaluated.
+        """
+        numbers = self._update(self.sums, mx.array(learning_rate), self._is_healthy)
+        self.sums, self._is_healthy = None, numbers["is_finite"]
+        mx.async_eval(numbers, self._model.trainable_parameters())
+        return numbers
 
-
-def compile_step(
-    model: nn.Module,
-    optimizer: optim.Optimizer,
-    max_grad_norm: float,
-    streams: Sequence[mx.Stream] = (),
-) -> tuple[AddMicrobatches, Update]:
-    """Compile the two halves of a step over a model's trainable parameters.
-
-    Args:
-        model: a network with `transformer` and `head`; its trainable parameters
-            and the optimizer's state are changed in place.
-        optimizer: initialised here.
-        max_grad_norm: the global norm to clip to; 0 leaves gradients as they are.
-        streams: of `backend.cpu_streams`, among which microbatches are dealt out;
-            without, they run one after the other on the default one.
-
-    Returns:
-        add_microbatches: takes a step's microbatches, and the numbers that dropout
-            is to follow from; adds their loss, tokens and gradients to the step's.
-        update: takes the learning rate, () float32, updates once, starts the sums
-            anew and returns `loss`, `grad_norm` (before clipping) and
-            `is_finite`, () each. From the first loss, gradient or updated parameter
-            on that is not finite, nothing is updated any more.
-    """
-    optimizer.init(model.trainable_parameters())
-    sums = [zero_sums(model) for _ in range(max(1, len(streams)))]
-    adders = [compile_adder(model, own_sums) for own_sums in sums]
-    health = {"healthy": mx.array(True)}
-
-    def add_microbatches(microbatches: Sequence[Microbatch], entropy: Sequence[int]) -> None:
-        seeds = SeedSequence(entropy).generate_state(len(microbatches), np.uint64)
-        remaining = iter(seeds.tolist())
-
-        def add(adder: Computation, microbatch: Microbatch) -> list[mx.array]:
-            mx.random.seed(next(remaining))
-            return adder(*microbatch.arrays())
-
-        run_side_by_side(streams, adders, microbatches, add)
-
-    state = [model.state, optimizer.state, sums, health]
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def update(learning_rate: mx.array) -> dict[str, mx.array]:
-        loss_sum, num_tokens, gradient_sums = tree_map(
-            lambda *parts: sum(parts[1:], parts[0]),
-            *([own["loss"], own["tokens"], own["gradients"]] for own in sums),
-        )
+    def _apply(
+        self, sums: Any, learning_rate: mx.array, is_healthy: mx.array
+    ) -> dict[str, mx.array]:
+        model, optimizer = self._model, self._optimizer
+        loss_sum, num_tokens, gradient_sums = sums
         loss = loss_sum / num_tokens
         mean = tree_map(lambda g: g / num_tokens, gradient_sums)
-        gradients, grad_norm = optim.clip_grad_norm(mean, max_grad_norm or math.inf)
+        gradients, grad_norm = optim.clip_grad_norm(mean, self._max_grad_norm)
         before = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
         optimizer.state["learning_rate"] = learning_rate
         after = optimizer.apply_gradients(gradients, before[0]), optimizer.state
-        sizes = [mx.abs(parameter).max() for _, parameter in tree_flatten(after[0])]
-        # Once false it stays so: a later step must not be applied on top of a lost one.
-        health["healthy"] &= mx.isfinite(loss) & mx.isfinite(grad_norm)
-        health["healthy"] &= mx.isfinite(mx.stack(sizes)).all()
-        is_finite = health["healthy"]
+        sizes = [mx.abs(parameter).max() for parameter in named_arrays(after[0]).values()]
+        # Once false it stays false: no step may be applied on top of one that was lost.
+        is_finite = is_healthy & mx.isfinite(loss) & mx.isfinite(grad_norm)
+        is_finite &= mx.isfinite(mx.stack(sizes)).all()
         parameters, moments = tree_map(
             lambda new, old: mx.where(is_finite, new, old), after, before
         )
         model.update(parameters)
         optimizer.state.update(moments)
-
-        for own_sums in sums:
-            own_sums.update(zero_sums(model))
         return {"loss": loss, "grad_norm": grad_norm, "is_finite": is_finite}
 
-    return add_microbatches, update
 
-
-def zero_sums(model: nn.Module) -> dict[str, Any]:
-    """What microbatches add to: the loss sum, the token count, the sums of gradients."""
-    gradients = tree_map(mx.zeros_like, model.trainable_parameters())
-    return {"loss": mx.array(0.0), "tokens": mx.array(0), "gradients": gradients}
-
-
-def compile_adder(model: nn.Module, sums: dict[str, Any]) -> Computation:
-    """Compile what adds a microbatch, given as its arrays, to `sums`.
-
-    It evaluates nothing and returns what leads to the sums, in the order of its computation.
-    """
-    loss_and_gradients = nn.value_and_grad(model, partial(loss_of, model))
-
-    @partial(
-        mx.compile,
-        inputs=[model.state, sums, mx.random.state],
-        outputs=[sums, mx.random.state],
-    )
-    def add_microbatch(*arrays: mx.array) -> list[mx.array]:
-        parameters = model.trainable_parameters()
-        (loss, tokens, on_the_way), gradients = loss_and_gradients(*arrays)
-        # The gradient's placeholders go; the model is not an output here, which would put it right.
-        model.update(parameters)
-        sums["loss"] += loss
-        sums["tokens"] += tokens
-        sums["gradients"] = tree_map(mx.add, sums["gradients"], gradients)
-        backwards = [gradient for _, gradient in reversed(tree_flatten(sums["gradients"]))]
-        return [*on_the_way, sums["loss"], sums["tokens"], *backwards]
-
-    return add_microbatch
-
-
-def compile_loss(model: nn.Module, streams: Sequence[mx.Stream] = ()) -> TotalLoss:
+def total_loss(
+    model: nn.Module, executor: Executor | None = None
+) -> Callable[[Sequence[Microbatch]], tuple[float, int]]:
     """Compile the loss alone, for validation: the loss sum and token count of microbatches."""
+    total = (executor or OneStream()).sum_of(partial(_compile_loss, model))
 
-    def compiled() -> Computation:
-        @partial(mx.compile, inputs=[model.state])
-        def loss(*arrays: mx.array) -> list[mx.array]:
-            loss_sum, num_tokens, on_the_way = loss_of(model, *arrays)
-            return [*on_the_way, loss_sum, num_tokens]
+    def evaluate(microbatches: Sequence[Microbatch]) -> tuple[float, int]:
+        loss_sum, num_tokens = total(microbatches)
+        return loss_sum.item(), num_tokens.item()
 
-        return loss
-
-    losses = [compiled() for _ in range(max(1, len(streams)))]
-
-    def total_loss(microbatches: Sequence[Microbatch]) -> tuple[float, int]:
-        sums: list[tuple[mx.array, mx.array]] = []
-
-        def add(loss: Computation, microbatch: Microbatch) -> list[mx.array]:
-            results = loss(*microbatch.arrays())
-            sums.append((results[-2], results[-1]))
-            return results
-
-        run_side_by_side(streams, losses, microbatches, add)
-        values: Any = [(loss.item(), tokens.item()) for loss, tokens in sums]
-        return sum(loss for loss, _ in values), sum(tokens for _, tokens in values)
-
-    return total_loss
+    return evaluate
 
 
-def run_side_by_side(
-    streams: Sequence[mx.Stream],
-    functions: Sequence[Computation],
-    microbatches: Sequence[Microbatch],
-    run: Callable[[Computation, Microbatch], list[mx.array]],
-) -> None:
-    """Deal microbatches out to streams, each with a function of its own, and start them all.
+def microbatch_loss(
+    model: nn.Module, inputs: mx.array, positions: mx.array, targets: mx.array, mask: mx.array
+) -> tuple[mx.array, mx.array, list[mx.array]]:
+    """Loss sum and token count of a microbatch. Logits exist only where there is a loss.
 
     Args:
-        streams: that run at the same time; none for the default one.
-        functions: as many as streams, or one.
-        microbatches: what to run.
-        run: calls a function with a microbatch; its results in the order of their computation.
+        model: a network with `transformer` and `head`.
+        inputs, positions, targets, mask: see `Microbatch`.
+
+    Returns:
+        loss_sum: () float32, nats.
+        num_tokens: () int32.
+        on_the_way: arrays that lead to the loss, in the order of their computation.
     """
-    for at_once in itertools.zip_longest(*deal(microbatches, len(functions))):
-        results = []
-        on_streams: list[Any] = [mx.stream(s) for s in streams] or [nullcontext()]
-        if streams:
-            backend.share_cores(len(at_once) - at_once.count(None))
-        for on_stream, function, microbatch in zip(on_streams, functions, at_once, strict=True):
-            if microbatch:
-                with on_stream:
-                    pieces = run(function, microbatch)
-                if streams:  # then it is computed while the next stream's microbatch is traced
-                    mx.async_eval(pieces.pop(0))
-                results.append(pieces)
-        if streams:
-            evaluate_in_turn(results)
-        else:
-            mx.async_eval(results)
+    states = model.transformer.hidden_states(inputs)
+    hidden = model.transformer.ln_f(states[-1])
+    predicting = hidden.reshape(-1, hidden.shape[-1])[positions]
+    if model.training and not _has_trainable_head(model):
+        chunk = CHUNK_ELEMENTS // model.args.vocab_size
+        loss_sum, gradient = chunked_cross_entropy(
+            model.head, predicting, targets, mask, chunk, model.cross_entropy
+        )
+        return loss_sum, mask.sum(), [*states, gradient]
+    logits = model.head(predicting)
+    return *masked_cross_entropy(logits, targets, mask, model.cross_entropy), states
 
 
-def evaluate_in_turn(results: Sequence[list[mx.array]]) -> None:
-    """Start several streams' computations, a piece of each in turn; empties the lists.
-
-    MLX lets some hundred operations wait, those of all streams together. Whole
-    computations one after the other would leave the later streams without work.
-    """
-    for pieces in results:
-        pieces.reverse()
-    while any(results):
-        for pieces in filter(None, results):
-            mx.async_eval(pieces.pop())  # which is then held by what needs it alone
+def _has_trainable_head(model: nn.Module) -> bool:
+    """Whether training changes the matrix that makes logits."""
+    head = model.transformer.word_embeddings if model.args.tie_word_embeddings else model.lm_head
+    return bool(head.trainable_parameters())
 
 
-def deal(microbatches: Sequence[Microbatch], num_hands: int) -> list[list[Microbatch]]:
-    """Deal microbatches out, the largest first, each to whoever has the least to do."""
-    hands: list[list[Microbatch]] = [[] for _ in range(num_hands)]
-    for microbatch in sorted(microbatches, key=lambda m: -m.inputs.size):
-        min(hands, key=lambda hand: sum(m.inputs.size for m in hand)).append(microbatch)
-    return hands
+def _compile_gradients(model: nn.Module) -> Compute:
+    """Compile the loss sum, token count and gradients of a microbatch."""
+
+    def loss_and_rest(*arrays: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
+        return microbatch_loss(model, *arrays)
+
+    differentiate = nn.value_and_grad(model, loss_and_rest)
+    random = mx.random.state
+
+    @partial(mx.compile, inputs=[model.state, random], outputs=[random])
+    def gradients_of(*arrays: mx.array) -> Any:
+        parameters = model.trainable_parameters()
+        (loss_sum, num_tokens, on_the_way), gradients = differentiate(*arrays)
+        # Put the parameters back: tracing leaves placeholders in the model, which is not an output.
+        model.update(parameters)
+        return (loss_sum, num_tokens, gradients), on_the_way
+
+    def compute(microbatch: Microbatch) -> Computed:
+        mx.random.seed(microbatch.seed)
+        return gradients_of(*microbatch.arrays())
+
+    return compute
+
+
+def _compile_loss(model: nn.Module) -> Compute:
+    @partial(mx.compile, inputs=[model.state])
+    def loss_of(*arrays: mx.array) -> Any:
+        loss_sum, num_tokens, on_the_way = microbatch_loss(model, *arrays)
+        return (loss_sum, num_tokens), on_the_way
+
+    return lambda microbatch: loss_of(*microbatch.arrays())

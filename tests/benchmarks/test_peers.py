@@ -11,9 +11,9 @@ import random_base
 from contender import Contender, Result
 from transformers import AutoConfig, FalconForCausalLM
 
+from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.data.batches import epoch_steps
-from interviewmate_mlx.weights.base import load_base_tokenizer
-from interviewmate_mlx.weights.safetensors_file import read_safetensors_header
+from interviewmate_mlx.formats.safetensors_file import read_safetensors_header
 
 PRODUCTS = ("qkv", "dense", "up", "down", "head")
 
@@ -122,8 +122,8 @@ def test_speeds_are_medians_and_ratios_of_the_same_round():
 
 def test_chosen_updates_are_whole_and_as_long_as_the_split_s(tiny_base):
     run = peers.load_run("A", ["lora.dropout=0", "data.max_length=2048"])
-    tokenizer = load_base_tokenizer(tiny_base)
-    records = peers.load_splits(peers.find_data("interview"))["train"]
+    tokenizer = Base.open(tiny_base).tokenizer
+    records = peers.load_splits(peers.fetch_data("interview"))["train"]
     examples, _ = peers.encode_records(tokenizer, records, 2048, "answer")
     lengths = [len(example) for example in examples]
 
@@ -138,7 +138,7 @@ def test_chosen_updates_are_whole_and_as_long_as_the_split_s(tiny_base):
     assert mean == pytest.approx(np.mean(lengths), rel=0.03)
     for rows, step in zip(steps, order[first : first + 3], strict=True):
         for row, number in zip(rows, step, strict=True):
-            assert examples[number].learn.tolist() == [
+            assert examples[number].loss_mask.tolist() == [
                 index >= row.num_prompt for index in range(len(row.tokens))
             ]
 
@@ -154,10 +154,10 @@ def test_random_base_is_the_hub_s_shape_and_the_same_each_time(monkeypatch, tmp_
     model = FalconForCausalLM(config)
     header = read_safetensors_header(folder / "model.safetensors")
     names = {name for name in model.state_dict() if name != "lm_head.weight"}
-    assert {name: entry.shape for name, entry in header.items()} == {
+    assert {name: entry.shape for name, entry in header.tensors.items()} == {
         name: tuple(model.state_dict()[name].shape) for name in names
     }
-    assert len(load_base_tokenizer(folder).get_vocab()) == 5000
+    assert len(Base.open(folder).tokenizer.get_vocab()) == 5000
     written = (folder / "model.safetensors").read_bytes()
     again = tmp_path / "again.safetensors"
     random_base.write_weights(again)

@@ -1,5 +1,6 @@
 """Answers: three programs on one converted folder agree, and an adapter changes them."""
 
+import shutil
 import subprocess
 import sys
 
@@ -12,21 +13,16 @@ from mlx_lm.utils import load_model, quantize_model, save
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from interviewmate_mlx.adapter.config import AdapterConfig
+from interviewmate_mlx.adapter.folder import Adapter, adapter_weights, save_adapter
+from interviewmate_mlx.base.base import Base
+from interviewmate_mlx.base.convert import convert
 from interviewmate_mlx.coach.generate import Sampling, answer, load_coach, stream_answer
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.data.prompts import encode_question
 from interviewmate_mlx.errors import AdapterError, ConfigError, ModelError
 from interviewmate_mlx.model.lora import add_lora, lora_layers, merge_lora
 from interviewmate_mlx.training.loop import train
-from interviewmate_mlx.weights.adapter_config import AdapterConfig
-from interviewmate_mlx.weights.base import hash_weights
-from interviewmate_mlx.weights.convert import convert
-from interviewmate_mlx.weights.peft import (
-    adapter_weights,
-    export_adapter,
-    save_adapter,
-    trained_on,
-)
 
 QUESTION = "What is a validation set?"
 
@@ -129,7 +125,7 @@ def test_pieces_make_up_the_answer_and_stop_at_max_tokens(tiny_base):
 
 
 def test_quantised_folder_is_served(tiny_checkpoint, tmp_path):
-    source = write_checkpoint(tmp_path / "hub", tiny_falcon(heads=2, head_size=32))
+    source = write_checkpoint(tmp_path / "hub", tiny_falcon(heads=2, head_dim=32))
     folder = convert(source, tmp_path / "exact").path
     model, config = load_model(folder, trust_remote_code=True)
     model, config = quantize_model(model, config, group_size=64, bits=8)
@@ -167,9 +163,9 @@ def test_adapter_of_other_weights_is_warned_of_and_of_another_dtype_is_not(
         dtype: convert(hub, tmp_path / dtype, dtype=dtype).path
         for dtype in ("bfloat16", "float32", "float16")
     }
-    assert len({hash_weights(folder) for folder in bases.values()}) == 1
+    assert len({Base.open(folder).weights_hash for folder in bases.values()}) == 1
     other = convert(tiny_checkpoint, tmp_path / "other").path
-    assert hash_weights(other) != hash_weights(bases["float32"])
+    assert Base.open(other).weights_hash != Base.open(bases["float32"]).weights_hash
 
     run = load_run(
         "A", [f"model.base={bases['bfloat16']}", f"data.path={questions}", "train.epochs=1"]
@@ -181,13 +177,15 @@ def test_adapter_of_other_weights_is_warned_of_and_of_another_dtype_is_not(
         load_coach(str(folder), out)  # a warning would be an error here
     with pytest.warns(UserWarning, match=r"adapter was trained on other weights than those in"):
         load_coach(str(other), out)
-    copy = export_adapter(out, tmp_path / "copy")
-    assert trained_on(copy) == hash_weights(bases["float32"])
+    copy = Adapter.open(out).export(tmp_path / "copy")
+    assert Adapter.open(copy).base_hash == Base.open(bases["float32"]).weights_hash
 
 
 def test_weights_that_training_touched_are_told_from_those_before(tmp_path, tiny_base):
     weights = mx.load(str(tiny_base / "model.safetensors"))
     name = "transformer.h.1.mlp.dense_4h_to_h.weight"
     weights[name] = weights[name] + 1e-3 * mx.random.normal(weights[name].shape)
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
-    assert hash_weights(tmp_path) != hash_weights(tiny_base)
+    trained = shutil.copytree(tiny_base, tmp_path / "trained")
+    mx.save_safetensors(str(tmp_path / "new.safetensors"), weights)
+    (tmp_path / "new.safetensors").replace(trained / "model.safetensors")
+    assert Base.open(trained).weights_hash != Base.open(tiny_base).weights_hash

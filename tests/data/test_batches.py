@@ -1,13 +1,15 @@
 """Steps and microbatches: every row once, few widths, true positions."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from interviewmate_mlx.data.batches import (
     WIDTH_STEP,
+    by_width,
     collate,
     epoch_steps,
-    in_order,
     padded_width,
     split_step,
     steps_per_epoch,
@@ -63,7 +65,6 @@ def test_collated_positions_point_at_the_token_before_each_target():
     assert inputs.shape == (2, WIDTH_STEP)
     found = list(zip(inputs.reshape(-1)[positions[mask]], targets[mask], strict=True))
     assert found == [(n, n + 1) for n in range(3, 10)] + [(n, n + 1) for n in (104, 105)]
-    assert (batch.num_rows, batch.num_tokens, batch.num_predicted) == (2, 17, 9)
     assert mask.sum() == 9
 
 
@@ -98,31 +99,10 @@ def test_step_is_split_as_little_as_the_budget_allows(lengths, budget, sizes):
         assert width * len(group) <= budget or len(group) == 1
 
 
-def test_validation_takes_every_row_whatever_the_budget():
+def test_rows_by_width_are_all_of_them_and_need_one_width_each():
     rows = [example(int(n)) for n in np.random.default_rng(0).integers(10, 200, 45)]
-    for budget in (1, 500, 10**6):
-        assert sum(batch.num_rows for batch in in_order(rows, budget)) == 45
-
-
-def test_streams_share_a_step_of_enough_tokens():
-    rows = [example(length) for length in (257, 250, 200, 225)]
-    groups = split_step(rows, 100_000, num_streams=4)
-    assert sorted(len(row) for group in groups for row in group) == [200, 225, 250, 257]
-    assert [len(group) for group in groups] == [1, 1, 1, 1]
-    assert [len(group) for group in split_step(rows, 100_000, num_streams=2)] == [2, 2]
-    unequal = [example(length) for length in (353, 100, 100, 100)]
-    assert [len(group) for group in split_step(unequal, 100_000, num_streams=2)] == [1, 3]
-    short = [example(length) for length in (33, 30, 20, 9)]
-    assert [len(group) for group in split_step(short, 100_000, num_streams=4)] == [4]
-    assert [len(group) for group in split_step(rows, 100_000)] == [4]
-
-
-def test_a_stream_s_microbatch_is_not_larger_than_caches_like():
-    groups = split_step([example(513) for _ in range(16)], 10**6, num_streams=2)
-    assert [len(group) for group in groups] == [4] * 4
-
-
-def test_streams_share_the_budget_too():
-    rows = [example(129) for _ in range(8)]
-    assert [len(group) for group in split_step(rows, 1024, num_streams=4)] == [2] * 4
-    assert [len(group) for group in split_step(rows, 512, num_streams=4)] == [1] * 8
+    groups = by_width(rows)
+    assert sorted(map(id, itertools.chain(*groups))) == sorted(map(id, rows))
+    widths = [{padded_width(len(row) - 1) for row in group} for group in groups]
+    assert all(len(width) == 1 for width in widths)
+    assert len(set().union(*widths)) == len(groups)

@@ -32,23 +32,23 @@ def test_row_is_the_template_and_the_end_token(tokenizer):
 
 def test_loss_is_on_the_answer_and_the_end_token_alone(tokenizer):
     example = encode_record(tokenizer, pair("Why?", "Because."), 512, "answer")
-    learned = example.tokens[example.learn]
+    learned = example.tokens[example.loss_mask]
     assert tokenizer.decode(learned) == " Because.<|endoftext|>"
-    assert not example.learn[: len(example) - len(learned)].any()
+    assert not example.loss_mask[: len(example) - len(learned)].any()
 
 
 def test_train_on_all_learns_every_token_but_the_first(tokenizer):
     example = encode_record(tokenizer, pair("Why?", "Because."), 512, "all")
-    assert not example.learn[0]
-    assert example.learn[1:].all()
+    assert not example.loss_mask[0]
+    assert example.loss_mask[1:].all()
 
 
 def test_prompt_for_generation_is_what_a_training_row_begins_with(tokenizer):
     example = encode_record(tokenizer, pair("Why  so?", "Because."), 512, "answer")
     prompt = encode_question(tokenizer, " Why  so?\n")
     assert example.tokens[: len(prompt)].tolist() == prompt
-    assert example.learn[: len(prompt)].any() == False  # noqa: E712
-    assert example.learn[len(prompt) :].all()
+    assert example.loss_mask[: len(prompt)].any() == False  # noqa: E712
+    assert example.loss_mask[len(prompt) :].all()
 
 
 def test_mask_is_exact_where_the_tokenizer_would_merge_across_the_boundary(tokenizer):
@@ -59,8 +59,8 @@ def test_mask_is_exact_where_the_tokenizer_would_merge_across_the_boundary(token
     example = encode_record(
         tokenizer, Record("row", prompt=prompt, completion=completion), 99, "answer"
     )
-    assert tokenizer.decode(example.tokens[~example.learn]) == prompt
-    assert tokenizer.decode(example.tokens[example.learn]) == completion + "<|endoftext|>"
+    assert tokenizer.decode(example.tokens[~example.loss_mask]) == prompt
+    assert tokenizer.decode(example.tokens[example.loss_mask]) == completion + "<|endoftext|>"
 
 
 def test_end_token_that_a_user_wrote_stays_text(tokenizer):
@@ -82,7 +82,7 @@ def test_conversation_learns_every_answer(tokenizer):
         "Be brief.\n\nQuestion: One?\nAnswer: 1.<|endoftext|>"
         "Question: Two?\nAnswer: 2.<|endoftext|>"
     )
-    assert tokenizer.decode(example.tokens[example.learn]) == " 1.<|endoftext|> 2.<|endoftext|>"
+    assert tokenizer.decode(example.tokens[example.loss_mask]) == " 1.<|endoftext|> 2.<|endoftext|>"
 
 
 def test_chat_template_renders_the_same_tokens(tokenizer):
@@ -102,8 +102,8 @@ def test_cut_answer_keeps_its_beginning_and_gets_no_end_token(tokenizer):
     whole = encode_record(tokenizer, pair("Why?", "Because it is so."), 512, "answer")
     cut = encode_record(tokenizer, pair("Why?", "Because it is so."), len(whole) - 3, "answer")
     np.testing.assert_array_equal(cut.tokens, whole.tokens[:-3])
-    assert cut.num_cut == 3
-    assert whole.num_cut == 0
+    assert cut.num_truncated == 3
+    assert whole.num_truncated == 0
     assert tokenizer.eos_token_id not in cut.tokens
 
 
@@ -117,4 +117,4 @@ def test_rows_with_nothing_left_to_learn_are_set_apart(tokenizer):
 def test_verbatim_text_is_learned_whole(tokenizer):
     example = encode_record(tokenizer, Record("row", completion="Once upon"), 512, "answer")
     assert tokenizer.decode(example.tokens) == "Once upon<|endoftext|>"
-    assert example.learn.tolist() == [False] + [True] * (len(example) - 1)
+    assert example.loss_mask.tolist() == [False] + [True] * (len(example) - 1)

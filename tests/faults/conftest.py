@@ -111,7 +111,7 @@ class Launchers:
             "unprivileged": unprivileged,
             "largest_file": largest_file,
         }
-        launcher = self.free.get()
+        launcher = self.free.get(timeout=120)  # a failed test may have left its own stopped
         assert launcher.stdin
         launcher.stdin.write(json.dumps(job | files) + "\n")
         launcher.stdin.flush()

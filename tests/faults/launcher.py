@@ -19,7 +19,6 @@ import signal
 import stat
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive a fork
@@ -90,11 +89,11 @@ class Watch:
 
 def prepare(base: str) -> None:
     """Import all that a run does, also what its libraries import late."""
-    for name in ("results.log", "results.terminal", "training.loop"):
+    for name in ("results.terminal", "training.loop"):
         importlib.import_module(f"interviewmate_mlx.{name}")
-    from interviewmate_mlx.weights.base import load_base_tokenizer
+    from interviewmate_mlx.base.base import Base
 
-    load_base_tokenizer(Path(base))
+    Base.open(base)
 
 
 def run(job: dict[str, Any]) -> int:

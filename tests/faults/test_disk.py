@@ -15,7 +15,7 @@ def test_disk_that_fills_at_any_moment_costs_nothing_that_was_saved(launchers, w
         full = launchers.train(work, at=moment, act="fill")
         if (full.code, full.stdout) != (1, ""):
             return f"{what}: exit code {full.code}"
-        if "No space left on device\nCheck the path" not in full.stderr:
+        if "No space left on device.\nCheck the path" not in full.stderr:
             return f"{what}: {full.stderr}"
         resumed = launchers.go_on(work)
         return whole.compare(work, what) if resumed.code == 0 else f"{what}: {resumed.stderr}"
@@ -29,7 +29,9 @@ def test_file_that_may_not_grow_is_said(launchers, whole, tmp_path, largest_file
     limited = launchers.train(tmp_path, largest_file=largest_file)
     assert (limited.code, limited.stdout) == (1, "")
     assert "step-00000" in limited.stderr
-    assert limited.stderr.endswith("Check the path, its permissions and the room on its disk.\n")
+    assert limited.stderr.endswith(
+        "Check the path, its permissions and the free space of its disk.\n"
+    )
     assert launchers.go_on(tmp_path).code == 0
     assert whole.compare(tmp_path, "resumed") == ""
 
@@ -54,8 +56,8 @@ def test_folder_that_may_not_be_written_to_is_said_before_anything_is_loaded(
         folder.chmod(stat.S_IRWXU)
     assert (refused.code, refused.stdout) == (1, "")
     assert refused.stderr == (
-        "Cannot write or read run/.lock: Permission denied\n"
-        "Check the path, its permissions and the room on its disk.\n"
+        "StorageError: Cannot write run: run/.lock: Permission denied.\n"
+        "Check the path, its permissions and the free space of its disk.\n"
     )
     assert launchers.go_on(tmp_path).code == 0
     assert whole.compare(tmp_path, "resumed") == ""

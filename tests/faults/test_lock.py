@@ -20,7 +20,8 @@ def test_second_process_in_a_run_is_refused_until_the_first_is_gone(
     assert (second.code, second.stdout) == (1, "")
     assert second.stderr == (
         f"TrainingError: run is in use: process {owner} is using it.\n"
-        "Wait until it ends, stop it, or choose another --out.\n"
+        "Wait until it ends, stop it, or choose another folder.\n"
+        "Options for that: --out.\n"
     )
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 

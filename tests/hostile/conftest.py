@@ -5,8 +5,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from interviewmate_mlx.weights.adapter_config import AdapterConfig
-from interviewmate_mlx.weights.peft import save_adapter
+from interviewmate_mlx.adapter.config import AdapterConfig
+from interviewmate_mlx.adapter.folder import save_adapter
 
 
 @pytest.fixture(autouse=True)

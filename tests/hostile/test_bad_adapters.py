@@ -89,11 +89,15 @@ ADAPTERS = [
         words=EXPORT,
     ),
     # its config
-    bad("half a config", write(CONFIG, b'{"r":'), f"Cannot read IN/{CONFIG}: Expecting value"),
+    bad("half a config", write(CONFIG, b'{"r":'), f"IN/{CONFIG} is not JSON: Expecting value"),
     bad("config is a list", write(CONFIG, b"[]"), "got a JSON list, expected an object"),
-    bad("config in UTF-16", write(CONFIG, "{}".encode("utf-16")), f"IN/{CONFIG}: 'utf-8' codec"),
+    bad(
+        "config in UTF-16",
+        write(CONFIG, "{}".encode("utf-16")),
+        f"IN/{CONFIG} is not JSON: 'utf-8'",
+    ),
     bad("deep config", write(CONFIG, b"[" * 99_999), "nested too deeply"),
-    bad("config of 2 MB", write(CONFIG, b" " * (2 << 20)), "got more than 1048576 bytes"),
+    bad("config of 2 MB", write(CONFIG, b" " * (2 << 20)), "got more than 1 MB"),
     bad("5000 digits", write(CONFIG, b'{"r":' + b"9" * 5000 + b"}"), "limit (4300 digits)"),
     bad("another kind", write(CONFIG, b'{"peft_type": "IA3"}'), "peft_type: got 'IA3', expected"),
     config("rank of a text", SAID, "r: got '8', expected a whole number", r="8"),
@@ -188,7 +192,7 @@ ADAPTERS = [
         ),
         "generate 'What is a loss?' --adapter IN",
         "ConfigError",
-        ("No base: give --model",),
+        ("No base: name one",),
     ),
 ]
 
@@ -209,7 +213,7 @@ def test_the_copies_are_good_before_they_are_changed(imate, adapter, tiny_base):
 
 @pytest.mark.parametrize("key", ["target_modules", "rank_pattern", "alpha_pattern"])
 def test_pattern_that_would_take_years_is_given_up(tmp_path, adapter, tiny_base, key, monkeypatch):
-    monkeypatch.setattr("interviewmate_mlx.weights.adapter_config._MATCHING_S", 0.01)
+    monkeypatch.setattr("interviewmate_mlx.adapter.config._MAX_MATCHING_S", 0.01)
     pattern = "(.|.)*[^a-z_.0-9A-Z]"
     changes = {key: pattern if key == "target_modules" else {pattern: 2}}
     slow = config("slow", "cannot be matched with transformer.h.0", "one by one", **changes)
@@ -233,7 +237,7 @@ def test_push_sends_nothing_that_a_link_leads_to(tmp_path, adapter):
             "",
             lambda _: None,
             "export ADAPTER --push me/coach",
-            "HubError",
+            "AdapterError",
             ("README.md: leads to /etc/passwd",),
         ),
         root,

@@ -23,8 +23,8 @@ USAGE = [
     usage("train --resume --force", "choose one"),
     usage("generate x --max-tokens 1e3", "'1e3' is not a valid integer"),
     usage("generate x --max-tokens 99999999999999999999x", "is not a valid integer"),
-    usage("generate x --temperature nan", "nan is no number to calculate with"),
-    usage("generate x --temperature inf", "is no number to calculate with"),
+    usage("generate x --temperature nan", "nan is not a finite number"),
+    usage("generate x --temperature inf", "is not a finite number"),
     usage("generate x --temperature 1 --top-p nan", "nan"),
     usage("generate x --seed 4294967296 --temperature 1", "is not in the range 0<=x<=4294967295"),
     usage("generate x --top-p 0.5", "need a --temperature above 0"),
@@ -91,7 +91,13 @@ def sparse_folder(*files: str):
 
 # Each would take 100 GB if it were read as it stands.
 BOMBS = [
-    Bad("run", sparse("run.toml", 100), "train --run IN/run.toml", "ConfigError", ("65536 bytes",)),
+    Bad(
+        "run",
+        sparse("run.toml", 100),
+        "train --run IN/run.toml",
+        "ConfigError",
+        ("more than 64 kB",),
+    ),
     Bad(
         "rows", sparse("a.jsonl", 100), "data check IN/a.jsonl", "DataError", ("more than 256 MB",)
     ),
@@ -101,7 +107,7 @@ BOMBS = [
         sparse_folder("adapter_config.json", "adapter_model.safetensors"),
         "export IN --out copy",
         "AdapterError",
-        ("more than 1048576 bytes",),
+        ("more than 1 MB",),
     ),
 ]
 

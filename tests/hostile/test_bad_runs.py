@@ -95,13 +95,13 @@ RUNS = [
     toml("UTF-16", "[lora]".encode("utf-16"), "is not UTF-8 at byte 0"),
     toml("surrogate", b'[model]\nbase = "\xed\xa0\x80"', "is not UTF-8 at byte 16"),
     toml("zeros", bytes(100), "is not TOML", "at line 1, column 1"),
-    toml("too large", b"#" * (1 << 17), "got a file of more than 65536 bytes, expected a run"),
+    toml("too large", b"#" * (1 << 17), "got more than 64 kB, expected at most that"),
     Bad(
         "folder for a run",
         lambda folder: (folder / "run.toml").mkdir(),
         "train --run IN/run.toml",
         "ConfigError",
-        ("IN/run.toml is no file", "Give the path of a .toml file"),
+        ("IN/run.toml is not a file", "Give the path of a .toml file"),
     ),
     Bad(
         "link into nothing",

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
-from checkpoints import tiny_falcon
+from checkpoints import our_model, tiny_falcon
 
 from interviewmate_mlx.model import cpu_kernels
 from interviewmate_mlx.model.cpu_kernels import (
@@ -17,7 +17,7 @@ from interviewmate_mlx.model.cpu_kernels import (
     layer_norm,
     use_cpu_kernels,
 )
-from interviewmate_mlx.model.falcon import Model, ModelArgs, alibi_slopes, attention_bias
+from interviewmate_mlx.model.falcon import alibi_mask, alibi_slopes
 
 
 def evenly(low: float, high: float, count: int = 200_001) -> np.ndarray:
@@ -101,7 +101,7 @@ def test_attention_and_its_derivatives_equal_mlx_s(shape, num_cached, size):
     keys, values = (size * mx.random.normal((B, H, num_cached + L, D)) for _ in range(2))
     positions = mx.arange(num_cached + L)[None]
     scale = D**-0.5
-    mask = attention_bias(alibi_slopes(H), positions[:, num_cached:], positions, scale, mx.float32)
+    mask = alibi_mask(alibi_slopes(H), positions[:, num_cached:], positions, scale, mx.float32)
 
     def ours(q, k, v):
         return (weights * attention(q, k, v, scale=scale, mask=mask)).sum()
@@ -121,7 +121,7 @@ def test_a_query_takes_exactly_nothing_from_a_key_it_may_not_see():
     mx.random.seed(0)
     queries, keys, values = (mx.random.normal((1, 2, 9, 4)) for _ in range(3))
     positions = mx.arange(9)[None]
-    mask = attention_bias(alibi_slopes(2), positions, positions, 0.5, mx.float32)
+    mask = alibi_mask(alibi_slopes(2), positions, positions, 0.5, mx.float32)
     later = mx.where((mx.arange(9) >= 5)[None, None, :, None], 1e6, values)
     one = attention(queries, keys, values, scale=0.5, mask=mask)[:, :, :5]
     other = attention(queries, keys, later, scale=0.5, mask=mask)[:, :, :5]
@@ -147,10 +147,8 @@ def test_cross_entropy_and_its_derivative_equal_mlx_s(size):
 def test_model_with_cpu_kernels_gives_the_reference_s_logits(monkeypatch):
     for name in ("layer_norm", "scaled_dot_product_attention"):
         monkeypatch.setattr(mx.fast, name, None)  # all of it is ours
-    reference = tiny_falcon(heads=6, head_size=8, layers=2)
-    model = Model(ModelArgs.from_dict(reference.config.to_dict()))
-    state = {name: mx.array(t.numpy()) for name, t in reference.state_dict().items()}
-    model.load_weights(list(model.sanitize(state).items()))
+    reference = tiny_falcon(heads=6, head_dim=8, layers=2)
+    model = our_model(reference)
     use_cpu_kernels(model)
     tokens = np.random.default_rng(0).integers(0, 384, (2, 70))
     with torch.no_grad():

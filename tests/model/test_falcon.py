@@ -6,11 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from checkpoints import tiny_falcon
+from checkpoints import our_model, tiny_falcon
 from mlx_lm.models.cache import BatchKVCache
 from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
-from interviewmate_mlx.model.falcon import Model, ModelArgs, alibi_slopes, attention_bias
+from interviewmate_mlx.model.falcon import Model, ModelArgs, alibi_mask, alibi_slopes
 
 # heads, head size, layers, bias, lengths
 SHAPES = [
@@ -30,20 +30,18 @@ SHAPES = [
 
 def same_model(reference: torch.nn.Module, dtype: mx.Dtype = mx.float32) -> Model:
     """Our network with the reference's weights."""
-    model = Model(ModelArgs.from_dict(reference.config.to_dict()))
-    state = {name: mx.array(t.float().numpy()) for name, t in reference.state_dict().items()}
-    model.load_weights(list(model.sanitize(state).items()))
+    model = our_model(reference.float())
     model.set_dtype(dtype)
-    return model.eval()
+    return model
 
 
 def random_ids(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 384, shape)
 
 
-@pytest.mark.parametrize(("heads", "head_size", "layers", "bias", "lengths"), SHAPES)
-def test_logits_equal_the_reference(heads, head_size, layers, bias, lengths):
-    reference = tiny_falcon(heads, head_size, layers, bias=bias, seed=heads)
+@pytest.mark.parametrize(("heads", "head_dim", "layers", "bias", "lengths"), SHAPES)
+def test_logits_equal_the_reference(heads, head_dim, layers, bias, lengths):
+    reference = tiny_falcon(heads, head_dim, layers, bias=bias, seed=heads)
     model = same_model(reference)
     for length in lengths:
         ids = random_ids((2, length), seed=length)
@@ -66,7 +64,7 @@ def test_right_padding_leaves_the_real_tokens_alone():
 
 
 def test_bfloat16_at_1500_tokens_errs_as_the_reference_does_and_not_more_with_the_position():
-    reference = tiny_falcon(heads=8, head_size=16, layers=2)
+    reference = tiny_falcon(heads=8, head_dim=16, layers=2)
     rounded = same_model(reference, mx.bfloat16)
     exact = same_model(reference, mx.bfloat16)
     exact.set_dtype(mx.float32)  # the same rounded weights, exact arithmetic
@@ -87,7 +85,7 @@ def test_relative_bias_is_exact_in_bfloat16_for_near_keys():
     slopes, length = alibi_slopes(32), 1500
     positions = mx.arange(length)[None]
     bias = [
-        attention_bias(slopes, positions, positions, 0.125, dtype)[0, 0, :, :]
+        alibi_mask(slopes, positions, positions, 0.125, dtype)[0, 0, :, :]
         for dtype in (mx.float32, mx.bfloat16)
     ]
     rows = mx.arange(length)
@@ -166,7 +164,7 @@ def test_prompt_in_pieces_gives_the_logits_of_the_whole(cuts):
 def test_quantised_model_stays_near_the_exact_one():
     import mlx.nn as nn
 
-    model = same_model(tiny_falcon(heads=4, head_size=32))
+    model = same_model(tiny_falcon(heads=4, head_dim=32))
     ids = mx.array(random_ids((1, 30)))
     exact = model(ids)
     nn.quantize(model, group_size=64, bits=8)

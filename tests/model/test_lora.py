@@ -114,7 +114,7 @@ def test_falcon_rw_1b_totals_are_the_original_project_s_when_trimmed():
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_quantised_base_counts_as_its_unquantised_self(bits):
     model, quantised = (
-        Model(ModelArgs.from_dict(tiny_falcon(head_size=32).config.to_dict())) for _ in range(2)
+        Model(ModelArgs.from_dict(tiny_falcon(head_dim=32).config.to_dict())) for _ in range(2)
     )
     nn.quantize(quantised, group_size=64, bits=bits)
     kinds = {type(module) for _, module in quantised.named_modules()}
@@ -194,7 +194,7 @@ def test_merged_model_gives_the_same_logits():
 
 
 def test_merging_into_a_quantised_base_keeps_the_update():
-    model = Model(ModelArgs.from_dict(tiny_falcon(head_size=32).config.to_dict()))
+    model = Model(ModelArgs.from_dict(tiny_falcon(head_dim=32).config.to_dict()))
     nn.quantize(model, group_size=64, bits=4)
     add_lora(model, ["query_key_value"], 4, 8)
     randomise_lora(model)

@@ -13,8 +13,9 @@ from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.model.lora import add_lora, lora_layers
-from interviewmate_mlx.model.recompute import recompute_blocks
-from interviewmate_mlx.training.step import compile_adder, zero_sums
+from interviewmate_mlx.model.recompute import use_gradient_checkpointing
+from interviewmate_mlx.training.optimizer import adamw
+from interviewmate_mlx.training.step import Step
 
 
 def microbatch(rows: int = 2, length: int = 50):
@@ -32,22 +33,12 @@ def lora_model(dropout: float, layers: int = 3) -> Model:
     return model.train()
 
 
-def gradients(model: Model, batch) -> dict[str, np.ndarray]:
-    mx.random.seed(7)
-    sums = zero_sums(model)
-    mx.eval(compile_adder(model, sums)(*batch.arrays()))
-    found = {name: np.array(g) for name, g in tree_flatten(sums["gradients"])}
-    return found | {"loss": np.array(sums["loss"])}
-
-
-def twice(model: Model, batch) -> dict[str, np.ndarray]:
-    """The sums of two calls of one compiled function, each with numbers of its own."""
-    sums = zero_sums(model)
-    add = compile_adder(model, sums)
-    for seed in (7, 8):
-        mx.random.seed(seed)
-        mx.eval(add(*batch.arrays()))
-    return {name: np.array(g) for name, g in tree_flatten(sums["gradients"])}
+def gradients(model: Model, *batches) -> dict[str, np.ndarray]:
+    """The sums over some microbatches, each with random numbers of its own."""
+    step = Step(model, adamw())
+    step.accumulate(batches, [7])
+    loss_sum, _, found = step.sums
+    return {name: np.array(g) for name, g in tree_flatten(found)} | {"loss": np.array(loss_sum)}
 
 
 def same(one, other, **tolerance) -> None:
@@ -59,31 +50,28 @@ def same(one, other, **tolerance) -> None:
 def test_gradients_without_dropout_are_those_of_kept_activations():
     model, batch = lora_model(0.0), microbatch()
     expected = gradients(model, batch)
-    recompute_blocks(model)
+    use_gradient_checkpointing(model)
     same(gradients(model, batch), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
 def test_dropout_draws_the_same_the_second_time(monkeypatch, dropout):
     model, batch = lora_model(dropout), microbatch()
-    recompute_blocks(model)
-    recomputed, again = gradients(model, batch), twice(model, batch)
+    use_gradient_checkpointing(model)
+    recomputed, again = gradients(model, batch), gradients(model, batch, batch)
     with monkeypatch.context() as patch:
         patch.setattr(mx, "checkpoint", lambda function: function)
         same(recomputed, gradients(model, batch), rtol=1e-4, atol=1e-5)
-        same(again, twice(model, batch), rtol=1e-4, atol=1e-5)
-    # The next call draws anew, and each layer for itself.
-    mx.random.seed(8)
-    sums = zero_sums(model)
-    mx.eval(compile_adder(model, sums)(*batch.arrays()))
-    assert sums["loss"].item() != recomputed["loss"]
+        same(again, gradients(model, batch, batch), rtol=1e-4, atol=1e-5)
+    # Each microbatch draws for itself.
+    assert again["loss"] != pytest.approx(2 * recomputed["loss"], rel=1e-5)
     assert all(layer.dropout._key is None for _, layer in lora_layers(model))
 
 
 def test_paths_of_parameters_stay():
     model = lora_model(0.1)
     before = [name for name, _ in tree_flatten(model.parameters())]
-    recompute_blocks(model)
+    use_gradient_checkpointing(model)
     assert [name for name, _ in tree_flatten(model.parameters())] == before
 
 
@@ -99,5 +87,5 @@ def test_less_is_kept():
         return mx.get_peak_memory() - before
 
     kept = peak()
-    recompute_blocks(model)
+    use_gradient_checkpointing(model)
     assert peak() < 0.75 * kept

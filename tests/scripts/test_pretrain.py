@@ -15,7 +15,7 @@ import torch
 from checkpoints import CORPUS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from interviewmate_mlx.weights.base import load_base
+from interviewmate_mlx.base.base import Base
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 _SHAPE = {"vocab": 320, "hidden": 32, "layers": 2, "heads": 2, "width": 16, "rows": 4}
@@ -75,7 +75,7 @@ def test_interrupted_and_resumed_run_ends_in_the_same_weights(
         assert script.main(words) == 130
     assert "interrupted after step 5" in capsys.readouterr().err
     assert not out.exists()
-    encoded = out.with_name("small.work") / "train.npy"
+    encoded = out.with_name("small.work") / "train_0.npy"
     before = encoded.stat().st_mtime_ns
     assert script.main(words) == 1
     assert "Go on with --resume" in capsys.readouterr().err
@@ -83,6 +83,51 @@ def test_interrupted_and_resumed_run_ends_in_the_same_weights(
     assert encoded.stat().st_mtime_ns == before
     for name in ("model.safetensors", "tokenizer.json"):
         assert (out / name).read_bytes() == (made / name).read_bytes()
+
+
+def test_second_stage_joins_in_and_is_repeated_by_a_resumed_run(
+    script, text, tmp_path, monkeypatch, capsys
+):
+    core = tmp_path / "core.txt"
+    core.write_text("\n<|endoftext|>\n".join([*CORPUS[:2], *CORPUS[4:7]] * 2), encoding="utf-8")
+    stages = ["--then", str(core), "--then-tokens", str(6 * 4 * 16), "--then-share", "0.5"]
+    words = [str(text), *SIZES, *TOKENS, *stages, "--save-minutes", "0", "--out"]
+    assert script.main([*words, str(tmp_path / "whole/small")]) == 0
+    said = capsys.readouterr().err
+    # The first document of the text is held out, and so it is in its cut.
+    assert "core.txt: 8 documents to learn from, 2 held out" in said
+    assert f"step 1/{STEPS + 6}" in said
+    card = (tmp_path / "whole/small/README.md").read_text()
+    assert "the last 6 steps, 50% of their rows from core.txt" in card
+    assert "| held out of core.txt |" in card
+
+    describe, rates, learning_rate = script.describe, [], script.learning_rate
+
+    def interrupt_in_step_15(args, step, *numbers):
+        if step == 15:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return describe(args, step, *numbers)
+
+    def noted(args, number):
+        rates.append(learning_rate(args, number))
+        return rates[-1]
+
+    monkeypatch.setattr(script, "learning_rate", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "describe", interrupt_in_step_15)
+        assert script.main([*words, str(tmp_path / "parts/small")]) == 130
+    assert script.main([*words, str(tmp_path / "parts/small"), "--resume"]) == 0
+    assert rates[1:12] == [5e-3] * 11  # level after the warmup
+    assert rates[12:] == pytest.approx([5e-3 * (1 - n / 6) for n in range(6)])
+    for name in ("model.safetensors", "README.md"):
+        whole, parts = ((tmp_path / p / "small" / name).read_bytes() for p in ("whole", "parts"))
+        assert whole == parts
+
+
+def test_second_text_without_tokens_is_refused(script, text, tmp_path, capsys):
+    words = [str(text), *SIZES, *TOKENS, "--out", str(tmp_path / "small"), "--then", str(text)]
+    assert script.main(words) == 1
+    assert "--then and --then-tokens go together" in capsys.readouterr().err
 
 
 def test_loss_of_the_tiny_text_falls(script, made, text, capsys, tmp_path):
@@ -95,7 +140,7 @@ def test_loss_of_the_tiny_text_falls(script, made, text, capsys, tmp_path):
 
 
 def test_transformers_loads_the_folder_and_agrees(made):
-    model, _ = load_base(made, mx.float32)
+    model = Base.open(made).load(mx.float32)
     reference = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32).eval()
     assert reference.config.eos_token_id == reference.generation_config.eos_token_id == 319
     tokens = np.random.default_rng(0).integers(0, 320, (2, 24))
@@ -107,8 +152,8 @@ def test_transformers_loads_the_folder_and_agrees(made):
 
 def test_transformers_tokenizer_gives_the_ids_that_were_trained_on(made, script):
     tokenizer = AutoTokenizer.from_pretrained(made)
-    trained = np.load(made.with_name("small.work") / "train.npy")
-    held_out = np.load(made.with_name("small.work") / "held_out.npy")
+    trained = np.load(made.with_name("small.work") / "train_0.npy")
+    held_out = np.load(made.with_name("small.work") / "held_out_0.npy")
     ids = [tokenizer.encode(text.strip("\n")) for text in CORPUS * 3]
     end = tokenizer.eos_token_id
     assert end == tokenizer.bos_token_id == 319
@@ -133,9 +178,9 @@ def test_folder_fits_its_checksums_and_has_a_card(made):
 
 
 def test_held_out_figures_are_those_of_the_stored_weights(made):
-    """Computed anew by transformers, row by row."""
+    """Computed again by transformers, row by row."""
     reference = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32).eval()
-    stream = np.concatenate([[319], np.load(made.with_name("small.work") / "held_out.npy")])
+    stream = np.concatenate([[319], np.load(made.with_name("small.work") / "held_out_0.npy")])
     total = 0.0
     for start in range(0, len(stream) - 1, 16):
         row = torch.tensor(stream[start : start + 17].astype(np.int64))
@@ -144,8 +189,9 @@ def test_held_out_figures_are_those_of_the_stored_weights(made):
         total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
     bits = total / np.log(2) / len(CORPUS[0].encode())
     card = (made / "README.md").read_text()
-    assert f"| held-out loss | {total / (len(stream) - 1):.4f} nats a token |" in card
-    assert f"| held-out bits per byte | {bits:.4f} |" in card
+    mean = total / (len(stream) - 1)
+    figures = f"{mean:.4f} nats a token, perplexity {np.exp(mean):.2f}, {bits:.4f} bits a byte"
+    assert f"| held out of text.txt | {figures} |" in card
 
 
 def test_config_has_what_tells_a_falcon_rw(made):
@@ -160,7 +206,7 @@ def test_config_has_what_tells_a_falcon_rw(made):
 
 def test_existing_folder_is_not_replaced(script, text, made, capsys):
     assert script.main([str(text), "--out", str(made), *SIZES, *TOKENS]) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_resume_refuses_another_recipe(script, text, made, capsys, tmp_path):

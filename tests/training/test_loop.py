@@ -6,15 +6,20 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from rich.filesize import decimal
 
 from interviewmate_mlx import __version__
+from interviewmate_mlx.adapter.folder import Adapter
+from interviewmate_mlx.base import base as base_module
+from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.config import load_run
-from interviewmate_mlx.errors import BackendError, DataError, TrainingError
-from interviewmate_mlx.results.log import Summary, read_metrics, record
+from interviewmate_mlx.errors import BackendError, DataError, StorageError, TrainingError
 from interviewmate_mlx.training import checkpoint, loop, task
 from interviewmate_mlx.training.checkpoint import checkpoints
 from interviewmate_mlx.training.events import Finished, Started, Stepped, Validated
 from interviewmate_mlx.training.loop import train
+from interviewmate_mlx.training.metrics import read_metrics
+from interviewmate_mlx.training.step import total_loss
 
 
 @pytest.fixture
@@ -30,10 +35,6 @@ def run(tiny_base, questions):
             "lora.dropout=0.3",
         ],
     )
-
-
-def change(run, **tables):
-    return replace(run, **{t: replace(getattr(run, t), **keys) for t, keys in tables.items()})
 
 
 def test_run_yields_its_story_in_order(run, tmp_path):
@@ -56,15 +57,11 @@ def test_loss_falls_and_the_best_adapter_is_kept(run, tmp_path):
     best = min(validated[1:], key=lambda event: event.loss)
     assert best.loss < validated[0].loss - 0.1
     assert events[-1].best_step == best.step
-    # The adapter on the disk is that one: evaluated anew, it gives that loss.
-    from interviewmate_mlx.training.step import compile_loss
-    from interviewmate_mlx.weights.base import load_base
-    from interviewmate_mlx.weights.peft import load_adapter
-
+    # The adapter on the disk is that one: evaluated again, it gives that loss.
     prepared = task.prepare(run)
-    model, _ = load_base(task.find_base(run.model.base), mx.float32)
-    load_adapter(model, out)
-    loss, _ = loop.validate(replace(prepared, model=model), compile_loss(model), num_streams=1)
+    model = Base.open(run.model.base).load(mx.float32)
+    Adapter.open(out).apply(model)
+    loss, _ = loop.validate(replace(prepared, model=model), total_loss(model))
     assert loss == pytest.approx(best.loss, rel=1e-6)
 
 
@@ -77,7 +74,7 @@ def adapter_and_metrics(out):
 
 
 def finish(run, out, **options):
-    return list(record(train(run, out, **options), run, out))
+    return list(train(run, out, **options))
 
 
 def last_step(out):
@@ -95,12 +92,12 @@ def test_resume_repeats_the_uninterrupted_run(run, tmp_path, stop_after):
         assert events[-1].step >= step
         done = events[-1].step
     events = finish(run, out, resume=True)
-    assert isinstance(events[-1], Summary)
+    assert not events[-1].interrupted
     assert adapter_and_metrics(out) == adapter_and_metrics(tmp_path / "whole")
 
 
 def test_resumed_with_less_memory_and_recomputing_the_bytes_stay(run, tmp_path, monkeypatch):
-    run = change(run, train={"gradient_checkpointing": True})
+    run = run.replace(train={"gradient_checkpointing": True})
     finish(run, tmp_path / "whole")
     out, original, budgets = tmp_path / "parts", task.plan_memory, []
     finish(run, out, stop=lambda: last_step(out) >= 4)
@@ -127,7 +124,7 @@ def test_resumed_with_less_memory_and_recomputing_the_bytes_stay(run, tmp_path, 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(run, tmp_path):
     for name, seed in (("one", 42), ("two", 42), ("other", 43)):
-        finish(change(run, train={"seed": seed}), tmp_path / name)
+        finish(run.replace(train={"seed": seed}), tmp_path / name)
     one, two, other = (adapter_and_metrics(tmp_path / n) for n in ("one", "two", "other"))
     assert one == two
     assert one[0] != other[0]
@@ -136,13 +133,13 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(run, tmp_path)
 def test_training_does_not_depend_on_validation(run, tmp_path):
     losses = []
     for every in (0, 1, 2, 100):
-        events = list(train(change(run, validate={"every": every}), tmp_path / str(every)))
+        events = list(train(run.replace(validate={"every": every}), tmp_path / str(every)))
         losses.append([event.loss for event in events if isinstance(event, Stepped)])
     assert losses.count(losses[0]) == 4
 
 
 def test_effective_batch_is_the_maths_and_the_microbatch_the_machine_s(run, tmp_path, monkeypatch):
-    run = change(run, lora={"dropout": 0.0})
+    run = run.replace(lora={"dropout": 0.0})
     losses = []
     original = task.plan_memory
     for budget in (1, 64, 10**6):
@@ -155,14 +152,13 @@ def test_effective_batch_is_the_maths_and_the_microbatch_the_machine_s(run, tmp_
         losses.append([event.loss for event in events if isinstance(event, Stepped)])
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
     assert losses[1] == pytest.approx(losses[2], rel=1e-5)
-    swapped = change(run, train={"batch_size": 5, "grad_accumulation": 1})
+    swapped = run.replace(train={"batch_size": 5, "grad_accumulation": 1})
     events = list(train(swapped, tmp_path / "swapped"))
     assert [e.loss for e in events if isinstance(e, Stepped)] == losses[2]
 
 
 def test_early_stop_ends_after_so_many_validations_without_a_best(run, tmp_path):
-    run = change(
-        run,
+    run = run.replace(
         train={"learning_rate": 3.0, "epochs": 20, "max_grad_norm": 0.0},
         validate={"early_stop_patience": 2, "every": 1},
     )
@@ -177,11 +173,11 @@ def test_early_stop_ends_after_so_many_validations_without_a_best(run, tmp_path)
 
 
 def test_run_without_validation_rows_keeps_the_last_adapter(run, tmp_path, questions):
-    run = change(run, data={"path": str(questions / "train.jsonl")})
+    run = run.replace(data={"path": str(questions / "train.jsonl")})
     events = finish(run, tmp_path / "out")
     assert not any(isinstance(event, Validated) for event in events)
     assert events[-1].best_step is None
-    assert events[-1].best_valid_loss is None
+    assert events[-1].summary.best_valid_loss is None
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
@@ -249,8 +245,8 @@ def test_machine_without_memory_or_disk_is_refused_before_the_first_step(
         with pytest.raises(BackendError, match=r"needs about .* GB .* may take 0.0 here"):
             next(train(run, tmp_path / "out"))
     with monkeypatch.context() as patch:
-        patch.setattr(task.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
-        with pytest.raises(BackendError, match="0 MB are free"):
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+        with pytest.raises(StorageError, match="0 bytes are free"):
             next(train(run, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -270,10 +266,10 @@ def test_changed_run_or_data_cannot_be_resumed(run, tmp_path, questions):
     out = tmp_path / "out"
     finish(run, out, stop=lambda: True)
     with pytest.raises(TrainingError, match=r"lora.dropout: got 0.1, expected 0.3"):
-        next(train(change(run, lora={"dropout": 0.1}), out, resume=True))
+        next(train(run.replace(lora={"dropout": 0.1}), out, resume=True))
     other = tmp_path / "data"
     shutil.copytree(questions, other)
-    run = change(run, data={"path": str(other)})
+    run = run.replace(data={"path": str(other)})
     finish(run, tmp_path / "moved", stop=lambda: True)
     for file in other.iterdir():
         file.write_text(file.read_text().replace("loss", "cost"))
@@ -284,7 +280,7 @@ def test_changed_run_or_data_cannot_be_resumed(run, tmp_path, questions):
 def test_changed_base_cannot_be_resumed(run, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(run.model.base, base)
-    run = change(run, model={"base": str(base)})
+    run = run.replace(model={"base": str(base)})
     finish(run, tmp_path / "out", stop=lambda: True)
     weights = mx.load(str(base / "model.safetensors"))
     name = "transformer.h.1.mlp.dense_4h_to_h.weight"
@@ -294,19 +290,19 @@ def test_changed_base_cannot_be_resumed(run, tmp_path):
         next(train(run, tmp_path / "out", resume=True))
 
 
-def test_changes_are_named_before_the_base_is_built(run, tmp_path, questions, monkeypatch):
-    def build_base(*_):
-        raise AssertionError("the base was built")
+def test_changes_are_named_before_the_weights_are_read(run, tmp_path, questions, monkeypatch):
+    def build(*_):
+        raise AssertionError("the weights were read")
 
     base, data = tmp_path / "base", tmp_path / "data"
     shutil.copytree(run.model.base, base)
     shutil.copytree(questions, data)
-    run = change(run, model={"base": str(base)}, data={"path": str(data)})
+    run = run.replace(model={"base": str(base)}, data={"path": str(data)})
     finish(run, tmp_path / "out", stop=lambda: True)
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    monkeypatch.setattr(task, "build_base", build_base)
+    monkeypatch.setattr(Base, "read", build)
     with pytest.raises(TrainingError, match="began as another run"):
-        next(train(change(run, train={"seed": 1}), tmp_path / "out", resume=True))
+        next(train(run.replace(train={"seed": 1}), tmp_path / "out", resume=True))
     (base / "config.json").write_text((base / "config.json").read_text() + " ")
     file = data / "valid.jsonl"
     file.write_text(file.read_text().replace("number", "figure"))
@@ -339,12 +335,12 @@ def test_checkpoint_of_another_version_is_no_damage(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [9]), (2, [8, 9]), (20, list(range(1, 10)))])
 def test_newest_checkpoints_are_kept_as_many_as_asked(run, tmp_path, monkeypatch, keep, kept):
-    run = change(run, train={"save_every": 1, "keep_checkpoints": keep})
+    run = run.replace(train={"save_every": 1, "keep_checkpoints": keep})
     needed = []
     usage = shutil._ntuple_diskusage(0, 0, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(task.shutil, "disk_usage", lambda _: usage)
-        with pytest.raises(BackendError) as refused:
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(StorageError) as refused:
             next(train(run, tmp_path / "out"))
         needed = str(refused.value)
     finish(run, tmp_path / "out")
@@ -358,13 +354,13 @@ def test_newest_checkpoints_are_kept_as_many_as_asked(run, tmp_path, monkeypatch
         for name, array in tensors["best"].items():
             assert mx.array_equal(array, best[f"base_model.model.{name}"])
     bytes_needed = 4 * sum(a.size for a in best.values()) * 4 * (keep + 1)
-    assert f"the run writes up to {bytes_needed / 1e6:.0f}." in needed
+    assert f"expected {decimal(bytes_needed)}." in needed
 
 
 def test_all_that_keeps_a_run_from_starting_is_said_at_once(run, tmp_path, monkeypatch):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{}\n")
-    data_and_targets = change(run, data={"path": str(bad)}, lora={"targets": ("q_proj",)})
+    data_and_targets = run.replace(data={"path": str(bad)}, lora={"targets": ("q_proj",)})
     with pytest.raises(TrainingError) as refused:
         next(train(data_and_targets, tmp_path / "out"))
     said = str(refused.value)
@@ -375,33 +371,33 @@ def test_all_that_keeps_a_run_from_starting_is_said_at_once(run, tmp_path, monke
     small = replace(task.backend.machine(), memory_bytes=1_000_000)
     usage = shutil._ntuple_diskusage(9, 9, 0)
     monkeypatch.setattr(task.backend, "machine", lambda: small)
-    monkeypatch.setattr(task.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(TrainingError) as refused:
         next(train(run, tmp_path / "out"))
     said = str(refused.value)
-    assert "0 MB are free" in said
+    assert "0 bytes are free" in said
     assert "Training needs about" in said
-    with pytest.raises(TrainingError, match=r"(?s)DataError: .*BackendError: .* 0 MB are free"):
-        next(train(change(run, data={"path": str(bad)}), tmp_path / "out"))
+    with pytest.raises(TrainingError, match=r"(?s)DataError: .*StorageError: .* 0 bytes are free"):
+        next(train(run.replace(data={"path": str(bad)}), tmp_path / "out"))
     with pytest.raises(TrainingError, match=r"(?s)DataError: .*ModelError: No model at"):
-        next(train(change(run, data={"path": str(bad)}, model={"base": "/no"}), tmp_path / "out"))
+        next(train(run.replace(data={"path": str(bad)}, model={"base": "/no"}), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_base_is_not_pulled_for_a_run_whose_data_is_at_fault(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def pull(*_):
+    def pull(*_, **__):
         raise AssertionError("pulled")
 
-    monkeypatch.setattr(task, "find_base", pull)
-    run = change(run, data={"path": "/nowhere"}, model={"base": "owner/falcon"})
+    monkeypatch.setattr(base_module, "pull", pull)
+    run = run.replace(data={"path": "/nowhere"}, model={"base": "owner/falcon"})
     with pytest.raises(DataError, match="No data at /nowhere"):
         next(train(run, tmp_path / "out"))
 
 
 def test_rows_that_are_all_too_long_are_refused(run, tmp_path):
-    run = change(run, data={"max_length": 8})
+    run = run.replace(data={"max_length": 8})
     with pytest.raises(DataError, match="of 12 rows none"):
         next(train(run, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -2,24 +2,22 @@
 
 import copy
 
-import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from checkpoints import tiny_falcon
+from checkpoints import our_model, tiny_falcon
 from peft import LoraConfig, get_peft_model
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from interviewmate_mlx.adapter.folder import PREFIX, adapter_weights
 from interviewmate_mlx.data.batches import collate, epoch_steps, split_step
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
-from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.model.lora import add_lora
-from interviewmate_mlx.model.recompute import recompute_blocks
+from interviewmate_mlx.model.recompute import use_gradient_checkpointing
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
-from interviewmate_mlx.training.step import compile_step
-from interviewmate_mlx.weights.peft import PREFIX, adapter_weights
+from interviewmate_mlx.training.step import Step
 
 STEPS, BATCH, CLIP, DECAY = 50, 4, 0.5, 0.01
 
@@ -51,11 +49,11 @@ def train_in_torch(model, steps, schedule, peak) -> list[float]:
     scheduler = schedule(optimizer, num_warmup_steps=5, num_training_steps=STEPS)
     losses = []
     for rows in steps:
-        num_tokens = sum(int(row.learn.sum()) for row in rows)
+        num_tokens = sum(int(row.loss_mask.sum()) for row in rows)
         total = 0.0
         for row in rows:
             ids = torch.tensor(row.tokens[None].astype(np.int64))
-            labels = torch.where(torch.tensor(row.learn[None]), ids, -100)
+            labels = torch.where(torch.tensor(row.loss_mask[None]), ids, -100)
             logits = model(input_ids=ids).logits
             loss = torch.nn.functional.cross_entropy(
                 logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum"
@@ -79,14 +77,17 @@ def train_in_torch(model, steps, schedule, peak) -> list[float]:
 )
 @pytest.mark.parametrize(
     "paths",
-    [[], [use_cpu_kernels], [recompute_blocks], [use_cpu_kernels, recompute_blocks]],
+    [
+        [],
+        [use_cpu_kernels],
+        [use_gradient_checkpointing],
+        [use_cpu_kernels, use_gradient_checkpointing],
+    ],
     ids=["mlx", "cpu_kernels", "recompute", "both"],
 )
 def test_fifty_updates_equal_peft_s(schedule, reference_schedule, targets, paths):
-    base = tiny_falcon(heads=6, head_size=8, layers=2)
-    model = Model(ModelArgs.from_dict(base.config.to_dict()))
-    state = {name: mx.array(t.numpy()) for name, t in base.state_dict().items()}
-    model.load_weights(list(model.sanitize(state).items()))
+    base = tiny_falcon(heads=6, head_dim=8, layers=2)
+    model = our_model(base)
     lora = LoraConfig(
         r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
     )
@@ -103,13 +104,13 @@ def test_fifty_updates_equal_peft_s(schedule, reference_schedule, targets, paths
 
     for use in paths:
         use(model)
-    add_microbatches, update = compile_step(model.train(), adamw(DECAY), CLIP)
+    step = Step(model.train(), adamw(DECAY), CLIP)
     losses, norms = [], []
-    for step, rows in enumerate(steps):
+    for number, rows in enumerate(steps):
         groups = split_step(rows, token_budget=128)
-        add_microbatches([collate(group) for group in groups], [0, step])
-        rate = learning_rate_at(step, STEPS, peak, schedule, warmup_ratio=0.1)
-        numbers = update(mx.array(rate))
+        step.accumulate([collate(group) for group in groups], [0, number])
+        rate = learning_rate_at(number, STEPS, peak, schedule, warmup_ratio=0.1)
+        numbers = step.update(rate)
         losses.append(numbers["loss"].item())
         norms.append(numbers["grad_norm"].item())
 

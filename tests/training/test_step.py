@@ -1,34 +1,31 @@
 """The compiled step: any split gives the same update; nothing bad is applied."""
 
 import math
-from contextlib import nullcontext
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from checkpoints import tiny_falcon
+from checkpoints import our_model
 from mlx.utils import tree_flatten
 
 from interviewmate_mlx import backend
+from interviewmate_mlx.adapter.folder import adapter_weights
 from interviewmate_mlx.data.batches import collate
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
-from interviewmate_mlx.model.falcon import Model, ModelArgs
+from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.model.lora import add_lora
 from interviewmate_mlx.training import step as step_module
+from interviewmate_mlx.training.cpu_streams import CpuStreams
 from interviewmate_mlx.training.loss import masked_cross_entropy
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
-from interviewmate_mlx.training.step import compile_loss, compile_step, deal
-from interviewmate_mlx.weights.peft import adapter_weights
+from interviewmate_mlx.training.step import OneStream, Step, microbatch_loss, total_loss
 
 
 def tiny_model(seed: int = 0, fast: bool = False) -> Model:
-    reference = tiny_falcon()
-    model = Model(ModelArgs.from_dict(reference.config.to_dict()))
-    state = {name: mx.array(t.numpy()) for name, t in reference.state_dict().items()}
-    model.load_weights(list(model.sanitize(state).items()))
+    model = our_model()
     mx.random.seed(seed)
     add_lora(model, ["query_key_value", "dense"], rank=4, alpha=8)
     if fast:
@@ -49,13 +46,14 @@ def one_update(
 ) -> tuple[dict, dict]:
     """Two updates, so that moments count too, over the four rows in the given microbatches."""
     rows, model = rows_of_unequal_length(), tiny_model(fast=fast)
-    with backend.cpu_streams() if streams else nullcontext([]) as several:
-        assert bool(several) == streams
-        add_microbatches, update = compile_step(model, adamw(0.01), 1.0, several)
-        for step in range(2):
-            batches = [collate([rows[i] for i in group], width) for group in groups]
-            add_microbatches(batches, [0, step])
-            numbers = update(mx.array(1e-2))
+    executor = CpuStreams(2) if streams else OneStream()
+    with executor.opened():
+        step = Step(model, adamw(0.01), 1.0, executor)
+        for number in range(2):
+            step.accumulate(
+                [collate([rows[i] for i in group], width) for group in groups], [0, number]
+            )
+            numbers = step.update(1e-2)
         mx.eval(numbers, model.parameters())
     return adapter_weights(model), numbers
 
@@ -79,7 +77,7 @@ def test_accumulation_equals_one_large_batch(groups, fast, streams):
 
 def test_logits_in_chunks_give_the_same_update(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(step_module, "has_trainable_head", lambda model: True)
+        patch.setattr(step_module, "_has_trainable_head", lambda model: True)
         expected, numbers = one_update([[0, 1, 2, 3]])  # all logits at once, and autodiff
     monkeypatch.setattr(step_module, "CHUNK_ELEMENTS", 7 * 384)
     weights, chunked = one_update([[0, 1, 2, 3]])
@@ -95,81 +93,36 @@ def test_trainable_head_is_never_chunked(monkeypatch):
     model = tiny_model()
     model.unfreeze()
     before = np.array(model.transformer.word_embeddings.weight)
-    add_microbatches, update = compile_step(model, adamw(), 0.0)
-    add_microbatches([collate(rows_of_unequal_length())], [0, 0])
-    mx.eval(update(mx.array(1e-2)), model.parameters())
+    step = Step(model, adamw(), 0.0)
+    step.accumulate([collate(rows_of_unequal_length())], [0, 0])
+    mx.eval(step.update(1e-2), model.parameters())
     changed = np.array(model.transformer.word_embeddings.weight) != before
     # Also rows of tokens that no input holds: their gradient comes from the head alone.
     assert changed.any(axis=1).all()
 
 
-def test_cores_are_shared_by_as_many_microbatches_as_there_are(monkeypatch):
-    if not backend.machine().cpu_streams:
-        pytest.skip("streams need MLX's CPU backend, two cores and a known BLAS")
-    threads = []
-    monkeypatch.setattr(backend, "_blas_threads_setter", lambda: threads.append)
-    monkeypatch.setattr(backend, "_num_cores", lambda: 6)
-    rows = rows_of_unequal_length()
-    with backend.cpu_streams(2) as streams:
-        add_microbatches, update = compile_step(tiny_model(), adamw(), 1.0, streams)
-        add_microbatches([collate(rows[:1])], [0, 0])
-        add_microbatches([collate(rows[:2]), collate(rows[2:])], [0, 1])
-        mx.eval(update(mx.array(1e-3)))
-    assert threads == [6, 3, 6]
-
-
-def test_streams_are_given_their_pieces_in_turn(monkeypatch):
-    started = []
-    monkeypatch.setattr(mx, "async_eval", started.append)
-    results = [["a1", "a2", "a3"], ["b1"], ["c1", "c2"]]
-    step_module.evaluate_in_turn(results)
-    assert started == ["a1", "b1", "c1", "a2", "c2", "a3"]
-    assert results == [[], [], []]  # nothing is held any longer
-
-
-def test_stream_has_work_while_the_next_one_s_microbatch_is_traced(monkeypatch):
-    done = []
-    monkeypatch.setattr(mx, "async_eval", done.append)
-    monkeypatch.setattr(backend, "share_cores", lambda num_streams: None)
-
-    def run(name, microbatch):
-        done.append(f"trace {name}")
-        return [f"{name}1", f"{name}2"]
-
-    streams = [mx.default_stream(mx.cpu)] * 2
-    batches = [collate([row]) for row in rows_of_unequal_length()[:2]]
-    step_module.run_side_by_side(streams, ["a", "b"], batches, run)
-    assert done == ["trace a", "a1", "trace b", "b1", "a2", "b2"]
-
-
-def test_frozen_head_s_gradient_is_a_piece_of_its_own():
+def test_frozen_head_s_gradient_is_on_the_way_to_the_loss():
     model, arrays = tiny_model(), collate(rows_of_unequal_length()).arrays()
     num_layers = len(model.layers)
-    *_, pieces = step_module.loss_of(model, *arrays)
+    *_, pieces = microbatch_loss(model, *arrays)
     assert len(pieces) == num_layers + 1
     assert pieces[-1].shape == (len(arrays[1]), model.args.hidden_size)
     model.eval()
-    assert len(step_module.loss_of(model, *arrays)[2]) == num_layers
+    assert len(microbatch_loss(model, *arrays)[2]) == num_layers
     model.train().unfreeze()
-    assert len(step_module.loss_of(model, *arrays)[2]) == num_layers
-
-
-def test_microbatches_are_dealt_so_that_no_stream_has_much_more_to_do():
-    rows = rows_of_unequal_length()
-    hands = deal([collate([row]) for row in rows], 2)
-    assert [[m.inputs.shape[1] for m in hand] for hand in hands] == [[80, 16], [64, 32]]
+    assert len(microbatch_loss(model, *arrays)[2]) == num_layers
 
 
 def test_memory_does_not_grow_with_the_number_of_microbatches():
     model = tiny_model()
-    add_microbatches, update = compile_step(model, adamw(), max_grad_norm=1.0)
+    step = Step(model, adamw(), max_grad_norm=1.0)
     batch = collate([rows_of_unequal_length()[2]] * 8)
     peaks = []
     for count in (1, 1, 8):
         mx.clear_cache()
         mx.reset_peak_memory()
-        add_microbatches([batch] * count, [0, 0])
-        mx.eval(update(mx.array(1e-3)), model.trainable_parameters())
+        step.accumulate([batch] * count, [0, 0])
+        mx.eval(step.update(1e-3), model.trainable_parameters())
         peaks.append(mx.get_peak_memory())
     assert peaks[2] < 1.1 * peaks[1]
 
@@ -185,19 +138,19 @@ def test_padding_never_matters(width):
 def test_update_that_is_not_finite_is_not_applied_and_neither_is_what_follows():
     model, rows = tiny_model(), rows_of_unequal_length()
     optimizer = adamw()
-    add_microbatches, update = compile_step(model, optimizer, max_grad_norm=1.0)
+    step = Step(model, optimizer, max_grad_norm=1.0)
     batch = collate(rows)
-    add_microbatches([batch], [0, 0])
-    assert update(mx.array(1e-2))["is_finite"].item()
+    step.accumulate([batch], [0, 0])
+    assert step.update(1e-2)["is_finite"].item()
     before = [np.array(a) for _, a in tree_flatten([adapter_weights(model), optimizer.state])]
     embedding = model.transformer.word_embeddings
     good = embedding.weight
     embedding.weight = good * math.nan
-    add_microbatches([batch], [0, 0])
-    assert not update(mx.array(1e-2))["is_finite"].item()
+    step.accumulate([batch], [0, 0])
+    assert not step.update(1e-2)["is_finite"].item()
     embedding.weight = good
-    add_microbatches([batch], [0, 0])
-    assert not update(mx.array(1e-2))["is_finite"].item()
+    step.accumulate([batch], [0, 0])
+    assert not step.update(1e-2)["is_finite"].item()
     after = [np.array(a) for _, a in tree_flatten([adapter_weights(model), optimizer.state])]
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -206,9 +159,9 @@ def test_update_that_is_not_finite_is_not_applied_and_neither_is_what_follows():
 def test_frozen_weights_stay_as_they_were():
     model = tiny_model()
     frozen = {n: np.array(a) for n, a in tree_flatten(model.parameters()) if "lora" not in n}
-    add_microbatches, update = compile_step(model, adamw(0.1), max_grad_norm=0.0)
-    add_microbatches([collate(rows_of_unequal_length())], [0, 0])
-    mx.eval(update(mx.array(1e-2)), model.parameters())
+    step = Step(model, adamw(0.1), max_grad_norm=0.0)
+    step.accumulate([collate(rows_of_unequal_length())], [0, 0])
+    mx.eval(step.update(1e-2), model.parameters())
     now = dict(tree_flatten(model.parameters()))
     for name, array in frozen.items():
         np.testing.assert_array_equal(np.array(now[name]), array)
@@ -236,11 +189,11 @@ def test_validation_loss_is_the_training_loss_before_the_update():
     model, rows = tiny_model(), rows_of_unequal_length()
     batch = collate(rows)
     model.eval()
-    loss_sum, num_tokens = compile_loss(model)([batch])
+    loss_sum, num_tokens = total_loss(model)([batch])
     model.train()
-    add_microbatches, update = compile_step(model, adamw(), 1.0)
-    add_microbatches([batch], [0, 0])
-    loss = update(mx.array(1e-3))["loss"].item()
+    step = Step(model, adamw(), 1.0)
+    step.accumulate([batch], [0, 0])
+    loss = step.update(1e-3)["loss"].item()
     assert loss_sum / num_tokens == pytest.approx(loss, rel=1e-6)
 
 

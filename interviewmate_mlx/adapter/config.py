@@ -1,0 +1,277 @@
+"""What `adapter_config.json` says of a LoRA adapter, in PEFT's words."""
+
+import math
+import re
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import regex
+
+from interviewmate_mlx.errors import AdapterError, brief, list_faults
+from interviewmate_mlx.files import read_bounded
+from interviewmate_mlx.formats.json_file import parse_json
+from interviewmate_mlx.formats.links import refuse_links_out
+from interviewmate_mlx.model.lora import find_targets, linear_paths
+
+CONFIG_FILE = "adapter_config.json"
+_HINT = "Export the adapter again."
+_MAX_BYTES = 1 << 20
+_MAX_PATTERN_CHARS = 1000  # characters
+_MAX_REPEATS = 1000  # all counts in braces multiplied: matching may write them out
+_NUMBER = re.compile(r"\d+").findall
+_MAX_MATCHING_S = 5.0  # for all patterns and layers together; some patterns would take years
+
+# What PEFT 0.21 can write that changes the maths, with the values that do not.
+_UNSUPPORTED: dict[str, Sequence[Any]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "bias": ("none",),
+    "exclude_modules": (None, []),
+    "fan_in_fan_out": (False,),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "layers_to_transform": (None, []),
+    "lora_bias": (False,),
+    "modules_to_save": (None, []),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (None, False),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "velora_config": (None,),
+}
+# The rest of LoraConfig in PEFT 0.21: what is read here, and what changes no maths.
+_OTHER_KEYS = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "layers_pattern",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What `adapter_config.json` says of a LoRA adapter."""
+
+    base: str
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] | str = ()  # names, or one regular expression over whole paths
+    rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def to_peft(self) -> dict[str, Any]:
+        """The content of `adapter_config.json`."""
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base,
+            "r": self.rank,
+            "lora_alpha": int(self.alpha) if self.alpha.is_integer() else self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": self.targets,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "use_rslora": self.rslora,
+            "use_dora": False,
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+            "layers_to_transform": None,
+            "modules_to_save": None,
+        }
+
+    def layers(self, model: nn.Module) -> dict[str, tuple[int, float]]:
+        """Rank and alpha of each layer of a model that the adapter covers, by path.
+
+        Raises:
+            AdapterError: a target matches no linear layer, or a pattern takes too long.
+        """
+        deadline = time.monotonic() + _MAX_MATCHING_S
+        if isinstance(self.targets, str):
+            paths = [p for p in linear_paths(model) if _matches(self.targets, p, deadline)]
+            if not paths:
+                raise AdapterError(
+                    f"target_modules {brief(self.targets)} matches no linear layer.\n"
+                    "Choose the base that the adapter was trained on."
+                )
+        else:
+            paths = find_targets(model, self.targets)
+        return {
+            path: (
+                _by_pattern(self.rank_pattern, path, self.rank, deadline),
+                _by_pattern(self.alpha_pattern, path, self.alpha, deadline),
+            )
+            for path in paths
+        }
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read `adapter_config.json`.
+
+    Raises:
+        AdapterError: there is no adapter, it is not a LoRA, or its kind of LoRA is not
+            supported; every such key is named.
+    """
+    path = folder / CONFIG_FILE
+    refuse_links_out(folder, [CONFIG_FILE], AdapterError)
+    try:
+        data = read_bounded(path, _MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AdapterError(
+            f"No adapter in {folder}: it has no {CONFIG_FILE}.\n"
+            "Give the folder that `imate-mlx train` or PEFT wrote."
+        ) from error
+    except OSError as error:
+        raise AdapterError(f"Cannot read {path}: {error.strerror}.\n{_HINT}") from error
+    written = parse_json(path, data, AdapterError, _HINT)
+    if written.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{path}: peft_type: got {brief(written.get('peft_type'))}, expected 'LORA'.\n"
+            "Only LoRA adapters are supported."
+        )
+    # PEFT falls back to 8 where rank or alpha is absent.
+    absent = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
+    config: dict[str, Any] = {**absent, **written}
+    faults = _config_faults(config)
+    if faults:
+        raise AdapterError(
+            f"{path} holds what is not supported:\n{list_faults(faults, max_shown=20)}\n"
+            "Merge that adapter with PEFT (merge_and_unload) and convert the merged model."
+        )
+    targets = config["target_modules"]
+    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    return AdapterConfig(
+        base=config.get("base_model_name_or_path") or "",
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        dropout=float(config["lora_dropout"]),
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        rslora=config["use_rslora"],
+        rank_pattern={name: int(rank) for name, rank in ranks.items()},
+        alpha_pattern={name: float(alpha) for name, alpha in alphas.items()},
+    )
+
+
+def _config_faults(config: dict[str, Any]) -> list[str]:
+    faults = [
+        f"{key}: got {brief(config[key])}, expected {neutral[0]!r}"
+        for key, neutral in _UNSUPPORTED.items()
+        if key in config and config[key] not in neutral
+    ]
+    faults += [
+        f"{key[:80]}: got {brief(value)}, expected no such key (written by a newer PEFT)"
+        for key, value in config.items()
+        if key not in _UNSUPPORTED and key not in _OTHER_KEYS
+        # By identity: a 0 may say something.
+        if not (value is None or value is False or value in ("", [], {}))
+    ]
+    rank, alpha, dropout = (config[key] for key in ("r", "lora_alpha", "lora_dropout"))
+    if not _is_rank(rank):
+        faults.append(f"r: got {brief(rank)}, expected a whole number of at least 1")
+    if not _is_number(alpha):
+        faults.append(f"lora_alpha: got {brief(alpha)}, expected a finite number")
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        faults.append(f"lora_dropout: got {brief(dropout)}, expected from 0 to below 1")
+    if not isinstance(config["use_rslora"], bool):
+        faults.append(f"use_rslora: got {brief(config['use_rslora'])}, expected true or false")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        faults.append(f"base_model_name_or_path: got {brief(base)}, expected a name or a path")
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets:
+        faults += _pattern_fault("target_modules", targets, targets)
+    elif (
+        not targets or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets)
+    ):
+        faults.append(f"target_modules: got {brief(targets)}, expected names of linear layers")
+    for key, is_value, numbers in (
+        ("rank_pattern", _is_rank, "whole numbers of at least 1"),
+        ("alpha_pattern", _is_number, "finite numbers"),
+    ):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(map(is_value, patterns.values())):
+            faults.append(f"{key}: got {brief(patterns)}, expected {numbers} by name")
+        else:
+            faults += [fault for p in patterns for fault in _pattern_fault(key, p, _at_end(p))]
+    return faults
+
+
+def _by_pattern(patterns: dict[str, Any], path: str, default: Any, deadline: float) -> Any:
+    """PEFT's rule: a pattern matches the end of a path, as a regular expression."""
+    matching = (p for p in patterns if _matches(_at_end(p), path, deadline))
+    return next((patterns[pattern] for pattern in matching), default)
+
+
+def _matches(pattern: str, path: str, deadline: float) -> bool:
+    try:
+        left_s = max(deadline - time.monotonic(), 1e-3)
+        return regex.fullmatch(pattern, path, timeout=left_s) is not None
+    except (TimeoutError, regex.error) as error:
+        raise AdapterError(
+            f"The pattern {brief(pattern)} of the adapter cannot be matched with {path}: "
+            f"{str(error) or 'it takes too long'}\nName the target modules one by one."
+        ) from error
+
+
+def _at_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _pattern_fault(key: str, written: str, pattern: str) -> list[str]:
+    """What is wrong with a pattern as it is used, in `re`'s own words; nothing if it is valid."""
+    if len(written) > _MAX_PATTERN_CHARS:
+        got = f"{len(written)} characters"
+        return [f"{key}: got {got}, expected a pattern of at most {_MAX_PATTERN_CHARS}"]
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        # Without the position, which counts from the start of the whole pattern.
+        reason = error.msg if isinstance(error, re.error) else error
+        return [f"{key}: got {brief(written)}, expected a regular expression: {reason}"]
+    counts = [int(n) for braces in re.findall(r"\{[\d,]+\}", written) for n in _NUMBER(braces)]
+    if math.prod(max(1, count) for count in counts) > _MAX_REPEATS:
+        return [f"{key}: got {brief(written)}, expected at most {_MAX_REPEATS} repeats in it"]
+    return []
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number; no bool, though Python counts it as one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max  # also refuses NaN, and 10**400
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_number(value) and value >= 1 and value == int(value)

@@ -1,0 +1,255 @@
+"""The base: a model folder, opened and checked once."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from interviewmate_mlx.base.convert import convert
+from interviewmate_mlx.base.source import check_depth, model_files, read_args
+from interviewmate_mlx.base.tokenizer import (
+    build_tokenizer,
+    check_tokenizer_class,
+    check_vocab,
+    read_tokenizer_files,
+)
+from interviewmate_mlx.errors import ModelError, WeightsError, brief
+from interviewmate_mlx.files import Progress
+from interviewmate_mlx.formats.json_file import parse_json, read_file
+from interviewmate_mlx.formats.links import refuse_links_out
+from interviewmate_mlx.formats.safetensors_file import SafetensorsHeader, read_safetensors_header
+from interviewmate_mlx.hub.names import is_hub_id, local_path, shipped_base
+from interviewmate_mlx.hub.pull import pull
+from interviewmate_mlx.model import falcon
+
+_SAMPLE_BYTES = 4096  # of each tensor, twice: reading all of a large model would take seconds
+_SAMPLE_NUMBERS = 2048  # of each tensor
+_GRID_STEPS = 1024  # per unit
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model folder and its tokenizer, opened and checked; `Base.open` makes one.
+
+    No code of the folder is run. Nothing here reads a file again, but for the
+    tensors themselves.
+
+    Attributes:
+        name: what the user called it: `mini`, a path, or a Hub id.
+        folder: where it lies.
+        args: the network's shape.
+        quantization: `group_size` and `bits` of packed weights; None for plain ones.
+        headers: of the weight files, by their paths.
+        tokenizer: stops on its own end token, whatever config.json says.
+        small_files: sha256 over `config.json` and `tokenizer.json`.
+    """
+
+    name: str
+    folder: Path
+    args: falcon.ModelArgs
+    quantization: dict[str, int] | None
+    headers: dict[Path, SafetensorsHeader]
+    tokenizer: TokenizerWrapper
+    small_files: Any
+
+    @classmethod
+    def open(cls, name: str | Path, progress: Progress | None = None) -> "Base":
+        """Open a base by its name: `mini`, a folder, or a Hub id.
+
+        A Hub id is pulled and converted once, into `models/`.
+
+        Args:
+            name: of the base.
+            progress: called with bytes done and bytes in all while it is fetched.
+
+        Raises:
+            ModelError: there is no such folder, it is not a Falcon-RW in safetensors, or
+                its files do not fit together.
+            HubError: the Hub did not give it.
+        """
+        name = str(name)
+        folder = fetch_base(name, progress)
+        refuse_links_out(folder, model_files(folder), ModelError)
+        paths = sorted(folder.glob("model*.safetensors"))
+        if not paths:
+            raise ModelError(
+                f"{folder} holds no model*.safetensors.\n"
+                f"Convert it first: imate-mlx convert {folder} --out models/{folder.name}"
+            )
+        path = folder / "config.json"
+        config_bytes = read_file(path)
+        config = parse_json(path, config_bytes)
+        args = read_args(folder, config)
+        headers = {path: read_safetensors_header(path) for path in paths}
+        names = [name for header in headers.values() for name in header.tensors]
+        check_depth(args, names)
+        quantization = _read_quantization(folder, config, names)
+        check_tokenizer_class(folder / "config.json", config)
+        files = read_tokenizer_files(folder)
+        check_vocab(files, args.vocab_size)
+        tokenizer = build_tokenizer(files)
+        small_files = hashlib.sha256(config_bytes + files.contents.get("tokenizer.json", b""))
+        return cls(name, folder, args, quantization, headers, tokenizer, small_files)
+
+    def build(self, dtype: mx.Dtype) -> falcon.Model:
+        """The network with its weights, none of them in memory yet: see `read`.
+
+        Args:
+            dtype: of the weights that are floats.
+
+        Raises:
+            WeightsError: the tensors are not those of the network.
+        """
+        model = falcon.Model(self.args)
+        weights: dict[str, mx.array] = {}
+        for path in self.headers:
+            weights |= self._load(path)
+        weights = model.sanitize(weights)
+        try:
+            if self.quantization:
+                nn.quantize(
+                    model,
+                    group_size=self.quantization["group_size"],
+                    bits=self.quantization["bits"],
+                    class_predicate=lambda path, _: f"{path}.scales" in weights,
+                )
+            model.load_weights(list(weights.items()))
+        except ValueError as error:
+            raise self._does_not_fit(error) from error
+        model.set_dtype(dtype)
+        model.eval()
+        return model
+
+    def read(self, model: falcon.Model) -> None:
+        """Read the weights of a built network into memory.
+
+        Raises:
+            WeightsError: a file is not as its header said.
+        """
+        try:
+            mx.eval(model.parameters())
+        except (RuntimeError, ValueError) as error:
+            raise self._does_not_fit(error) from error
+
+    def load(self, dtype: mx.Dtype) -> falcon.Model:
+        """The network with its weights in memory: `build` and `read`."""
+        model = self.build(dtype)
+        self.read(model)
+        return model
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of config and tokenizer, and of a sample of each tensor."""
+        digest = self.small_files.copy()
+        for path, header in self.headers.items():
+            digest.update(json.dumps([path.name, path.stat().st_size]).encode())
+            digest.update(header.text)
+            with path.open("rb") as file:
+                for entry in header.tensors.values():
+                    for start in (0, entry.nbytes // 2):
+                        file.seek(entry.offset + start)
+                        digest.update(file.read(_SAMPLE_BYTES))
+        return str(digest.hexdigest())
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """What tells a base's weights from another's; empty for a quantised one.
+
+        The same in float32, bfloat16 and float16, in one file and in shards, with the
+        vocabulary trimmed or not. It covers the first numbers of each tensor, rounded to
+        a grid: too coarse for a dtype to matter (if the weights were bfloat16 once),
+        fine enough for any training to show.
+        """
+        if self.quantization:
+            return ""
+        digest = hashlib.sha256()
+        tensors = [item for header in self.headers.values() for item in header.tensors.items()]
+        for name, entry in sorted(tensors):
+            if entry.dtype in ("float32", "bfloat16", "float16") and name != "lm_head.weight":
+                kind = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[entry.dtype]
+                count = min(_SAMPLE_NUMBERS, math.prod(entry.shape))
+                sample = np.fromfile(entry.path, kind, count, offset=entry.offset)
+                if entry.dtype == "bfloat16":
+                    sample = (sample.astype(np.uint32) << 16).view(np.float32)
+                steps = np.nan_to_num(sample.astype(np.float64) * _GRID_STEPS)
+                digest.update(name.encode() + (np.rint(steps) + 0.0).tobytes() + b".")
+        return digest.hexdigest()
+
+    def _load(self, path: Path) -> dict[str, mx.array]:
+        try:
+            loaded: Any = mx.load(str(path))
+        except (RuntimeError, ValueError) as error:
+            raise self._does_not_fit(error) from error
+        return dict(loaded)
+
+    def _does_not_fit(self, error: Exception) -> WeightsError:
+        return WeightsError(
+            f"Cannot load {self.folder}: {type(error).__name__}: {_short(error)}\n"
+            "Convert it again, or choose another base."
+        )
+
+
+def fetch_base(name: str, progress: Progress | None = None) -> Path:
+    """The folder of a base; a Hub id is pulled and converted once, into `models/`.
+
+    Raises:
+        ModelError: there is no such folder, or what was pulled cannot be converted.
+        HubError: the Hub did not give it.
+    """
+    folder = shipped_base(name) or local_path(name)
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() or not is_hub_id(name):
+        raise ModelError(
+            f"No model at {name}: no folder with a config.json, and not a Hub id like owner/name.\n"
+            "Give mini, a folder, or a Hub id such as tiiuae/falcon-rw-1b."
+        )
+    out = models_folder(name)
+    if (out / "config.json").is_file():
+        return out
+    pulled = pull(name, progress=progress)
+    convert(pulled.path, out, source_name=name, revision=pulled.revision, progress=progress)
+    return out
+
+
+def models_folder(name: str) -> Path:
+    """Where a Hub id is converted to, below the current folder."""
+    return Path("models") / name
+
+
+def is_here(name: str) -> bool:
+    """Whether a base can be opened without pulling it."""
+    return local_path(name).exists() or not is_hub_id(name) or models_folder(name).exists()
+
+
+def _read_quantization(
+    folder: Path, config: dict[str, Any], names: list[str]
+) -> dict[str, int] | None:
+    packed = config.get("quantization")
+    if packed is None:
+        return None
+    given = packed if isinstance(packed, dict) else {}
+    sizes: dict[str, Any] = {key: given.get(key) for key in ("group_size", "bits")}
+    fault = ""
+    if not all(type(size) is int and 0 < size <= 1024 for size in sizes.values()):
+        fault = f"got {brief(packed)}, expected group_size and bits, whole numbers above 0"
+    elif not any(name.endswith(".scales") for name in names):
+        fault = f"got {sizes['bits']} bits, expected none: the weights are not quantised"
+    if fault:
+        raise ModelError(
+            f"{folder}/config.json: quantization: {fault}.\nConvert or quantise it again."
+        )
+    return sizes
+
+
+def _short(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    return f"{said[:500]}{'...' if len(said) > 500 else ''}"

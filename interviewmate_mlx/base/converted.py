@@ -1,0 +1,106 @@
+"""What a converted folder holds: weights, configuration, tokenizer.
+
+It serves three: this package, the stock mlx-lm commands with
+`--trust-remote-code`, and transformers. None of them runs code that came with
+the source.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from interviewmate_mlx.base.tokenizer import TOKENIZER_CLASSES, TokenizerFiles, build_backend
+from interviewmate_mlx.data.prompts import CHAT_TEMPLATE
+from interviewmate_mlx.errors import WeightsError
+from interviewmate_mlx.files import Progress
+from interviewmate_mlx.formats.cast import cast
+from interviewmate_mlx.formats.json_file import read_json
+from interviewmate_mlx.formats.safetensors_file import ITEM_BYTES, TensorEntry, safetensors_header
+
+MODEL_FILE = "falcon.py"
+
+
+def write_weights(
+    path: Path, tensors: dict[str, TensorEntry], dtype: str, progress: Progress | None
+) -> None:
+    """Stream tensors into one safetensors file, in their order.
+
+    Raises:
+        WeightsError: a number is too large for `dtype`, or a source file was truncated
+            since it was opened.
+    """
+    layout = [(name, dtype, entry.shape) for name, entry in tensors.items()]
+    total = sum(math.prod(shape) for _, _, shape in layout) * ITEM_BYTES[dtype]
+    done = 0
+    with open(path, "wb") as file:
+        file.write(safetensors_header(layout, {"format": "pt"}))
+        for name, entry in tensors.items():
+            try:
+                for chunk in entry.chunks():
+                    done += file.write(cast(chunk, entry.dtype, dtype))
+                    if progress:
+                        progress(done, total)
+            except OverflowError as error:
+                raise WeightsError(
+                    f"{name} in {entry.path}: {error}.\nChoose float32.", "dtype"
+                ) from error
+
+
+def write_config(
+    folder: Path, source: Path, config: dict[str, Any], tokenizer: TokenizerFiles, dtype: str
+) -> None:
+    """Write `config.json` and `generation_config.json`.
+
+    Both get the ids of the tokenizer's own special tokens: the Hub's files say
+    that the end token is 2, which is `#` to the tokenizer.
+
+    Args:
+        folder: where to.
+        source: the folder converted, for its `generation_config.json`.
+        config: its `config.json` in today's names, of the converted shape.
+        tokenizer: the source's.
+        dtype: of the weights.
+    """
+    # auto_map would have loaders run code from the Hub.
+    dropped = ("auto_map", "_name_or_path", "dtype")
+    config = {key: value for key, value in config.items() if key not in dropped}
+    config |= {
+        "model_type": "falcon",
+        "architectures": ["FalconForCausalLM"],
+        "torch_dtype": dtype,
+        "model_file": MODEL_FILE,
+    }
+    path = source / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    generation.pop("_from_model_config", None)
+    for settings in (config, generation):
+        settings.pop("pad_token_id", None)
+        for key, number in tokenizer.special_ids.items():
+            if key != "unk_token":
+                settings[f"{key}_id"] = number
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation)
+
+
+def write_tokenizer(folder: Path, tokenizer: TokenizerFiles) -> None:
+    """Write a tokenizer's files, and the chat template where loaders look for it.
+
+    A source without `tokenizer.json` gets one.
+    """
+    for name, data in tokenizer.contents.items():
+        (folder / name).write_bytes(data)
+    if "tokenizer.json" not in tokenizer.contents:
+        build_backend(tokenizer).save(str(folder / "tokenizer.json"))
+    settings = dict(tokenizer.objects.get("tokenizer_config.json", {}))
+    settings.pop("auto_map", None)
+    if settings.get("tokenizer_class") not in TOKENIZER_CLASSES:
+        settings["tokenizer_class"] = TOKENIZER_CLASSES[-1]
+    settings |= {key: text for key, text in tokenizer.special.items() if not settings.get(key)}
+    settings["chat_template"] = CHAT_TEMPLATE
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

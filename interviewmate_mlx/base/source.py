@@ -1,0 +1,215 @@
+"""A model folder as it lies on the Hub: its configuration, and where its tensors lie.
+
+Nothing is loaded and nothing is run. The names of old configurations follow
+transformers' `models/falcon/convert_custom_code_checkpoint.py`.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from interviewmate_mlx.base.tokenizer import TOKENIZER_FILES
+from interviewmate_mlx.errors import ModelError, WeightsError, brief, list_faults
+from interviewmate_mlx.formats.json_file import read_json
+from interviewmate_mlx.formats.safetensors_file import TensorEntry, read_safetensors_header
+from interviewmate_mlx.formats.torch_file import read_torch_file
+from interviewmate_mlx.model import falcon
+
+_OLD_NAMES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_kv_heads",
+    "n_embed": "hidden_size",
+}
+_OLD_MODEL_TYPES = ("RefinedWebModel", "RefinedWeb")
+
+# As one file, and as shards. The first that is there is taken.
+_WEIGHTS = [
+    ("model.safetensors", "model-*-of-*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
+]
+# Beside the weights and the tokenizer, what this package or the libraries below it read.
+_OTHER_FILES = [
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    "chat_template.jinja",
+]
+# MLX counts the sizes of an array in 32 bits; the projections are up to four times as wide.
+_MAX_DIMENSION = 1 << 24
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files of a checkpoint, and the file of each tensor where an index says it."""
+
+    paths: list[Path]
+    index: dict[str, str] | None
+
+
+def read_args(folder: Path, config: dict[str, Any]) -> falcon.ModelArgs:
+    """The shape that a `config.json` describes, its optional keys checked too.
+
+    Raises:
+        ModelError: it is not a Falcon-RW's, or a value is impossible; all such keys are named.
+    """
+    faults = []
+    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+        if type(config.get(key)) is int and config[key] > _MAX_DIMENSION:
+            faults.append(f"{key}: got {brief(config[key])}, expected at most {_MAX_DIMENSION}")
+    # Absent or null, they have defaults.
+    given = {key: value for key, value in config.items() if value is not None}
+    ffn = given.get("ffn_hidden_size", 1)
+    if type(ffn) is not int or not 1 <= ffn <= _MAX_DIMENSION:
+        faults.append(
+            f"ffn_hidden_size: got {brief(ffn)}, expected a whole number from 1 to {_MAX_DIMENSION}"
+        )
+    epsilon = given.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        faults.append(f"layer_norm_epsilon: got {brief(epsilon)}, expected from 0 to below 1")
+    faults += [
+        f"{key}: got {brief(given[key])}, expected true or false"
+        for key in ("bias", "tie_word_embeddings")
+        if not isinstance(given.get(key, True), bool)
+    ]
+    try:
+        if faults:
+            raise ValueError("config.json is not a Falcon-RW's:\n" + list_faults(faults))
+        return falcon.ModelArgs.from_dict(config)
+    except ValueError as error:
+        raise ModelError(
+            f"{folder}: {error}\nChoose a Falcon-RW, such as tiiuae/falcon-rw-1b."
+        ) from error
+
+
+def check_depth(args: falcon.ModelArgs, tensors: Collection[str]) -> None:
+    """Refuse more layers than there are tensors, before so many are built.
+
+    Raises:
+        WeightsError: that is so.
+    """
+    if args.num_hidden_layers > len(tensors):
+        raise WeightsError(
+            f"config.json says num_hidden_layers: got {args.num_hidden_layers}, expected at most "
+            f"{len(tensors)}, as many as the weights have tensors.\n"
+            "Correct config.json, or download the model again."
+        )
+
+
+def model_files(folder: Path) -> list[str]:
+    """The names of a model folder's files that are read, those that are there."""
+    patterns = [*_OTHER_FILES, *TOKENIZER_FILES, "model*", "pytorch_model*"]
+    names = [path.name for path in folder.iterdir()]
+    return sorted(name for name in names if any(fnmatchcase(name, p) for p in patterns))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` in the names that transformers uses today.
+
+    Raises:
+        ModelError: there is none, it describes quantised weights, or an old
+            name in it contradicts the new one.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        is_adapter = (folder / "adapter_config.json").is_file()
+        hint = "It is an adapter: give its base." if is_adapter else "Give a model's folder."
+        raise ModelError(f"{folder} holds no config.json.\n{hint}")
+    config = read_json(path)
+    for key in ("quantization", "quantization_config"):
+        if config.get(key):
+            raise ModelError(
+                f"{path} describes quantised weights ({key}).\nConvert the model it came from."
+            )
+    if config.get("model_type") in _OLD_MODEL_TYPES:
+        config["model_type"] = "falcon"
+        config.setdefault("new_decoder_architecture", "n_head_kv" in config)
+    faults = []
+    for old, new in _OLD_NAMES.items():
+        value = config.pop(old, None)
+        if value is not None and config.setdefault(new, value) != value:
+            faults.append(f"{old} is {brief(value)}, {new} is {brief(config[new])}")
+    if faults:
+        raise ModelError(f"{path} contradicts itself:\n{list_faults(faults)}\nRemove one of each.")
+    return config
+
+
+def find_weights(folder: Path) -> WeightFiles:
+    """The files that hold a folder's tensors: safetensors before `pytorch_model.bin`.
+
+    Raises:
+        WeightsError: there are none, shards are missing or surplus, or the index
+            points outside the folder.
+    """
+    for single, shards in _WEIGHTS:
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            found = WeightFiles([folder / single], None)
+        elif index.is_file():
+            found = _read_index(index, shards)
+        elif any(folder.glob(shards)):
+            raise WeightsError(f"{folder} holds shards, but no {index.name}.\nDownload that too.")
+        else:
+            continue
+        for path in found.paths:
+            with path.open("rb") as file:
+                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    raise WeightsError(f"{path} is only a pointer of Git LFS.\nRun git lfs pull.")
+        return found
+    known = " or ".join(single for single, _ in _WEIGHTS)
+    raise WeightsError(
+        f"{folder} holds no weights: expected {known}, or shards of one with their index.\n"
+        "Download the weights into it."
+    )
+
+
+def _read_index(index: Path, shards: str) -> WeightFiles:
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(n, str) for n in shard_of.values()):
+        raise WeightsError(f"{index} has no weight_map.\nDownload it again.")
+    folder = index.parent
+    faults = []
+    names = sorted(set(shard_of.values()))
+    for name in names:
+        if not fnmatchcase(name, shards) or "/" in name or "\\" in name:
+            faults.append(f"{name[:80]!r}: expected a file name like {shards}")
+        elif not (folder / name).is_file():
+            faults.append(f"{name}: in the index, but not in the folder")
+    surplus = {path.name for path in folder.glob(shards)} - set(names)
+    faults += [f"{name}: in the folder, but not in the index" for name in sorted(surplus)]
+    if faults:
+        raise WeightsError(
+            f"{index} does not fit its folder:\n{list_faults(faults)}\nDownload the model again."
+        )
+    return WeightFiles([folder / name for name in names], shard_of)
+
+
+def read_tensors(weights: WeightFiles) -> dict[str, TensorEntry]:
+    """Where each tensor lies. Only headers are read.
+
+    Raises:
+        WeightsError: a file is damaged or unsafe, or does not hold what the index says.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    faults = []
+    for path in weights.paths:
+        is_torch = path.suffix != ".safetensors"
+        found = read_torch_file(path) if is_torch else read_safetensors_header(path).tensors
+        for name, entry in found.items():
+            if name in tensors:
+                faults.append(f"{name}: in {tensors[name].path.name} and in {path.name}")
+            elif weights.index is not None and weights.index.get(name) != path.name:
+                said = weights.index.get(name, "no file")
+                faults.append(f"{name}: in {path.name}, in {said} by the index")
+            tensors[name] = entry
+    absent = set(weights.index or ()) - set(tensors)
+    faults += [f"{name}: in the index, but in no file" for name in sorted(absent)]
+    if faults:
+        raise WeightsError(
+            f"The shards in {weights.paths[0].parent} do not fit their index:\n"
+            f"{list_faults(faults)}\nDownload the model again."
+        )
+    return tensors

@@ -1,0 +1,230 @@
+"""A tokenizer's files: what they say of its tokens, and the tokenizer itself.
+
+`tokenizer.json` is the truth; where it is missing, a byte-level BPE is made of
+`vocab.json` and `merges.txt`. Class names in the files choose nothing, so no code
+of a model folder, and no pickle, can be reached through them.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import (
+    BPEStreamingDetokenizer,
+    NaiveStreamingDetokenizer,
+    TokenizerWrapper,
+)
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from interviewmate_mlx.data.prompts import encode
+from interviewmate_mlx.errors import ModelError, brief, list_faults
+from interviewmate_mlx.formats.json_file import parse_json, read_file
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+# Classes of transformers that read these files and nothing else.
+TOKENIZER_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast")
+_NEW_CLASS = "TokenizersBackend"  # what transformers 5 calls the last of them
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer's files, each read once.
+
+    Attributes:
+        folder: where they lie.
+        contents: bytes by file name, of those that exist.
+        objects: the JSON ones, parsed.
+        ids: of every token, by its text.
+        special: the texts of `eos_token`, and of `bos_token`, `unk_token`, `pad_token`
+            where it has them.
+    """
+
+    folder: Path
+    contents: dict[str, bytes]
+    objects: dict[str, dict[str, Any]]
+    ids: dict[str, int]
+    special: dict[str, str]
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.ids.values()) + 1
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        return {key: self.ids[text] for key, text in self.special.items()}
+
+
+def read_tokenizer_files(folder: Path) -> TokenizerFiles:
+    """Read and check the files of a tokenizer.
+
+    Raises:
+        ModelError: there is no tokenizer, a file is damaged, it names no end token, or
+            a special token that it does not have.
+    """
+    paths = [folder / name for name in TOKENIZER_FILES]
+    contents = {path.name: read_file(path) for path in paths if path.is_file()}
+    objects = {
+        name: parse_json(folder / name, data)
+        for name, data in contents.items()
+        if name.endswith(".json")
+    }
+    try:
+        ids = _token_ids(objects)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"The tokenizer's files in {folder} are damaged: {brief(error, 200)}\n"
+            "Download them again."
+        ) from error
+    if not ids or not {"tokenizer.json", "merges.txt"} & contents.keys():
+        raise ModelError(
+            f"{folder} holds no tokenizer, so its true end token is unknown.\n"
+            "Put tokenizer.json, or vocab.json and merges.txt, beside the weights."
+        )
+    special = {}
+    for key in _SPECIAL_TOKENS:
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            value = objects.get(name, {}).get(key)
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                special[key] = text
+    if "eos_token" not in special:
+        raise ModelError(
+            f"The tokenizer in {folder} names no end token.\n"
+            'Add "eos_token" to its tokenizer_config.json.'
+        )
+    unknown = [f"{key}: {brief(text)}" for key, text in special.items() if text not in ids]
+    if unknown:
+        raise ModelError(
+            f"The tokenizer in {folder} names tokens that it does not have:\n"
+            f"{list_faults(unknown)}\nDownload tokenizer.json and tokenizer_config.json again."
+        )
+    return TokenizerFiles(folder, contents, objects, ids, special)
+
+
+def check_vocab(files: TokenizerFiles, vocab_size: Any) -> None:
+    """Refuse tokens that the embedding has no row for: MLX would read past its end.
+
+    Raises:
+        ModelError: there are such tokens.
+    """
+    if not isinstance(vocab_size, int) or files.vocab_size > vocab_size:
+        raise ModelError(
+            f"{files.folder}: its tokenizer has {files.vocab_size} tokens, "
+            f"its embedding only {brief(vocab_size)} rows (vocab_size).\n"
+            "Use the tokenizer that the model was trained with."
+        )
+
+
+def check_tokenizer_class(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse settings that name a tokenizer of another kind.
+
+    Raises:
+        ModelError: they do.
+    """
+    known = (*TOKENIZER_CLASSES, _NEW_CLASS)
+    if (found := settings.get("tokenizer_class")) not in (None, *known):
+        raise ModelError(
+            f"{path}: tokenizer_class: got {brief(found)}, expected one of {', '.join(known)}.\n"
+            "Convert the model again."
+        )
+
+
+def build_tokenizer(files: TokenizerFiles) -> TokenizerWrapper:
+    """The tokenizer that the files describe. It stops on its own end token.
+
+    Raises:
+        ModelError: the tokenizers library cannot build it, or it is of another kind.
+    """
+    settings = files.objects.get("tokenizer_config.json", {})
+    check_tokenizer_class(files.folder / "tokenizer_config.json", settings)
+    if "Precompiled" in json.dumps(files.objects.get("tokenizer.json", {}).get("normalizer")):
+        # The tokenizers library ends in a panic if its bytes are damaged.
+        raise ModelError(
+            f"{files.folder}/tokenizer.json: normalizer: got a Precompiled one, expected none.\n"
+            "Use the tokenizer that the model was trained with."
+        )
+    try:
+        tokenizer = _wrap(build_backend(files), files.special)
+        encode(tokenizer, "Question:")  # a broken tokenizer may fail only on first use
+    except BaseException as error:  # the library raises Exception itself, and panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = " ".join(str(error).split())
+        raise ModelError(
+            f"Cannot load the tokenizer in {files.folder}: {type(error).__name__}: {said[:500]}\n"
+            "Convert the model again."
+        ) from error
+    return tokenizer
+
+
+def build_backend(files: TokenizerFiles) -> Tokenizer:
+    """The tokenizers library's own object, with the tokens that stand in other files.
+
+    Raises:
+        Exception: as the tokenizers library says it.
+    """
+    if "tokenizer.json" in files.contents:
+        backend = Tokenizer.from_str(files.contents["tokenizer.json"].decode())
+    else:
+        lines = files.contents["merges.txt"].decode().splitlines()
+        pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+        merges = [(left, right) for left, right in pairs]
+        backend = Tokenizer(models.BPE(vocab=files.objects["vocab.json"], merges=merges))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+    known = backend.get_vocab()
+    for text in sorted(files.ids.keys() - known.keys(), key=files.ids.__getitem__):
+        backend.add_tokens([AddedToken(text, normalized=False)])
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for text in files.special.values():
+        if text not in added or not added[text].special:
+            backend.add_special_tokens([AddedToken(text, normalized=False)])
+    known = backend.get_vocab()
+    if odd := [text for text, number in files.ids.items() if known[text] != number]:
+        raise ValueError(
+            f"token {brief(odd[0])}: got id {known[odd[0]]}, expected {files.ids[odd[0]]}"
+        )
+    return backend
+
+
+def _wrap(backend: Tokenizer, special: dict[str, str]) -> TokenizerWrapper:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
+    )
+    is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+    streaming = BPEStreamingDetokenizer if is_byte_level else NaiveStreamingDetokenizer
+    return TokenizerWrapper(tokenizer, streaming)
+
+
+def _token_ids(objects: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Every token's id. Where two files name a token, tokenizer.json is right."""
+    ids: dict[str, Any] = dict(objects.get("added_tokens.json", {}))
+    decoder = objects.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
+    ids |= {token["content"]: int(number) for number, token in decoder.items()}
+    if "tokenizer.json" in objects:
+        whole = objects["tokenizer.json"]
+        vocab = dict(whole["model"]["vocab"])
+        added = {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+        for token in vocab.keys() & added.keys():
+            if vocab[token] != added[token]:
+                said = f"{brief(vocab[token])} and {brief(added[token])}"
+                raise ValueError(f"the id of {brief(token)} is {said}")
+        ids |= vocab | added
+    elif "vocab.json" in objects:
+        ids |= objects["vocab.json"]
+    else:
+        return {}
+    if odd := [token for token, number in ids.items() if type(number) is not int]:
+        raise ValueError(f"the id of {brief(odd[0])} is {brief(ids[odd[0]])}")
+    return ids

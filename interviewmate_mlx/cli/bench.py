@@ -1,0 +1,52 @@
+"""imate-mlx bench"""
+
+import json
+from dataclasses import asdict
+
+import click
+
+from interviewmate_mlx.cli.options import (
+    json_option,
+    load_named_run,
+    make_console,
+    model_option,
+    prepared,
+    run_option,
+    set_option,
+)
+
+
+@click.command("bench")
+@run_option
+@set_option
+@model_option
+@click.option("--steps", type=click.IntRange(1), default=10, show_default=True)
+@click.option(
+    "--warmup", type=click.IntRange(0), default=3, show_default=True, help="Steps not timed."
+)
+@json_option
+def command(
+    run_name: str,
+    overrides: tuple[str, ...],
+    model: str | None,
+    steps: int,
+    warmup: int,
+    as_json: bool,
+) -> None:
+    """Time some training steps of a run on this machine. Writes nothing.
+
+    \b
+    Example: imate-mlx bench --run A --steps 20
+    """
+    with prepared():
+        from interviewmate_mlx.results.bench import bench
+        from interviewmate_mlx.results.terminal import bench_text, byte_bar
+
+        run = load_named_run(run_name, overrides, model)
+        console = make_console()
+        console.print(f"timing {steps} steps after {warmup} to warm up")
+        with byte_bar(f"fetching {run.model.base}", console) as progress:
+            result = bench(run, steps, warmup, progress)
+        for slowdown in result.slowdowns:
+            console.print(f"slower than it could be: {slowdown}")
+        click.echo(json.dumps(asdict(result)) if as_json else bench_text(result))

@@ -1,0 +1,84 @@
+"""imate-mlx generate"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from interviewmate_mlx.cli.options import (
+    Finite,
+    dtype_option,
+    json_option,
+    make_console,
+    model_option,
+    prepared,
+)
+
+
+@click.command("generate")
+@click.argument("question")
+@model_option
+@click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT folder.")
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option(
+    "--temperature",
+    type=Finite(0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token.",
+)
+@click.option(
+    "--top-p",
+    type=Finite(0, 1, min_open=True),
+    help="With a temperature: sample from the likeliest tokens that make up this share.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="With a temperature: its draws.")
+@dtype_option
+@json_option
+def command(
+    question: str,
+    model: str | None,
+    adapter: Path | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float | None,
+    seed: int | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Answer an interview question.
+
+    \b
+    Example: imate-mlx generate "What is overfitting?" --adapter adapters/run_A
+    """
+    from interviewmate_mlx.files import is_utf8
+
+    if not question.strip():
+        raise click.UsageError("The question is empty.")
+    if not is_utf8(question):
+        raise click.UsageError("The question is not in UTF-8, as this terminal's text is.")
+    if temperature == 0 and (top_p, seed) != (None, None):
+        raise click.UsageError("--top-p and --seed need a --temperature above 0.")
+    with prepared():
+        from interviewmate_mlx.coach.generate import Sampling, answer, load_coach, stream_answer
+        from interviewmate_mlx.results.terminal import byte_bar
+
+        with byte_bar("fetching the base", make_console()) as progress:
+            coach, tokenizer = load_coach(model, adapter, dtype, progress)
+        chosen = {"top_p": top_p, "seed": seed}
+        given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        sampling = Sampling(max_tokens, temperature, **given)
+        if as_json:
+            said = answer(coach, tokenizer, question, sampling)
+            click.echo(json.dumps({"question": question, "answer": said, **asdict(sampling)}))
+            return
+        is_first = True
+        for piece in stream_answer(coach, tokenizer, question, sampling):
+            # No control characters: what a model says must not steer the terminal.
+            piece = "".join(char for char in piece if char.isprintable() or char in "\n\t")
+            piece = piece.lstrip() if is_first else piece
+            is_first = is_first and not piece
+            click.echo(piece, nl=False)
+        click.echo()

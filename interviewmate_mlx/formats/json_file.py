@@ -1,0 +1,61 @@
+"""A JSON object from a file of a model or adapter folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from interviewmate_mlx.errors import InterviewMateError, ModelError
+from interviewmate_mlx.files import read_bounded
+
+# The largest tokenizer.json of a public model has 33 MB; parsed JSON takes up to 20 times that.
+_MAX_BYTES = 64 << 20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model folder.
+
+    Raises:
+        ModelError: it cannot be read, is too large, or is not a JSON object.
+    """
+    return parse_json(path, read_file(path))
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a JSON or text file of a model folder.
+
+    Raises:
+        ModelError: it cannot be read, or is too large.
+    """
+    try:
+        return read_bounded(path, _MAX_BYTES)
+    except OSError as error:
+        raise ModelError(
+            f"Cannot read {path}: {error.strerror}.\nCheck the path and who may read it."
+        ) from error
+
+
+def parse_json(
+    path: Path,
+    data: bytes,
+    error_type: type[InterviewMateError] = ModelError,
+    hint: str = "Download it again.",
+) -> dict[str, Any]:
+    """A JSON object from the bytes of a file.
+
+    Args:
+        path: named in messages.
+        data: UTF-8.
+        error_type: what is raised.
+        hint: what to do, the last line of a message.
+
+    Raises:
+        InterviewMateError: of `error_type`; it is not a JSON object.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        fault = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise error_type(f"{path} is not JSON: {fault}\n{hint}") from error
+    if not isinstance(value, dict):
+        raise error_type(f"{path}: got a JSON {type(value).__name__}, expected an object.\n{hint}")
+    return value

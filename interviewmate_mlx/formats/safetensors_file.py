@@ -1,0 +1,245 @@
+"""Safetensors files: where each tensor lies, without loading any; and what writes them.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes with the
+header's length, the header in JSON, then the tensors' bytes without gaps,
+little-endian, row by row.
+"""
+
+import errno
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from interviewmate_mlx.errors import WeightsError, brief
+
+# Name, code in a safetensors header, bytes of one number.
+_DTYPES = [
+    ("float64", "F64", 8),
+    ("float32", "F32", 4),
+    ("float16", "F16", 2),
+    ("bfloat16", "BF16", 2),
+    ("int64", "I64", 8),
+    ("int32", "I32", 4),
+    ("uint32", "U32", 4),  # packed numbers of a quantised model
+    ("int16", "I16", 2),
+    ("int8", "I8", 1),
+    ("uint8", "U8", 1),
+    ("bool", "BOOL", 1),
+]
+ITEM_BYTES = {name: size for name, _, size in _DTYPES}
+_CODE_OF = {name: code for name, code, _ in _DTYPES}
+_NAME_OF = {code: name for name, code, _ in _DTYPES}
+
+# Falcon-RW-7B's header has 0.06 MB; in memory JSON takes up to 30 times as much as in the file.
+_MAX_HEADER_BYTES = 4 << 20
+_MAX_NAME_CHARS = 500
+_MAX_AXES = 64  # what numpy and torch allow; the product of millions would take hours
+_CHUNK_BYTES = 256 << 10  # stays in a cache; larger pieces are slower
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor in a file, checked against the file's size but not read.
+
+    Attributes:
+        dtype: `float32`, `bfloat16`, ... (`ITEM_BYTES` lists them).
+        shape: its sizes; () for one number.
+        path: the file.
+        offset: of its first number, bytes from the start of the file.
+        strides: numbers (not bytes) to the next along each axis where the
+            tensor does not lie row by row; None where it does.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def first_rows(self, count: int) -> "TensorEntry":
+        """The same tensor cut to `count` along its first axis."""
+        return TensorEntry(
+            self.dtype, (count, *self.shape[1:]), self.path, self.offset, self.strides
+        )
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes, row by row, in pieces of whole numbers, each valid until the next.
+
+        Raises:
+            WeightsError: the file became shorter since its header was read.
+        """
+        if self.strides is not None:
+            yield from self._gathered_chunks(self.strides)
+            return
+        buffer = memoryview(bytearray(min(_CHUNK_BYTES, self.nbytes)))
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            for start in range(0, self.nbytes, _CHUNK_BYTES):
+                piece = buffer[: self.nbytes - start]
+                if file.readinto(piece) != len(piece):
+                    raise WeightsError(f"{self.path} became shorter while it was read")
+                yield piece
+
+    def _gathered_chunks(self, strides: tuple[int, ...]) -> Iterator[memoryview]:
+        item = ITEM_BYTES[self.dtype]
+        extent = 1 + sum((n - 1) * step for n, step in zip(self.shape, strides, strict=True))
+        numbers = np.memmap(self.path, f"V{item}", mode="r", offset=self.offset, shape=(extent,))
+        view = np.lib.stride_tricks.as_strided(
+            numbers, self.shape, [step * item for step in strides], writeable=False
+        )
+        rows = max(1, _CHUNK_BYTES * self.shape[0] // self.nbytes)
+        for start in range(0, self.shape[0], rows):
+            yield memoryview(np.ascontiguousarray(view[start : start + rows]).tobytes())
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """What the header of a safetensors file says.
+
+    Attributes:
+        tensors: by name, in the order of the header.
+        metadata: texts by key; empty where the file has none, or none that are texts.
+        text: the header itself, as it stands in the file.
+    """
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+    text: bytes
+
+
+def read_safetensors_header(path: Path) -> SafetensorsHeader:
+    """Read and check a file's header; no tensor is read.
+
+    Raises:
+        WeightsError: the file cannot be read, is damaged or truncated, or holds a
+            dtype that `ITEM_BYTES` does not know.
+    """
+    try:
+        file_bytes = path.stat().st_size
+        with open(path, "rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if file_bytes < 8 or header_bytes > min(_MAX_HEADER_BYTES, file_bytes - 8):
+                raise _damaged(
+                    path,
+                    f"its header would be {header_bytes} bytes of {file_bytes}, "
+                    f"expected at most {_MAX_HEADER_BYTES}",
+                )
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise WeightsError(
+            f"Cannot read {path}: {error.strerror}.\nCheck the path and who may read it."
+        ) from error
+    try:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("it is not a JSON object")
+        metadata = header.pop("__metadata__", None)
+        spans = {name: _check_tensor(name, value) for name, value in header.items()}
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"bad header: {error}") from error
+
+    data_start = 8 + header_bytes
+    in_order = sorted((begin, end) for _, _, begin, end in spans.values())
+    edges = [(0, 0), *in_order, (file_bytes - data_start,) * 2]
+    if any(end != begin for (_, end), (begin, _) in pairwise(edges)):
+        expected = data_start + max((end for _, end in in_order), default=0)
+        if expected != file_bytes:
+            raise _damaged(path, f"got {file_bytes} bytes, expected {expected}")
+        raise _damaged(path, "its tensors overlap or leave gaps")
+    tensors = {
+        name: TensorEntry(dtype, shape, path, data_start + begin)
+        for name, (dtype, shape, begin, _) in spans.items()
+    }
+    return SafetensorsHeader(tensors, _texts(metadata), text)
+
+
+def safetensors_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]
+) -> bytes:
+    """The head of a safetensors file: the tensors' bytes follow it in the given order.
+
+    Args:
+        tensors: name, dtype and shape of each.
+        metadata: `{"format": "pt"}` is what transformers asks for.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {
+            "dtype": _CODE_OF[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def save_tensors(path: Path, tensors: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    """Write arrays to a safetensors file.
+
+    Raises:
+        OSError: it cannot be written. MLX does not tell the reason.
+    """
+    try:
+        mx.save_safetensors(str(path), tensors, metadata=metadata)
+    except RuntimeError as error:
+        raise OSError(errno.EIO, f"{error} Is the disk full?", str(path)) from error
+
+
+def _check_tensor(name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, begin, end), or a ValueError."""
+    if not name.isprintable() or len(name) > _MAX_NAME_CHARS:
+        raise ValueError(f"{name[:80]!a}: a name that cannot be printed")
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name}: expected dtype, shape and data_offsets")
+    code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(code, str) or code not in _NAME_OF:
+        known = ", ".join(_NAME_OF)
+        raise ValueError(f"{name}: got dtype {brief(code)}, expected one of {known}")
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(
+            f"{name}: got shape {brief(shape)} and data_offsets {brief(offsets)}, expected sizes "
+            "and [begin, end]"
+        )
+    begin, end = offsets
+    expected = math.prod(shape) * ITEM_BYTES[_NAME_OF[code]]
+    if end - begin != expected:
+        raise ValueError(f"{name}: got {end - begin} bytes, expected {expected} for {shape}")
+    return _NAME_OF[code], tuple(shape), begin, end
+
+
+def _texts(metadata: Any) -> dict[str, str]:
+    pairs = metadata.items() if isinstance(metadata, dict) else ()
+    return {key: value for key, value in pairs if isinstance(value, str)}
+
+
+def _is_sizes(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) > _MAX_AXES:
+        return False
+    return all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        raise ValueError("a key of its header appears twice")
+    return unique
+
+
+def _damaged(path: Path, fault: str) -> WeightsError:
+    return WeightsError(
+        f"{path} is not a whole safetensors file: {fault}\nDelete it and download it again."
+    )

@@ -1,0 +1,194 @@
+"""What a failure of the Hub, the network or the disk means, and what to do about it."""
+
+import errno
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import httpx2
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import logging as library_logging
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from interviewmate_mlx.errors import HubError, redact_secrets
+
+_LOG_IN = "run `hf auth login`, or set HF_TOKEN"
+
+
+# What a call of huggingface_hub raises when the Hub, the network or the disk fails.
+LIBRARY_ERRORS = (
+    httpx2.HTTPError,
+    httpx2.InvalidURL,
+    EntryNotFoundError,
+    HFValidationError,
+    OSError,
+    RuntimeError,  # from the threads of an upload
+    UnicodeError,  # a token that cannot be sent
+    json.JSONDecodeError,
+)
+
+
+@contextmanager
+def as_hub_error(
+    kind: str, repo_id: str, revision: str | None = None, *, writes: bool = False
+) -> Iterator[None]:
+    """Turn what a call of the library raises into a HubError. For such calls alone.
+
+    The library's error is left out of the chain: it holds the request, and so the token.
+    """
+    try:
+        with quiet_library():
+            yield
+    except LIBRARY_ERRORS as error:
+        raise HubError(explain(error, kind, repo_id, revision, writes=writes)) from None
+
+
+@contextmanager
+def quiet_library() -> Iterator[None]:
+    """Keep the library's bars and log lines off the terminal, unless the user asked for them."""
+    with ExitStack() as stack:
+        if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+            stack.enter_context(disable_progress_bars())
+        if library_logging.get_verbosity() == logging.WARNING:  # the default
+            library_logging.set_verbosity(logging.ERROR)
+            stack.callback(library_logging.set_verbosity, logging.WARNING)
+        yield
+
+
+def is_out_of_reach(error: BaseException) -> bool:
+    """Whether the network or the Hub fails, rather than what was asked of it."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    faulty_request = (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol)
+    if isinstance(error, httpx2.TransportError):
+        return not isinstance(error, faulty_request)
+    return isinstance(error, OfflineModeIsEnabled)
+
+
+def explain(
+    error: BaseException,
+    kind: str,
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    writes: bool = False,
+) -> str:
+    """What happened, in the first line, and what to do.
+
+    Quotes nothing of the request, which holds the token.
+    """
+    said = _explain(error, kind, repo_id, revision, writes)
+    return without_tokens(said)
+
+
+def _explain(
+    error: BaseException, kind: str, repo_id: str, revision: str | None, writes: bool
+) -> str:
+    while isinstance(error, RuntimeError) and error.__cause__:
+        error = error.__cause__  # what an upload's thread met
+    hub = constants.ENDPOINT
+    what = f"{'data set' if kind == 'dataset' else kind} {repo_id}"
+    match error:
+        case HfHubHTTPError():
+            page = f"{hub}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+            return _explain_answer(error, what, page, revision, writes)
+        case HFValidationError():
+            return (
+                f"{repo_id!r} is not a folder here, and cannot be a name on the Hub: "
+                "expected owner/name.\nCheck the spelling."
+            )
+        case OfflineModeIsEnabled():
+            then = "push" if writes else "pull it: the cache does not hold all of it"
+            return f"HF_HUB_OFFLINE is set: no way to the {what}.\nUnset it to {then}."
+        case httpx2.LocalProtocolError() | UnicodeError():
+            return (
+                f"The token for the Hub holds characters that no token has.\nNow {_LOG_IN} again."
+            )
+        case httpx2.UnsupportedProtocol() | httpx2.InvalidURL():
+            return f"HF_ENDPOINT is not an address: {hub!r}.\nUnset it, or begin it with https://"
+        case httpx2.ProxyError():
+            return f"The proxy does not lead to {hub}.\nCheck HTTPS_PROXY, HTTP_PROXY, NO_PROXY."
+        case httpx2.TimeoutException():
+            return f"{hub} does not answer.\nCheck the network and run the command again."
+        case httpx2.ConnectError() if "certificate" in str(error).lower():
+            return (
+                f"The certificate of {hub} is not trusted.\n"
+                "Behind a company's proxy, set SSL_CERT_FILE to its certificates."
+            )
+        case httpx2.ConnectError():
+            return f"Cannot reach {hub}.\nCheck the network and HF_ENDPOINT, and run it again."
+        case httpx2.HTTPError():
+            return f"The connection to {hub} was cut.\nRun the command again."
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return (
+                f"The disk of {constants.HF_HUB_CACHE} is full; what has arrived is kept.\n"
+                "Free some, or set HF_HOME to a folder on a larger disk, and run it again."
+            )
+        case OSError(errno=int(), filename=str() as name):
+            return f"{name}: {error.strerror}.\nCheck who may use it, or set HF_HOME elsewhere."
+        case json.JSONDecodeError():
+            return (
+                f"{hub} answers, but not as a Hub does.\n"
+                "Check HF_ENDPOINT, and whether this network wants a login of its own."
+            )
+    return f"The Hub's library failed on {what}: {error}"
+
+
+def _explain_answer(
+    error: HfHubHTTPError, what: str, page: str, revision: str | None, writes: bool
+) -> str:
+    status, url = error.response.status_code, error.response.url
+    logged_in = "authorization" in error.response.request.headers
+    tokens = f"{constants.ENDPOINT}/settings/tokens"
+    if isinstance(error, RevisionNotFoundError):
+        return f"The {what} has no revision {revision!r}.\nSee {page}/tree/main for those it has."
+    if isinstance(error, GatedRepoError):
+        then = "" if logged_in else f", then {_LOG_IN}"
+        return f"The {what} is gated: its owners grant access.\nAsk for it at {page}{then}."
+    if isinstance(error, DisabledRepoError):
+        return f"The {what} has been disabled on the Hub.\nChoose another."
+    if isinstance(error, EntryNotFoundError):
+        return f"A file of the {what} is not on the Hub.\nChoose another revision."
+    if status == 429:
+        return "The Hub has had too many requests from here (429).\nWait some minutes, or log in."
+    if status >= 500:
+        return (
+            f"The Hub at {url.host} has failed ({status}).\n"
+            "Run the command again later; https://status.huggingface.co tells more."
+        )
+    if str(url).startswith(constants.ENDPOINT):  # and not the storage, which knows no tokens
+        if status == 401 and logged_in:
+            return (
+                "The Hub refuses your token (401): it is mistyped, expired or revoked.\n"
+                f"Make one at {tokens} and {_LOG_IN}."
+            )
+        if status == 403:
+            right = "write there" if writes else "read it"
+            return (
+                f"Your token may not open the {what} (403): it lacks the right to {right}.\n"
+                f"Change it at {tokens}, or {_LOG_IN} to another."
+            )
+        if status in (401, 404):
+            seen = "or your token may not see it" if logged_in else "that is open to all"
+            then = "" if logged_in else f"; if it is private, {_LOG_IN}"
+            return f"There is no {what} {seen} ({status}).\nCheck the spelling{then}."
+    said = error.server_message or "no reason given"
+    return f"{url.host} does not accept this for the {what} ({status}): {said}\nSee {page}."
+
+
+def without_tokens(text: str) -> str:
+    """`text` with this machine's token, and all that looks like a secret, struck out."""
+    token = None
+    with suppress(OSError):  # its file cannot be read
+        token = get_token()
+    return redact_secrets(text.replace(token, "***") if token else text)

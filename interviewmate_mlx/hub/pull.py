@@ -1,0 +1,205 @@
+"""Models and data sets from the Hugging Face Hub.
+
+Protocol, login and cache are those of `huggingface_hub`: HF_ENDPOINT, HF_HOME,
+HF_TOKEN and HF_HUB_OFFLINE do what its users expect, and what another program
+has pulled is not pulled again.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants
+
+from interviewmate_mlx.data.records import SPLIT_NAMES
+from interviewmate_mlx.errors import HubError, list_faults
+from interviewmate_mlx.files import Progress
+from interviewmate_mlx.hub.cache import (
+    LIBRARY_NAME,
+    RepoKind,
+    fetch,
+    find_commit,
+    remember_commit,
+)
+from interviewmate_mlx.hub.errors import (
+    LIBRARY_ERRORS,
+    explain,
+    is_out_of_reach,
+    quiet_library,
+)
+
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_BESIDE_WEIGHTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+_DATA_FOLDERS = ("", "data/")
+ANSWER_WITHIN_S = 10.0
+
+# Which of a repository's files are wanted: (its id, its files, a way to have one of them) -> names
+_Choice = Callable[[str, Collection[str], Callable[[str], Path]], list[str]]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PulledFolder:
+    """A folder in the Hub's cache, and the commit whose files it holds."""
+
+    path: Path
+    revision: str
+
+
+def pull(
+    repo_id: str, revision: str | None = None, *, progress: Progress | None = None
+) -> PulledFolder:
+    """Download what a conversion needs: config, tokenizer, and one set of weights.
+
+    The weights are safetensors where the revision has them, pytorch_model.bin
+    otherwise. What the cache holds is not fetched again, and a file that was cut
+    short goes on where it stopped. When the Hub cannot be reached, a complete
+    copy in the cache serves, with a warning to the log.
+
+    Args:
+        repo_id: as in "tiiuae/falcon-rw-1b".
+        revision: a branch, a tag or a commit; main by default.
+        progress: called with (bytes arrived, bytes in all) of what is fetched;
+            not at all when nothing is. No bar is drawn here.
+
+    Raises:
+        HubError: the Hub, the network or the disk did not allow it, or the
+            repository holds no model that can be converted.
+    """
+    return _pull("model", repo_id, revision, _choose_model_files, progress)
+
+
+def pull_dataset(
+    repo_id: str, revision: str | None = None, *, progress: Progress | None = None
+) -> Path:
+    """Download a data set's JSONL or JSON files; give the folder that holds them.
+
+    They are train, valid (validation, val, dev) and test, in the repository's root
+    or in its `data` folder. The rest is as for `pull`.
+
+    Raises:
+        HubError: as for `pull`, or the repository has no train.jsonl and no train.json.
+    """
+    pulled = _pull("dataset", repo_id, revision, _choose_data_files, progress)
+    train = _split_files("train")
+    folders = [pulled.path / folder for folder in _DATA_FOLDERS]
+    return next(f for f in folders if any((f / name).is_file() for name in train))
+
+
+def _pull(
+    kind: RepoKind,
+    repo_id: str,
+    revision: str | None,
+    choose: _Choice,
+    progress: Progress | None,
+) -> PulledFolder:
+    revision = revision or constants.DEFAULT_REVISION
+    api = HfApi(library_name=LIBRARY_NAME)
+    ask = api.model_info if kind == "model" else api.dataset_info
+    try:
+        with quiet_library():
+            info = ask(repo_id, revision=revision, files_metadata=True, timeout=ANSWER_WITHIN_S)
+    except LIBRARY_ERRORS as error:
+        reason = explain(error, kind, repo_id, revision)
+        cached = is_out_of_reach(error) and _find_complete(kind, repo_id, revision, choose)
+        if not cached:
+            raise HubError(reason) from None
+        _log.warning(
+            "%s\nUsing commit %s from the cache.", reason.splitlines()[0], cached.revision[:8]
+        )
+        return cached
+    commit = str(info.sha)
+    files = {file.rfilename: file for file in info.siblings or []}
+
+    def read(name: str) -> Path:
+        return fetch(kind, repo_id, commit, [files[name]]) / name
+
+    chosen = [files[name] for name in choose(repo_id, files, read)]
+    folder = fetch(kind, repo_id, commit, chosen, progress)
+    remember_commit(kind, repo_id, revision, commit)
+    return PulledFolder(folder, commit)
+
+
+def _find_complete(
+    kind: RepoKind, repo_id: str, revision: str, choose: _Choice
+) -> PulledFolder | None:
+    """The cache's copy of the revision, if all that `choose` wants is in it."""
+    folder = find_commit(kind, repo_id, revision)
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    try:
+        choose(repo_id, names, folder.joinpath)
+    except HubError:
+        return None
+    return PulledFolder(folder, folder.name)
+
+
+def _choose_model_files(
+    repo_id: str, names: Collection[str], read: Callable[[str], Path]
+) -> list[str]:
+    if "config.json" not in names:
+        adapter = "adapter_config.json" in names
+        raise HubError(
+            f"{repo_id} is not a model: it has no config.json.\n"
+            + ("It is an adapter: give it as one." if adapter else "Choose a Falcon-RW model.")
+        )
+    weights = next((name for name in _WEIGHTS if name in names), None)
+    if weights is None:
+        raise HubError(
+            f"{repo_id} has no weights that can be read: expected one of\n"
+            f"{list_faults(_WEIGHTS)}\nChoose another revision or model."
+        )
+    chosen = [name for name in _BESIDE_WEIGHTS if name in names] + [weights]
+    if not weights.endswith(".index.json"):
+        return chosen
+    try:
+        shards = sorted(set(json.loads(read(weights).read_bytes())["weight_map"].values()))
+        faults = [f"{n} is not there" for n in shards if n not in names or "/" in n]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        faults = ["it is not an index: expected JSON with a weight_map from tensors to files"]
+    if faults:
+        raise HubError(
+            f"{weights} of {repo_id} is faulty:\n{list_faults(faults)}\nChoose another revision."
+        )
+    return chosen + shards
+
+
+def _choose_data_files(
+    repo_id: str, names: Collection[str], read: Callable[[str], Path]
+) -> list[str]:
+    for folder in _DATA_FOLDERS:
+        found = {
+            split: [folder + name for name in _split_files(split) if folder + name in names][:1]
+            for split in SPLIT_NAMES
+        }
+        if found["train"]:
+            return [name for names_of_split in found.values() for name in names_of_split]
+    others = sorted(n for n in names if n.endswith((".jsonl", ".json", ".csv", ".parquet")))
+    raise HubError(
+        f"{repo_id} has no train.jsonl and no train.json"
+        + (f", but\n{list_faults(others, max_shown=5)}\n" if others else ".\n")
+        + "Choose another data set, or write this one as JSONL and give that file:\n"
+        f"  datasets.load_dataset({repo_id!r})['train'].to_json('train.jsonl')"
+    )
+
+
+def _split_files(split: str) -> list[str]:
+    return [f"{name}{suffix}" for name in SPLIT_NAMES[split] for suffix in (".jsonl", ".json")]

@@ -1,0 +1,155 @@
+"""metrics.jsonl while a run goes on; summary.json when it ends or is interrupted.
+
+A line of metrics holds one event of `training.loop`. What depends on the clock
+stands under `timing`, so the rest of two equal runs is equal.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from interviewmate_mlx import __version__
+from interviewmate_mlx.config import RunConfig
+from interviewmate_mlx.errors import TrainingError
+from interviewmate_mlx.files import append_text, atomic_file
+from interviewmate_mlx.training.events import Started, Stepped, Summary, Validated
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+
+# A single step's loss depends on its few rows; first and final loss are means over
+# this share of the steps.
+_LOSS_WINDOW = 0.05
+
+
+def start_metrics(out: Path, step: int) -> None:
+    """Start the metrics file of a run; one that goes on keeps the lines up to `step`.
+
+    Raises:
+        TrainingError: the lines of earlier steps are damaged or missing.
+        StorageError: it cannot be written.
+    """
+    path = out / METRICS_FILE
+    kept = _lines_until(path, step) if step else []
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+
+
+def append_metrics(out: Path, event: Stepped | Validated) -> None:
+    """Add the line of an event."""
+    content = asdict(event)
+    timing = {key: content.pop(key) for key in ("elapsed_s", "peak_bytes") if key in content}
+    kind = "step" if isinstance(event, Stepped) else "validation"
+    append_text(out / METRICS_FILE, _line({"event": kind, **content, "timing": timing}))
+
+
+def sync_metrics(out: Path) -> None:
+    """Bring the lines to the disk: a checkpoint must not exist without those that led to it."""
+    append_text(out / METRICS_FILE, "", sync=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; none if there is no file. An incomplete last line is left out.
+
+    Raises:
+        TrainingError: a line is damaged.
+    """
+    lines, fault = _read_lines(path)
+    if fault:
+        raise TrainingError(
+            f"{path} is damaged: {fault}\nRestore it, or train again into another folder.", "out"
+        )
+    return lines
+
+
+def write_summary(
+    out: Path,
+    run: RunConfig,
+    started: Started,
+    step: int,
+    best_step: int | None,
+    stopped_early: bool,
+) -> Summary:
+    """Compute a run's summary from its metrics, earlier sessions included, and write it.
+
+    Args:
+        out: the run's folder.
+        run: what was trained.
+        started: of this session.
+        step: the last one done.
+        best_step: whose adapter was kept; None for the last one's.
+        stopped_early: whether the run ended before its last step.
+    """
+    metrics = read_metrics(out / METRICS_FILE)
+    steps = [line for line in metrics if line["event"] == "step"]
+    losses = {line["step"]: line["loss"] for line in metrics if line["event"] == "validation"}
+    window = max(1, round(_LOSS_WINDOW * len(steps)))
+    seconds = sum(line["timing"]["elapsed_s"] for line in steps)
+    summary = Summary(
+        run=run.name,
+        base=run.model.base,
+        steps=step,
+        epochs=step / started.steps_per_epoch,
+        first_loss=_mean_loss(steps[:window]),
+        final_loss=_mean_loss(steps[-window:]),
+        loss_window_steps=window,
+        base_valid_loss=losses.get(0),
+        best_valid_loss=None if best_step is None else losses[best_step],
+        best_step=best_step,
+        stopped_early=stopped_early,
+        train_rows=started.num_train_rows,
+        valid_rows=started.num_valid_rows,
+        trainable_parameters=started.num_trainable,
+        total_parameters=started.num_parameters,
+        training_s=seconds,
+        samples_per_s=sum(line["num_rows"] for line in steps) / seconds,
+        tokens_per_s=sum(line["num_tokens"] for line in steps) / seconds,
+        peak_gb=max(line["timing"]["peak_bytes"] for line in steps) / 1e9,
+        package_version=__version__,
+    )
+    with atomic_file(out / SUMMARY_FILE) as temporary:
+        temporary.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The lines before the first damaged one, and what is wrong with that one."""
+    if not path.exists():
+        return [], ""
+    lines: list[dict[str, Any]] = []
+    # As bytes: what a power cut leaves at the end may not be text.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict) or not {"event", "step"} <= value.keys():
+                raise ValueError("it does not describe a step")
+        except (ValueError, RecursionError) as error:
+            return lines, f"line {number}: {error}"
+        lines.append(value)
+    return lines, ""
+
+
+def _lines_until(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """The lines of the steps up to one; what comes after, damaged or not, is dropped."""
+    lines, fault = _read_lines(path)
+    kept = [line for line in lines if line["step"] <= last_step]
+    found = [line["step"] for line in kept if line["event"] == "step"]
+    if found != list(range(1, last_step + 1)):
+        damage = f"; it is damaged at {fault}" if fault else ""
+        raise TrainingError(
+            f"{path}: got {len(found)} of the {last_step} steps before this one{damage}.\n"
+            "Restore it, or train again into another folder.",
+            "out",
+        )
+    return kept
+
+
+def _mean_loss(steps: Sequence[dict[str, Any]]) -> float:
+    tokens = sum(line["num_predicted"] for line in steps)
+    return float(sum(line["loss"] * line["num_predicted"] for line in steps) / tokens)
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value) + "\n"
