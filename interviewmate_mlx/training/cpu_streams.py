@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -21,6 +21,8 @@ from interviewmate_mlx.data.batches import Microbatch, fill, padded_width
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.step import Compute
+
+Item = TypeVar("Item")
 
 # With fewer padded tokens, matrix products lose speed, and another trace costs more than it gives.
 MIN_STREAM_TOKENS = 256
@@ -73,30 +75,32 @@ class CpuStreams:
                     if microbatch is None:
                         continue
                     with mx.stream(streams[number]):
-                        result, on_the_way = computes[number](microbatch)
-                        mx.async_eval(on_the_way[0])  # runs while the next one is traced
+                        result, arrays = computes[number](microbatch)
+                        mx.async_eval(arrays.pop(0))  # runs while the next one is traced
                         before = sums[number]
                         sums[number] = tree_map(mx.add, before, result) if before else result
-                    backwards = reversed(named_arrays(sums[number]).values())
-                    results.append([*on_the_way[1:], *backwards])
-                evaluate_in_turn(results)
+                    arrays += reversed(named_arrays(sums[number]).values())
+                    results.append(arrays)
+                for array in in_turn(results):
+                    mx.async_eval(array)
+                    del array  # drop our reference, so that MLX can free it
             parts = [part for part in sums if part]
             return tree_map(lambda *arrays: sum(arrays[1:], arrays[0]), *parts)
 
         return total
 
 
-def evaluate_in_turn(results: Sequence[list[mx.array]]) -> None:
-    """Start the computations of several streams, one array of each in turn; empties the lists.
+def in_turn(lists: Sequence[list[Item]]) -> Iterator[Item]:
+    """One item of each list in turn, taken out of it, until all are empty.
 
     MLX lets some hundred operations wait, counted over all streams. Whole
     computations one after the other would leave the later streams without work.
     """
-    for arrays in results:
-        arrays.reverse()
-    while any(results):
-        for arrays in filter(None, results):
-            mx.async_eval(arrays.pop())  # drop our reference, so that MLX can free it
+    for items in lists:
+        items.reverse()
+    while any(lists):
+        for items in filter(None, lists):
+            yield items.pop()
 
 
 def deal(microbatches: Sequence[Microbatch], num_hands: int) -> list[list[Microbatch]]:

@@ -111,7 +111,7 @@ def plan_memory(
         gradient_checkpointing: as in `bytes_per_token`.
         memory_bytes: what training may take.
         executor: of the machine, before it is limited to the plan.
-        token_budget: of the run that goes on, kept whatever there is room for now; 0 for none.
+        token_budget: of the run that goes on, which keeps its own; 0 for a new run.
 
     Raises:
         BackendError: not even the longest row fits.

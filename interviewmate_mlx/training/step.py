@@ -46,7 +46,7 @@ class Executor(Protocol):
         """How many steps are handed to the device before the first one's numbers are read."""
 
     def limited_to(self, num_rows: int) -> "Executor":
-        """The same, with at most so many rows computed at once if each takes all memory."""
+        """The same, with no more streams than there is memory for rows."""
 
     def opened(self) -> AbstractContextManager[object]:
         """Use it within the block."""

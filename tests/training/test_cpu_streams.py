@@ -10,7 +10,7 @@ from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.model.lora import add_lora
 from interviewmate_mlx.training import cpu_streams
-from interviewmate_mlx.training.cpu_streams import CpuStreams, deal, evaluate_in_turn
+from interviewmate_mlx.training.cpu_streams import CpuStreams, deal, in_turn
 from interviewmate_mlx.training.optimizer import adamw
 from interviewmate_mlx.training.step import Step
 
@@ -68,13 +68,13 @@ def test_cores_are_shared_by_as_many_microbatches_as_there_are(monkeypatch):
     assert threads == [6, 3, 6]
 
 
-def test_streams_are_started_an_array_at_a_time(monkeypatch):
-    started = []
-    monkeypatch.setattr(mx, "async_eval", started.append)
+def test_streams_take_turns_and_nothing_is_kept():
     results = [["a1", "a2", "a3"], ["b1"], ["c1", "c2"]]
-    evaluate_in_turn(results)
-    assert started == ["a1", "b1", "c1", "a2", "c2", "a3"]
-    assert results == [[], [], []]  # nothing is held any longer
+    taken = in_turn(results)
+    assert [next(taken), next(taken), next(taken)] == ["a1", "b1", "c1"]
+    assert results == [["a3", "a2"], [], ["c2"]]
+    assert list(taken) == ["a2", "c2", "a3"]
+    assert results == [[], [], []]
 
 
 def test_stream_has_work_while_the_next_one_s_microbatch_is_traced(monkeypatch):
