@@ -17,7 +17,8 @@ from interviewmate_mlx import __version__
 
 CHECKOUT = Path(__file__).parent.parent
 PACKAGE = "interviewmate_mlx"
-SHIPPED = {"configs": "configs", "data/interview": "data/interview"}
+DATA = ("interview", "interview-1000", "interview-dialogues", "interview-preferences")
+SHIPPED = {"configs": "configs"} | {f"data/{name}": f"data/{name}" for name in DATA}
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,6 @@ from interviewmate_mlx.data.batches import by_width, collate, epoch_steps
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.errors import TrainingError
 from interviewmate_mlx.files import Progress
-from interviewmate_mlx.model.lora import count_parameters
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.checkpoint import (
     Saved,
@@ -34,7 +33,7 @@ from interviewmate_mlx.training.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from interviewmate_mlx.training.events import Event, Finished, Started, Stepped, Validated
+from interviewmate_mlx.training.events import Event, Finished, Stepped, Validated
 from interviewmate_mlx.training.folder import (
     adapter_config,
     check_out,
@@ -74,7 +73,8 @@ def train(
         out: the folder, made here; by default `adapters/NAME` after the run.
         resume: go on from the newest whole checkpoint in the folder.
         replace: remove the run in the folder, once all that the new one needs is there.
-        stop: asked after each step; true saves the state and ends.
+        stop: asked after each step; true saves the state and ends. Leaving the loop saves
+            too, unless this is true then.
         progress: called with bytes done and bytes in all, while a base is pulled and converted.
 
     Yields:
@@ -121,12 +121,13 @@ def run_task(
         )
     else:
         write_run(run, out)
-    start_metrics(out, state.step)
-    started = describe(task, state.step, notes)
+    notes += start_metrics(out, state.step)
+    started = task.describe(state.step, notes)
     yield started
     if state.step == 0 and task.rows.valid:
         loss, elapsed_s = validate(task, loss_of)
         yield record(out, Validated(0, loss, is_best=False, elapsed_s=elapsed_s))
+    first = state.step
     while not is_over(task, state):
         until = next_pause(task, state.step)
         try:
@@ -138,21 +139,18 @@ def run_task(
             save(task, out, state, optimizer, best)
             where = f"The state after step {state.step} is saved in {out}."
             raise TrainingError(f"{error}\n{where}") from error
-        if task.rows.valid and state.step == until and is_validation(task, until):
-            loss, elapsed_s = validate(task, loss_of)
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"The validation loss after step {until} is {loss}.\n"
-                    "The last checkpoint stays. Train again with a lower train.learning_rate."
-                )
-            is_best = state.best_loss is None or loss < state.best_loss
-            if is_best:
-                best = adapter_weights(model)
-                state.best_loss, state.best_step, state.bad_validations = loss, state.step, 0
-            else:
-                state.bad_validations += 1
-            yield record(out, Validated(state.step, loss, is_best, elapsed_s))
+        except GeneratorExit:
+            # Whoever iterated has left. The device may be a step ahead of the last event.
+            state.step = first + step.num_updates
+            if step.num_updates and step.is_healthy and not stop():
+                if task.rows.valid and is_validation(task, state.step):
+                    record(out, judge(task, state, best, loss_of))
+                save(task, out, state, optimizer, best)
+            raise
+        is_due = task.rows.valid and state.step == until and is_validation(task, until)
+        judged = [record(out, judge(task, state, best, loss_of))] if is_due else []
         save(task, out, state, optimizer, best)
+        yield from judged
         if stop():
             break
     best_step = state.best_step if best else None
@@ -166,6 +164,32 @@ def is_over(task: Task, state: State) -> bool:
     """Whether all steps are done, or the validation loss has stopped falling."""
     patience = task.run.validate.early_stop_patience
     return state.step == task.total_steps or 0 < patience <= state.bad_validations
+
+
+def judge(
+    task: Task,
+    state: State,
+    best: dict[str, mx.array],
+    loss_of: Callable[..., tuple[float, int]],
+) -> Validated:
+    """Validate after a step, and note in place whether its adapter is the best so far.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    loss, elapsed_s = validate(task, loss_of)
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"The validation loss after step {state.step} is {loss}.\n"
+            "The last checkpoint stays. Train again with a lower train.learning_rate."
+        )
+    is_best = state.best_loss is None or loss < state.best_loss
+    if is_best:
+        best.update(adapter_weights(task.model))
+        state.best_loss, state.best_step, state.bad_validations = loss, state.step, 0
+    else:
+        state.bad_validations += 1
+    return Validated(state.step, loss, is_best, elapsed_s)
 
 
 def record(out: Path, event: Measured) -> Measured:
@@ -297,21 +321,3 @@ def next_pause(task: Task, step: int) -> int:
     later = range(step + 1, task.total_steps + 1)
     save_every = task.run.train.save_every
     return next(s for s in later if is_validation(task, s) or (save_every and s % save_every == 0))
-
-
-def describe(task: Task, step: int, notes: list[str]) -> Started:
-    """What is known before the first step."""
-    num_trainable, num_parameters = count_parameters(task.model)
-    return Started(
-        step=step,
-        total_steps=task.total_steps,
-        steps_per_epoch=task.steps_per_epoch,
-        num_train_rows=len(task.rows.train),
-        num_valid_rows=len(task.rows.valid),
-        num_truncated_rows=sum(example.num_truncated > 0 for example in task.rows.all),
-        num_dropped_rows=task.rows.num_dropped,
-        num_trainable=num_trainable,
-        num_parameters=num_parameters,
-        peak_bytes=task.memory.peak_bytes,
-        notes=tuple(notes),
-    )

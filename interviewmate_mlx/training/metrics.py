@@ -24,17 +24,29 @@ SUMMARY_FILE = "summary.json"
 _LOSS_WINDOW = 0.05
 
 
-def start_metrics(out: Path, step: int) -> None:
+def start_metrics(out: Path, step: int) -> list[str]:
     """Start the metrics file of a run; one that goes on keeps the lines up to `step`.
 
+    Returns:
+        What to tell the user: steps whose lines are lost. A curve with a gap is no reason
+        to give up a whole checkpoint.
+
     Raises:
-        TrainingError: the lines of earlier steps are damaged or missing.
         StorageError: it cannot be written.
     """
     path = out / METRICS_FILE
-    kept = _lines_until(path, step) if step else []
+    lines, fault = _read_lines(path) if step else ([], "")
+    kept = [line for line in lines if line["step"] <= step]
     with atomic_file(path) as temporary:
         temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+    found = {line["step"] for line in kept if line["event"] == "step"}
+    num_lost = len(set(range(1, step + 1)) - found)
+    if not num_lost:
+        return []
+    damage = f", it is damaged at {fault}" if fault else ""
+    return [
+        f"{path} lacks {num_lost} of the {step} steps before this one{damage}: the curve has a gap"
+    ]
 
 
 def append_metrics(out: Path, event: Stepped | Validated) -> None:
@@ -96,7 +108,7 @@ def write_summary(
         final_loss=_mean_loss(steps[-window:]),
         loss_window_steps=window,
         base_valid_loss=losses.get(0),
-        best_valid_loss=None if best_step is None else losses[best_step],
+        best_valid_loss=None if best_step is None else losses.get(best_step),
         best_step=best_step,
         stopped_early=stopped_early,
         train_rows=started.num_train_rows,
@@ -129,21 +141,6 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
             return lines, f"line {number}: {error}"
         lines.append(value)
     return lines, ""
-
-
-def _lines_until(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """The lines of the steps up to one; what comes after, damaged or not, is dropped."""
-    lines, fault = _read_lines(path)
-    kept = [line for line in lines if line["step"] <= last_step]
-    found = [line["step"] for line in kept if line["event"] == "step"]
-    if found != list(range(1, last_step + 1)):
-        damage = f"; it is damaged at {fault}" if fault else ""
-        raise TrainingError(
-            f"{path}: got {len(found)} of the {last_step} steps before this one{damage}.\n"
-            "Restore it, or train again into another folder.",
-            "out",
-        )
-    return kept
 
 
 def _mean_loss(steps: Sequence[dict[str, Any]]) -> float:

@@ -97,6 +97,7 @@ class Step:
     Attributes:
         sums: the loss sum, token count and gradients of what was accumulated since the
             last update; None before the first microbatch.
+        num_updates: how often `update` was called.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Step:
         self._max_grad_norm = max_grad_norm or math.inf
         self._total = (executor or OneStream()).sum_of(partial(_compile_gradients, model))
         self.sums: Any = None
+        self.num_updates = 0
         self._is_healthy = mx.array(True)
         state = [model.state, optimizer.state]
         self._update = partial(mx.compile, inputs=state, outputs=state)(self._apply)
@@ -144,8 +146,14 @@ class Step:
         """
         numbers = self._update(self.sums, mx.array(learning_rate), self._is_healthy)
         self.sums, self._is_healthy = None, numbers["is_finite"]
+        self.num_updates += 1
         mx.async_eval(numbers, self._model.trainable_parameters())
         return numbers
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether all updates so far were finite, and so applied. Waits for the device."""
+        return bool(self._is_healthy.item())
 
     def _apply(
         self, sums: Any, learning_rate: mx.array, is_healthy: mx.array

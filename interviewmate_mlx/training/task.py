@@ -1,7 +1,7 @@
 """A run with all that it works on, loaded and checked before the first step."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,7 +13,8 @@ from interviewmate_mlx.data.batches import steps_per_epoch
 from interviewmate_mlx.data.prompts import Example, encode_records
 from interviewmate_mlx.data.records import Record, load_splits
 from interviewmate_mlx.errors import Checks, DataError, TrainingError
-from interviewmate_mlx.files import Progress, check_free_space
+from interviewmate_mlx.files import Progress, check_free_space, scratch_file
+from interviewmate_mlx.formats.safetensors_file import save_tensors
 from interviewmate_mlx.hub.names import fetch_data
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import Model
@@ -21,7 +22,9 @@ from interviewmate_mlx.model.lora import add_lora, count_parameters
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
 from interviewmate_mlx.training.checkpoint import State
 from interviewmate_mlx.training.cpu_streams import CpuStreams
+from interviewmate_mlx.training.events import Started
 from interviewmate_mlx.training.memory import MemoryPlan, plan_memory
+from interviewmate_mlx.training.optimizer import learning_rate_at
 from interviewmate_mlx.training.step import Executor, OneStream
 
 
@@ -58,6 +61,23 @@ class Task:
     def total_steps(self) -> int:
         return self.run.train.epochs * self.steps_per_epoch
 
+    def describe(self, step: int, notes: list[str]) -> Started:
+        """What is known before the first step, or before going on after `step`."""
+        num_trainable, num_parameters = count_parameters(self.model)
+        return Started(
+            step=step,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            num_train_rows=len(self.rows.train),
+            num_valid_rows=len(self.rows.valid),
+            num_truncated_rows=sum(example.num_truncated > 0 for example in self.rows.all),
+            num_dropped_rows=self.rows.num_dropped,
+            num_trainable=num_trainable,
+            num_parameters=num_parameters,
+            peak_bytes=self.memory.peak_bytes,
+            notes=(*notes, *idle_options(self.run, self.rows)),
+        )
+
 
 def prepare(
     run: RunConfig,
@@ -86,6 +106,7 @@ def prepare(
     model = checks.run(build_model, run, base)
     checks.run(check_disk, run, model, out)
     rows = checks.run(encode_rows, run, splits, base)
+    checks.run(check_effect, run, rows)
     fingerprint = checks.run(hash_inputs, base, rows)
     checks.run(check_unchanged, fingerprint, state)
     memory = checks.run(plan, run, model, rows, state)
@@ -197,13 +218,54 @@ def check_unchanged(fingerprint: dict[str, str], state: State | None) -> None:
         )
 
 
-def check_disk(run: RunConfig, model: Model, out: Path | None) -> None:
-    """Refuse to start if the checkpoints will not fit on the disk.
+def check_effect(run: RunConfig, rows: Rows) -> None:
+    """Refuse a run that cannot change anything.
 
     Raises:
-        StorageError: there is less space than a run needs.
+        TrainingError: the learning rate of every step is 0.
+    """
+    settings = run.train
+    total_steps = settings.epochs * steps_per_epoch(len(rows.train), settings.effective_batch)
+    rates = (
+        learning_rate_at(
+            step, total_steps, settings.learning_rate, settings.schedule, settings.warmup_ratio
+        )
+        for step in range(total_steps)
+    )
+    if not any(rates):
+        raise TrainingError(
+            f"The learning rate is 0 in all {total_steps} steps of the run: the warmup starts at 0 "
+            f"(train.warmup_ratio: {settings.warmup_ratio:g}).\n"
+            "Train more epochs or rows, or set train.warmup_ratio to 0."
+        )
+
+
+def idle_options(run: RunConfig, rows: Rows) -> list[str]:
+    """Say which options of a run can have no effect."""
+    steps = run.train.epochs * steps_per_epoch(len(rows.train), run.train.effective_batch)
+    every = run.validate.every or steps_per_epoch(len(rows.train), run.train.effective_batch)
+    patience, num_validations = run.validate.early_stop_patience, -(-steps // every)
+    said = []
+    if not rows.valid:
+        chosen = [name for name, value in asdict(run.validate).items() if value]
+        said += [f"validate.{name} has no effect: there are no validation rows" for name in chosen]
+    elif patience >= num_validations:
+        said.append(
+            f"validate.early_stop_patience has no effect: got {patience}, and the run has only "
+            f"{num_validations} validations"
+        )
+    return said
+
+
+def check_disk(run: RunConfig, model: Model, out: Path | None) -> None:
+    """Refuse to start if checkpoints cannot be written, or will not fit on the disk.
+
+    Raises:
+        StorageError: there is less space than a run needs, or MLX cannot write there.
     """
     if out:
+        with scratch_file(out / "checkpoint") as temporary:
+            save_tensors(temporary, {"nothing": mx.zeros(1)}, {})
         # Each holds the adapter, two moments and the best adapter, float32 each; one more than
         # is kept exists while it is written.
         num_checkpoints = run.train.keep_checkpoints + 1

@@ -123,17 +123,6 @@ def test_file_that_is_gone_or_empty_is_made_again(
         (["run.toml"], Path.unlink, "TrainingError: Nothing to resume in run: it holds no run."),
         (["run.toml"], DAMAGES["empty"], "TrainingError: Cannot read run/run.toml: it is empty"),
         (["run.toml"], DAMAGES["nulls"], "TrainingError: Cannot read run/run.toml: "),
-        (
-            ["metrics.jsonl"],
-            Path.unlink,
-            "TrainingError: run/metrics.jsonl: got 0 of the 4 steps before this one.\n",
-        ),
-        (
-            ["metrics.jsonl"],
-            flip(3),
-            "TrainingError: run/metrics.jsonl: got 0 of the 4 steps before this one; it is "
-            "damaged at line 1: ",
-        ),
     ],
 )
 def test_what_cannot_be_made_again_is_said_in_one_message(

@@ -1,8 +1,11 @@
 """A whole run: what it yields, what it writes, and that interrupting it changes nothing."""
 
 import json
+import os
 import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -221,13 +224,95 @@ def test_run_killed_between_its_last_checkpoint_and_its_adapter_gets_it(run, tmp
     assert adapter_and_metrics(tmp_path / "out") == expected
 
 
-def test_metrics_that_are_lost_or_damaged_are_said_to_be(run, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: "", "lacks 4 of the 4 steps before this one: the curve has a gap"),
+        (
+            lambda text: text.replace('"event": "step", "step": 2', '"step": 2'),
+            "lacks 3 of the 4 steps before this one, it is damaged at line 3: it does not describe",
+        ),
+    ],
+    ids=["gone", "damaged"],
+)
+def test_run_goes_on_without_its_metrics_and_says_so(run, tmp_path, damage, said):
+    finish(run, tmp_path / "whole")
     out = tmp_path / "out"
-    finish(run, out, stop=lambda: True)
-    for content, message in (("", "got 0 of the 1 steps"), ("{\n{}\n", "damaged")):
-        (out / "metrics.jsonl").write_text(content)
-        with pytest.raises(TrainingError, match=message):
-            finish(run, out, resume=True)
+    finish(run, out, stop=lambda: last_step(out) >= 4)
+    path = out / "metrics.jsonl"
+    path.write_text(damage(path.read_text()))
+    events = finish(run, out, resume=True)
+    (note,) = events[0].notes
+    assert said in note
+    adapter, lines = adapter_and_metrics(out)
+    expected, all_lines = adapter_and_metrics(tmp_path / "whole")
+    assert adapter == expected
+    assert lines == [line for line in all_lines if line in lines]
+    assert [line["step"] for line in lines if line["event"] == "step"][-5:] == [5, 6, 7, 8, 9]
+    assert events[-1].summary.steps == 9
+
+
+@pytest.mark.parametrize("leave_at", [1, 3, 4])
+def test_leaving_the_loop_saves_what_is_done(run, tmp_path, leave_at):
+    finish(run, tmp_path / "whole")
+    out = tmp_path / "out"
+    for event in train(run, out):
+        if isinstance(event, Stepped) and event.step == leave_at:
+            break
+    assert checkpoints(out)[-1].name == f"step-{leave_at:06d}.safetensors"
+    finish(run, out, resume=True)
+    assert adapter_and_metrics(out) == adapter_and_metrics(tmp_path / "whole")
+
+
+def test_leaving_after_a_validation_loses_nothing(run, tmp_path):
+    finish(run, tmp_path / "whole")
+    for event in train(run, tmp_path / "out"):
+        if isinstance(event, Validated) and event.step == 6:
+            break
+    finish(run, tmp_path / "out", resume=True)
+    assert adapter_and_metrics(tmp_path / "out") == adapter_and_metrics(tmp_path / "whole")
+
+
+def test_leaving_before_the_first_step_or_after_a_stop_saves_nothing(run, tmp_path):
+    events = train(run, tmp_path / "one")
+    next(events)
+    events.close()
+    asked = []
+    for event in train(run, tmp_path / "two", stop=lambda: bool(asked)):
+        if isinstance(event, Stepped):
+            asked.append(event)
+            break
+    assert [checkpoints(tmp_path / name) for name in ("one", "two")] == [[], []]
+
+
+def test_run_that_cannot_change_anything_is_refused(run, tmp_path, questions):
+    rows = (questions / "train.jsonl").read_text().splitlines()[0]
+    (tmp_path / "one.jsonl").write_text(rows + "\n")
+    run = run.replace(data={"path": str(tmp_path / "one.jsonl")}, train={"epochs": 1})
+    with pytest.raises(TrainingError, match=r"The learning rate is 0 in all 1 steps .*warmup"):
+        next(train(run, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    finish(run.replace(train={"warmup_ratio": 0}), tmp_path / "out")
+
+
+def test_options_that_can_have_no_effect_are_said(run, tmp_path, questions):
+    patient = run.replace(validate={"early_stop_patience": 3})
+    started = next(train(patient, tmp_path / "one"))
+    assert started.notes == (
+        "validate.early_stop_patience has no effect: got 3, and the run has only 3 validations",
+    )
+    assert next(train(run.replace(validate={"early_stop_patience": 2}), tmp_path / "x")).notes == ()
+    alone = run.replace(data={"path": str(questions / "train.jsonl")}, validate={"every": 2})
+    started = next(train(alone, tmp_path / "two"))
+    assert started.notes == ("validate.every has no effect: there are no validation rows",)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS refuses such names itself")
+def test_folder_that_mlx_cannot_write_to_is_refused_before_the_first_step(run, tmp_path):
+    out = Path(os.fsdecode(bytes(tmp_path) + b"/lat\xe4/run"))
+    with pytest.raises(StorageError, match="Cannot write"):
+        next(train(run, out))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupted_run_has_a_summary_and_a_card_of_what_is_done(run, tmp_path):
