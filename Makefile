@@ -1,5 +1,5 @@
 # `make demo` shows the whole job, `make test` runs the tests, `make peers` measures this package
-# beside its peers. All need only Python and make.
+# beside its peers, `make docs` builds the pages into site/. All need only Python and make.
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,25 +18,29 @@ endif
 comma := ,
 backend_and = $(if $(BACKEND),$(BACKEND)$(comma))$(1)
 
-.PHONY: demo test lint peers clean
+.PHONY: demo test lint docs peers clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Warnings are errors. (The theme would announce its successor each time.)
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # make peers ARGS="--only 1,4": some of the contenders; see benchmarks/README.md.
 peers: $(VENV)/.test
 	$(BIN)/python benchmarks/peers.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache
 
 # Stamps: nothing is installed again until pyproject.toml changes.
 $(BIN)/python:
@@ -53,4 +57,8 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 
 $(VENV)/.lint: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[$(call backend_and,dev)]"
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[$(call backend_and,docs)]"
 	@touch $@ $(VENV)/.demo

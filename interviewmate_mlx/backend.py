@@ -9,6 +9,7 @@ to 170.
 import ctypes
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -144,7 +145,16 @@ def _is_amd() -> bool:
 
 BLAS = _load_blas()
 
-import mlx.core as mx  # noqa: E402  after the BLAS, see above
+try:
+    import mlx.core as mx  # after the BLAS, see above
+except ModuleNotFoundError as error:
+    if error.name not in ("mlx", "mlx.core"):
+        raise
+    raise BackendError(
+        "MLX is not installed: on Linux the backend is an extra of its own.\n"
+        'Install one: pip install "interviewmate-mlx[cpu]", or [cuda12] or [cuda13] for an '
+        "NVIDIA GPU."
+    ) from error
 
 
 @dataclass(frozen=True)
@@ -220,6 +230,20 @@ def _device() -> str:
     if mx.default_device() == mx.cpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+@contextmanager
+def unchanged_file_limit() -> Iterator[None]:
+    """Import `mlx_lm.utils` within this block: it sets the limit of open files to 4,096.
+
+    Where the system allows fewer, that is an error; where it allows more, a loss.
+    """
+    original = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = original
 
 
 @contextmanager

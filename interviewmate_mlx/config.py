@@ -1,6 +1,6 @@
-"""A run: frozen dataclasses, read from TOML, every key checked.
+"""A run's configuration: frozen dataclasses, read from TOML, every key checked.
 
-The defaults stand here and nowhere else. They are Run A.
+The defaults are defined here and nowhere else. They are those of Run A.
 """
 
 import difflib
@@ -20,13 +20,13 @@ _MAX_BYTES = 1 << 16  # of a run's file
 _MAX_SHOWN_CHARS = 200  # of a wrong value
 
 
-def _option(default: Any, holds: Callable[[Any], bool], expected: str) -> Any:
-    """A key with its default, and the range its value must lie in."""
-    return field(default=default, metadata={"holds": holds, "expected": expected})
+def _option(default: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
+    """A dataclass field with its default and the range of its values."""
+    return field(default=default, metadata={"is_valid": is_valid, "expected": expected})
 
 
-def _at_least(default: Any, least: float) -> Any:
-    return _option(default, lambda v: least <= v < math.inf, f"at least {least}")
+def _at_least(default: Any, minimum: float) -> Any:
+    return _option(default, lambda v: minimum <= v < math.inf, f"at least {minimum}")
 
 
 def _above_zero(default: Any) -> Any:
@@ -34,7 +34,7 @@ def _above_zero(default: Any) -> Any:
 
 
 def _one_of(*names: str) -> Any:
-    """The first is the default."""
+    """A choice; the first name is the default."""
     return _option(names[0], lambda v: v in names, f"one of {', '.join(names)}")
 
 
@@ -72,7 +72,7 @@ class DataConfig:
     """[data]"""
 
     path: str = _name("interview")  # the shipped questions, a folder, a file, or a Hub data set
-    max_length: int = _at_least(512, 8)  # tokens a row; longer answers are cut
+    max_length: int = _at_least(512, 8)  # tokens per row; longer answers are truncated
     train_on: str = _one_of("answer", "all")  # the answer and its end, or every token
 
 
@@ -89,9 +89,9 @@ class TrainConfig:
     weight_decay: float = _at_least(0.0, 0)
     max_grad_norm: float = _at_least(1.0, 0)  # 0: no clipping
     save_every: int = _at_least(50, 0)  # steps; 0: only when validating
-    keep_checkpoints: int = _at_least(2, 1)  # the newest; the best adapter is in each
+    keep_checkpoints: int = _at_least(2, 1)  # how many of the newest; each holds the best adapter
     gradient_checkpointing: bool = False  # less memory, for one more forward pass a step
-    memory_gb: float = _at_least(0.0, 0)  # that training may take; 0: what the machine can give
+    memory_gb: float = _at_least(0.0, 0)  # that training may use; 0: what the machine can give
     seed: int = _option(42, lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1")
 
     @property
@@ -110,10 +110,10 @@ class ValidateConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run, and the name its adapter folder bears.
+    """A whole run, and the name of its adapter folder.
 
     Raises:
-        ConfigError: values out of range, all of them named.
+        ConfigError: values are out of range. All of them are named.
     """
 
     name: str = "custom"
@@ -130,8 +130,8 @@ class RunConfig:
         """A copy with other values, as in `run.replace(lora={"rank": 16}, data={"path": "mine"})`.
 
         Args:
-            name: of the copy; by default the same.
-            tables: values by key, for each table that changes.
+            name: of the copy; by default that of this run.
+            tables: for each table that changes, the new values by key.
 
         Raises:
             ConfigError: as for `load_run`.
@@ -156,13 +156,12 @@ def load_run(run: str, overrides: Iterable[str] = ()) -> RunConfig:
 
     Args:
         run: a shipped run's name, or the path of a TOML file.
-        overrides: `table.key=value` each, the value as TOML would write it;
-            quotes may be left out.
+        overrides: each is `table.key=value`, with the value in TOML; quotes may be left out.
 
     Raises:
-        ConfigError: no such file, broken TOML, an unknown key (the nearest one
-            is named), a value of the wrong type or out of range. All faults at
-            once.
+        ConfigError: there is no such file, it is not TOML, a key is unknown (the nearest
+            one is named), or a value has the wrong type or is out of range. All wrong
+            keys and values are named.
     """
     name, text = _find_run(run)
     tables = _parse_toml(run, text)
@@ -173,7 +172,7 @@ def load_run(run: str, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def parse_run(name: str, text: str) -> RunConfig:
-    """The run that `to_toml` wrote.
+    """Parse a run from what `to_toml` returned.
 
     Raises:
         ConfigError: as for `load_run`.
@@ -182,7 +181,7 @@ def parse_run(name: str, text: str) -> RunConfig:
 
 
 def to_toml(run: RunConfig) -> str:
-    """The run as TOML that `load_run` reads back to an equal run."""
+    """The run as TOML. `load_run` reads it back to an equal run."""
     lines = [f"# {_escape(run.name)}, every key resolved"]
     for table in _TABLES:
         lines += ["", f"[{table}]"]
@@ -191,13 +190,13 @@ def to_toml(run: RunConfig) -> str:
 
 
 def shipped(name: str) -> Path:
-    """A file or folder that comes with the package, in a wheel and in a checkout alike."""
+    """The path of a file or folder that is shipped with the package, in a wheel or a checkout."""
     package = Path(__file__).parent
     return package / name if (package / name).exists() else package.parent / name
 
 
 def shipped_runs() -> dict[str, Path]:
-    """The runs that come with the package, by what `--run` calls them: letters, and `mini`."""
+    """The files of the shipped runs, by the name of each run: a letter, or `mini`."""
     folder = shipped("configs")
     letters = {path.stem.removeprefix("run_").upper(): path for path in folder.glob("run_*.toml")}
     return dict(sorted(letters.items())) | {"mini": folder / "mini.toml"}
@@ -209,12 +208,12 @@ def _find_run(run: str) -> tuple[str, str]:
         files = shipped_runs()
         if not (name := next((name for name in files if name.lower() == run.lower()), None)):
             raise ConfigError(
-                f"No run {run!r}: expected {', '.join(files)}, or a .toml file's path."
+                f"No run {run!r}: expected {', '.join(files)}, or the path of a .toml file."
             )
         is_letter = len(name) == 1
         return f"run_{name}" if is_letter else name, files[name].read_text(encoding="utf-8")
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe could wait forever
             raise ConfigError(f"{run} is not a file.\nGive the path of a .toml file.")
         data = read_bounded(path, _MAX_BYTES)
     except OSError as error:
@@ -234,13 +233,13 @@ def _parse_toml(where: str, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except RecursionError as error:
-        raise _no_toml(where, "nested too deeply") from error
-    except ValueError as error:  # numbers of thousands of digits, too
-        raise _no_toml(where, str(error)) from error
+        raise _not_toml(where, "nested too deeply") from error
+    except ValueError as error:  # not only TOMLDecodeError: a number may have too many digits
+        raise _not_toml(where, str(error)) from error
 
 
-def _no_toml(where: str, fault: str) -> ConfigError:
-    return ConfigError(f"{where} is not TOML: {fault}\nMend that place and run again.")
+def _not_toml(where: str, fault: str) -> ConfigError:
+    return ConfigError(f"{where} is not TOML: {fault}\nCorrect the file and run again.")
 
 
 def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) -> None:
@@ -252,10 +251,11 @@ def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) ->
         )
         return
     value = text.strip()
-    with suppress(ValueError, RecursionError):  # then it is a text, and of the wrong type
+    with suppress(ValueError, RecursionError):  # not TOML: it stays a string
         parsed = tomllib.loads(f"value = {text}")
         expected = get_type_hints(_TABLES[table]).get(name) if table in _TABLES else None
-        # A folder may be called 2024, and a line break would begin another key.
+        # A folder may be called 2024, so a key of type str keeps its text. A line break
+        # in the text could add another key.
         if len(parsed) == 1 and (expected is not str or isinstance(parsed["value"], str)):
             value = parsed["value"]
     content = tables.setdefault(table, {})
@@ -318,14 +318,16 @@ def _coerce(value: Any, expected: Any) -> Any:
         ):
             return tuple(names)
         raise TypeError('a list of names, as in ["query_key_value"]')
-    kinds = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    kinds = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     raise TypeError(kinds[expected])
 
 
 def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else f"; known are {', '.join(known)}"
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    return f"; expected one of {', '.join(known)}"
 
 
 def _range_faults(table: str, values: Any) -> list[str]:
@@ -334,16 +336,16 @@ def _range_faults(table: str, values: Any) -> list[str]:
         f"{table}.{key}: got {brief(getattr(values, key), _MAX_SHOWN_CHARS)}, "
         f"expected {rule['expected']}"
         for key, rule in rules
-        if not rule["holds"](getattr(values, key))
+        if not rule["is_valid"](getattr(values, key))
     ]
 
 
 def _refuse(run: str, faults: list[str]) -> None:
     if faults:
-        raise ConfigError(f"The run {run} cannot be trained:\n{list_faults(faults, max_shown=20)}")
+        raise ConfigError(f"The run {run} is not valid:\n{list_faults(faults, max_shown=20)}")
 
 
-def _toml(value: Any) -> str:
+def _toml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

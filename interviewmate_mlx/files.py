@@ -1,11 +1,9 @@
-"""Files and folders that appear whole or not at all.
+"""Writes files and folders that appear whole or not at all, and locks folders.
 
-Everything is written inside a hidden sibling, `.NAME.tmp-XXXX/`, and moved to
-its name when it is complete and on the disk. The sibling is locked, and the
-lock ends with its process. So the next writer to the same name can tell what
-a killed process left behind, and removes it.
-
-`locked` gives a folder to one process at a time.
+Everything is written inside a hidden folder beside the target, `.NAME.tmp-XXXX/`.
+It is moved to its name when it is complete and on the disk. The hidden folder is
+locked, and the lock ends with the process. So the next writer to the same name can
+tell what a killed process left behind, and removes it.
 """
 
 import ctypes
@@ -23,13 +21,13 @@ from rich.filesize import decimal
 
 from interviewmate_mlx.errors import StorageError
 
-LOCK_FILE = ".lock"  # in a folder that is in use; holds the process's id
+LOCK_FILE = ".lock"  # in a folder that a process uses; holds the process's id
 
 Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
-    """The content of a file that may come from a stranger.
+    """Read a file of limited size: a file from a stranger could fill the memory.
 
     Raises:
         OSError: it cannot be read, or is larger than `max_bytes` (EFBIG).
@@ -38,46 +36,46 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         limit = f"{max_bytes >> 20} MB" if max_bytes >= 1 << 20 else f"{max_bytes >> 10} kB"
-        raise OSError(errno.EFBIG, f"got more than {limit}, expected at most that", str(path))
+        raise OSError(errno.EFBIG, f"it is larger than {limit}", str(path))
     return data
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written in UTF-8.
+    """Whether a string can be written in UTF-8.
 
-    A path or an argument in another encoding reaches Python with lone surrogates.
+    Python reads a path or an argument in another encoding as lone surrogates.
     """
     return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def check_free_space(
-    path: Path, needed_bytes: int, elsewhere: str = "choose a folder on another disk"
+    path: Path, needed_bytes: int, hint: str = "choose a folder on another disk"
 ) -> None:
-    """Compare what will be written with the free space of the disk.
+    """Check that a disk has enough free space for what will be written.
 
     Args:
         path: where it will be written; it need not exist yet.
         needed_bytes: of all files together.
-        elsewhere: how to write to another disk, for the message.
+        hint: how to write to another disk, for the message.
 
     Raises:
-        StorageError: there is less space.
+        StorageError: there is too little.
     """
     folder = next(place for place in (path, *path.parents) if place.exists())
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise StorageError(
             f"{folder}: {decimal(free_bytes)} are free, expected {decimal(needed_bytes)}.\n"
-            f"Free some space, or {elsewhere}."
+            f"Free some space, or {hint}."
         )
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path, with the same file name; it becomes `path` when the block ends.
+    """Yield a temporary path with the same file name. It becomes `path` when the block ends.
 
-    An existing file is replaced. If the block raises, `path` is as it was.
-    A symbolic link is followed. Missing parents are made.
+    An existing file is replaced. If the block raises, `path` is unchanged.
+    A symbolic link is followed. Missing parents are created.
 
     Raises:
         StorageError: the folder cannot be written to, the disk is full, or the
@@ -93,7 +91,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def append_text(path: Path, text: str, sync: bool = False) -> None:
-    """Add to the end of a file, and bring all of it to the disk if asked.
+    """Append to a file.
+
+    Args:
+        path: the file; created if it does not exist.
+        text: what to append.
+        sync: wait until all of the file is on the disk.
 
     Raises:
         StorageError: it cannot be written.
@@ -107,12 +110,11 @@ def append_text(path: Path, text: str, sync: bool = False) -> None:
 
 @contextmanager
 def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """Give an empty temporary folder of the same name; it becomes `path` when the block ends.
+    """Yield an empty temporary folder of the same name. It becomes `path` when the block ends.
 
-    If the block raises, `path` is as it was. With `replace`, an existing folder
-    changes place with the new one in one step where the system can do that
-    (Linux, macOS), in two otherwise. A symbolic link is followed. Missing
-    parents are made.
+    If the block raises, `path` is unchanged. With `replace`, the new folder takes the
+    place of an existing one: in one step if the system can do that (Linux, macOS),
+    otherwise in two. A symbolic link is followed. Missing parents are created.
 
     Raises:
         StorageError: `path` exists, is not an empty folder, and `replace` is false;
@@ -138,21 +140,33 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, as `atomic_file` does. The file is removed when the block ends.
+
+    Raises:
+        StorageError: the folder cannot be written to.
+    """
+    path = Path(os.path.realpath(path))
+    with _as_storage_error(path), _workspace(path) as workspace:
+        yield workspace / path.name
+
+
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock a folder for this process while the block runs.
 
-    The folder and its parents are made if they are missing. What was made is removed
-    again if it stays empty. The lock ends with the process, however that ends. Some
-    file systems have no locks; there, other processes are not kept out.
+    The folder and its parents are created if they are missing. Those that were created
+    are removed again if they stay empty. The lock ends with the process, even if that is
+    killed. Some file systems have no locks; there, other processes are not kept out.
 
     Raises:
-        BlockingIOError: another process has it; `strerror` says which.
+        BlockingIOError: another process has locked it; `strerror` says which.
         StorageError: the folder cannot be written to.
     """
     path = folder / LOCK_FILE
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    created = [place for place in (folder, *folder.parents) if not place.exists()]
     with ExitStack() as stack:
-        stack.callback(_remove_empty, made)
+        stack.callback(_remove_empty, created)
         with _as_storage_error(folder):
             descriptor = _take_lock(path)
         stack.callback(os.close, descriptor)
@@ -165,7 +179,7 @@ def _take_lock(path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # who had it has just removed the folder that it had made
+        except FileNotFoundError:  # the owner before has just removed the folder
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,15 +191,15 @@ def _take_lock(path: Path) -> int:
         except OSError:
             pass  # no locks on this file system
         if _is_at(path, descriptor):
-            with suppress(OSError):  # a full disk: then others are not told who has it
+            with suppress(OSError):  # the disk is full: others are not told who has the lock
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             return descriptor
-        os.close(descriptor)  # who had it removed the file before it was locked here
+        os.close(descriptor)  # the owner before removed the file before it was locked here
 
 
 def _remove_lock(path: Path, descriptor: int) -> None:
-    with suppress(OSError):  # a file left behind locks nothing
+    with suppress(OSError):  # a file that stays behind locks nothing
         if _is_at(path, descriptor):
             path.unlink()
 
@@ -198,33 +212,33 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    with suppress(OSError):  # the first that is not empty
+    with suppress(OSError):  # stops at the first that is not empty
         for folder in folders:
             folder.rmdir()
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove what killed processes left of a file or folder that they were writing.
+    """Remove the hidden folders of killed processes that were writing a file or folder.
 
     Args:
-        path: its name may be a pattern, as `glob` takes it.
+        path: the file or folder; its name may be a `glob` pattern.
     """
-    for leftover in path.parent.glob(f".{path.name}.tmp-{'?' * 8}"):  # as mkdtemp names it
+    for leftover in path.parent.glob(f".{path.name}.tmp-{'?' * 8}"):  # mkdtemp adds 8 characters
         name = leftover.name[1:].rpartition(".tmp-")[0]
         _clear_if_stale(leftover, path.with_name(name))
 
 
 def _refuse_existing(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(errno.EEXIST, "it exists already", str(path))
+        raise FileExistsError(errno.EEXIST, "it already exists", str(path))
 
 
 @contextmanager
 def _as_storage_error(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing `path` into a message."""
+    """Turn an OSError in the block into a StorageError about writing `path`."""
     try:
         yield
-    except BlockingIOError:  # a lock that another process has
+    except BlockingIOError:  # another process has the lock
         raise
     except OSError as error:
         place = error.filename or path
@@ -239,12 +253,12 @@ def _as_storage_error(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _workspace(path: Path) -> Iterator[Path]:
-    """A locked folder beside `path`, on the same file system, gone when the block ends."""
-    made = [folder for folder in path.parents if not folder.exists()]
+    """Yield a locked folder beside `path`, on the same file system. Removed after the block."""
+    created = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path.with_name(glob.escape(path.name)))
     with ExitStack() as stack:
-        stack.callback(_remove_empty, made)  # a failure leaves no parents behind
+        stack.callback(_remove_empty, created)  # a failure leaves no parents behind
         workspace, lock = _make_locked_folder(f".{path.name}.tmp-", path.parent)
         stack.callback(os.close, lock)
         stack.callback(shutil.rmtree, workspace, ignore_errors=True)
@@ -256,7 +270,7 @@ def _make_locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         with suppress(FileNotFoundError):  # another process cleared it before it was locked
             descriptor = os.open(folder, os.O_RDONLY)
-            with suppress(OSError):  # no locks on this file system: then nothing is cleared either
+            with suppress(OSError):  # a file system without locks: nothing is ever cleared there
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if folder.exists():
                 return folder, descriptor
@@ -264,7 +278,7 @@ def _make_locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
 
 
 def _clear_if_stale(workspace: Path, path: Path) -> None:
-    """Remove the workspace of a process that is gone; put back what it was replacing."""
+    """Remove the workspace of a process that has ended; restore what it was replacing."""
     with suppress(OSError), ExitStack() as stack:
         descriptor = os.open(workspace, os.O_RDONLY)
         stack.callback(os.close, descriptor)
@@ -280,7 +294,7 @@ def _aside_name(path: Path) -> str:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Put `new` at `path`, and what was there beside or at `new`."""
+    """Move `new` to `path`. What was at `path` goes to `new`, or beside it."""
     if _exchange(new, path):
         return
     aside = new.parent / _aside_name(path)
@@ -293,7 +307,11 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step: renameat2(2) on Linux, renamex_np(2) on macOS."""
+    """Swap two paths in one step: renameat2(2) on Linux, renamex_np(2) on macOS.
+
+    Returns:
+        False if the system cannot do it.
+    """
     libc = ctypes.CDLL(None)
     first, second, exchange = os.fsencode(one), os.fsencode(other), ctypes.c_uint(2)
     at_cwd = -100

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from interviewmate_mlx.config import load_run
-from interviewmate_mlx.training.events import Summary
+from interviewmate_mlx.training.events import Finished, Summary
 from interviewmate_mlx.training.loop import train
 
 # isort: split
@@ -28,9 +28,9 @@ def train_once(run_name: str, overrides: Sequence[str]) -> Summary:
     run = load_run(run_name, list(overrides))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / run.name
-        *_, summary = train(run, out)
-    assert isinstance(summary, Summary)
-    return summary
+        *_, finished = train(run, out)
+    assert isinstance(finished, Finished)
+    return finished.summary
 
 
 def figures(run_name: str, overrides: Sequence[str], seeds: Sequence[int]) -> dict[str, object]:

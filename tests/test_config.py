@@ -1,4 +1,4 @@
-"""A run's TOML: what is shipped, what is refused and in which words, what comes back."""
+"""A run's TOML: the shipped runs, the refusals and their messages, the way back from `to_toml`."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,21 +40,21 @@ def refusal(run: str, *overrides: str) -> str:
 # what is shipped
 
 
-# The original project's: learning rate, rank, alpha, and how many numbers it trained.
-SEED = {
+# Of the original project: learning rate, rank, alpha, number of trained parameters.
+ORIGINAL = {
     "A": (2e-4, 8, 16, 1_572_864),
     "B": (1e-4, 4, 8, 786_432),
     "C": (5e-5, 2, 4, 393_216),
 }
 
 
-def test_shipped_runs_are_the_seeds_three_and_one_for_mini():
-    assert list(shipped_runs()) == [*SEED, "mini"]
+def test_shipped_runs_are_the_three_original_ones_and_one_for_mini():
+    assert list(shipped_runs()) == [*ORIGINAL, "mini"]
 
 
-@pytest.mark.parametrize(("letter", "seed"), SEED.items())
-def test_shipped_run_is_the_seeds(letter, seed):
-    learning_rate, rank, alpha, num_trainable = seed
+@pytest.mark.parametrize(("letter", "original"), ORIGINAL.items())
+def test_shipped_run_has_the_values_of_the_original(letter, original):
+    learning_rate, rank, alpha, num_trainable = original
     run = load_run(letter)
     assert run.name == f"run_{letter}"
     assert run.model.base == "tiiuae/falcon-rw-1b"
@@ -69,7 +69,7 @@ def test_shipped_run_is_the_seeds(letter, seed):
 
 def test_shipped_runs_differ_in_rank_alpha_and_learning_rate_alone():
     a = load_run("A")
-    for letter, (learning_rate, rank, alpha, _) in SEED.items():
+    for letter, (learning_rate, rank, alpha, _) in ORIGINAL.items():
         same = replace(
             a,
             name=f"run_{letter}",
@@ -79,7 +79,7 @@ def test_shipped_runs_differ_in_rank_alpha_and_learning_rate_alone():
         assert load_run(letter) == same
 
 
-def test_run_for_mini_is_run_a_but_for_its_base_and_learning_rate():
+def test_run_for_mini_is_run_a_except_for_base_and_learning_rate():
     a, mini = load_run("A"), load_run("mini")
     assert (mini.name, mini.model.base) == ("mini", "mini")
     assert mini.train.learning_rate > a.train.learning_rate
@@ -112,7 +112,7 @@ def test_shipped_file_is_found_without_the_current_folder(tmp_path, monkeypatch)
 # a user's file
 
 
-def test_every_key_of_a_file_arrives(write_run):
+def test_every_key_of_a_file_is_read(write_run):
     path = write_run(
         """
         [model]
@@ -160,7 +160,7 @@ def test_every_key_of_a_file_arrives(write_run):
     for table in ("model", "lora", "data", "train", "validate"):
         mine, theirs = asdict(getattr(run, table)), asdict(getattr(defaults, table))
         assert all(mine[key] != theirs[key] for key in theirs), "a key was not tried"
-    # A whole number where any number may stand.
+    # A whole number is allowed where any number is.
     assert (type(run.lora.alpha), type(run.train.learning_rate)) == (float, float)
 
 
@@ -172,9 +172,9 @@ def test_file_with_a_byte_order_mark_and_windows_line_ends_is_read(write_run):
     ("run", "said"),
     [
         ("nowhere/mine.toml", "Cannot read the run nowhere/mine.toml: No such file or directory."),
-        ("D", "No run 'D': expected A, B, C, mini, or a .toml file's path."),
-        ("", "No run '': expected A, B, C, mini, or a .toml file's path."),
-        ("../run_a", "No run '../run_a': expected A, B, C, mini, or a .toml file's path."),
+        ("D", "No run 'D': expected A, B, C, mini, or the path of a .toml file."),
+        ("", "No run '': expected A, B, C, mini, or the path of a .toml file."),
+        ("../run_a", "No run '../run_a': expected A, B, C, mini, or the path of a .toml file."),
     ],
 )
 def test_run_that_is_not_there_is_refused(run, said):
@@ -205,16 +205,16 @@ def test_file_that_cannot_be_parsed_is_refused_with_the_place(write_run, content
     ("content", "said"),
     [
         ("[lora]\nrnak = 8", "unknown key lora.rnak; did you mean lora.rank?"),
-        ("[train]\nlr = 1", "unknown key train.lr; known are epochs, batch_size, grad_accumulat"),
+        ("[train]\nlr = 1", "unknown key train.lr; expected one of epochs, batch_size, grad_ac"),
         ("[lorra]\nrank = 8", "unknown table [lorra]; did you mean lora?"),
-        ("[optimizer]\nx = 8", "unknown table [optimizer]; known are model, lora, data, train"),
+        ("[optimizer]\nx = 8", "unknown table [optimizer]; expected one of model, lora, data,"),
         ("lora = 8", "lora: got 8, expected a table"),
         ("[[lora]]\nrank = 8", "lora: got [{'rank': 8}], expected a table"),
     ],
 )
 def test_unknown_name_is_refused_with_the_nearest_one(write_run, content, said):
     path = write_run(content)
-    assert refusal(path).startswith(f"The run {path} cannot be trained:\n  {said}")
+    assert refusal(path).startswith(f"The run {path} is not valid:\n  {said}")
 
 
 # types and ranges
@@ -231,7 +231,7 @@ WRONG_TYPES = [
     ("lora.targets", "[]", 'got [], expected a list of names, as in ["query_key_value"]'),
     ("lora.targets", '["dense", 1]', "got ['dense', 1], expected a list of names"),
     ("lora.targets", '[""]', "got [''], expected a list of names"),
-    ("data.path", "8", "got 8, expected a text"),
+    ("data.path", "8", "got 8, expected a string"),
     ("train.seed", "1979-05-27", "got datetime.date(1979, 5, 27), expected a whole number"),
 ]
 
@@ -279,7 +279,7 @@ RANGES = [
 def test_value_out_of_range_is_refused(key, allowed, refused, expected):
     load_run("A", [f"{key}={allowed}"])
     said = refusal("A", f"{key}={refused}")
-    assert said.startswith(f"The run A cannot be trained:\n  {key}: got ")
+    assert said.startswith(f"The run A is not valid:\n  {key}: got ")
     assert said.endswith(f", expected {expected}")
 
 
@@ -293,7 +293,7 @@ def test_every_key_has_a_refusal():
 def test_all_faults_are_named_at_once(write_run):
     path = write_run("[lora]\nrank = 0\nalpha = 'x'\nrnak = 1\n[trian]\n[data]\ntrain_on = 'x'\n")
     assert refusal(path, "train.epochs=0", "train.seed=1.5", "nonsense").splitlines() == [
-        f"The run {path} cannot be trained:",
+        f"The run {path} is not valid:",
         "  nonsense: expected table.key=value, as in lora.rank=16",
         "  lora.alpha: got 'x', expected a number",
         "  unknown key lora.rnak; did you mean lora.rank?",
@@ -305,7 +305,7 @@ def test_all_faults_are_named_at_once(write_run):
     ]
 
 
-def test_run_made_in_python_is_held_to_the_same_ranges():
+def test_run_made_in_python_has_the_same_ranges():
     with pytest.raises(ConfigError, match=r"lora\.rank: got 0, expected at least 1"):
         RunConfig(lora=LoraConfig(rank=0))
 
@@ -341,14 +341,14 @@ def test_override_beats_the_file_and_a_later_one_an_earlier(write_run):
     assert (run.lora.rank, run.lora.alpha, run.train.epochs) == (6, 5.0, 2)
 
 
-def test_override_mends_a_fault_of_the_file(write_run):
+def test_override_can_correct_a_fault_of_the_file(write_run):
     assert load_run(write_run("[lora]\nrank = 0\n"), ["lora.rank=4"]).lora.rank == 4
 
 
 @pytest.mark.parametrize("override", ["rank=16", "lora.rank", "=16", "lora.=16", "lora=16", ""])
 def test_override_without_table_and_key_is_refused(override):
     said = f"{override}: expected table.key=value, as in lora.rank=16"
-    assert refusal("A", override) == f"The run A cannot be trained:\n  {said}"
+    assert refusal("A", override) == f"The run A is not valid:\n  {said}"
 
 
 @pytest.mark.parametrize(
@@ -361,11 +361,11 @@ def test_override_without_table_and_key_is_refused(override):
         ("lora.rank=16\nalpha=3", "lora.rank: got '16\\nalpha=3', expected a whole number"),
     ],
 )
-def test_override_of_what_is_not_there_is_refused(override, said):
-    assert refusal("A", override) == f"The run A cannot be trained:\n  {said}"
+def test_override_of_an_unknown_key_or_a_wrong_value_is_refused(override, said):
+    assert refusal("A", override) == f"The run A is not valid:\n  {said}"
 
 
-# there and back
+# to TOML and back
 
 
 ODD = [
@@ -380,7 +380,7 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("letter", [*SEED, "mini"])
+@pytest.mark.parametrize("letter", [*ORIGINAL, "mini"])
 def test_shipped_run_comes_back_from_its_toml(letter, write_run):
     run = load_run(letter)
     assert parse_run(run.name, to_toml(run)) == run

@@ -1,4 +1,4 @@
-"""Whole or not at all, also when the writer fails, is killed, or is not alone."""
+"""Files and folders appear whole or not at all, even if the writer fails, is killed, or races."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def write_half_a_folder(path: Path, replace: bool = False) -> None:
 
 
 def kill_inside(code: str, *arguments: object) -> None:
-    """Run a program that stops itself as by `kill -9` in the middle of writing."""
+    """Run a program that kills itself in the middle of writing, as `kill -9` would."""
     program = textwrap.dedent(code) + "\nos.kill(os.getpid(), signal.SIGKILL)"
     head = "import os, signal, sys\nfrom pathlib import Path\nfrom interviewmate_mlx import files\n"
     done = subprocess.run([sys.executable, "-c", head + program, *map(str, arguments)], check=False)
@@ -44,7 +44,7 @@ def test_file_appears_when_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "new" / "state.safetensors"
     with atomic_file(path) as temporary:
         temporary.write_text("a")
-        assert temporary.name == path.name  # writers that look at the suffix see the right one
+        assert temporary.name == path.name  # for writers that look at the suffix
         assert not path.exists()
     assert path.read_text() == "a"
     assert os.listdir(path.parent) == [path.name]
@@ -69,7 +69,7 @@ def test_file_that_is_open_keeps_its_content_for_its_reader(tmp_path: Path) -> N
     assert path.read_text() == "new"
 
 
-def test_file_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:
+def test_file_written_through_a_link_replaces_the_link_target(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "a.txt")
     with atomic_file(tmp_path / "link") as temporary:
@@ -120,13 +120,13 @@ def test_folder_is_not_replaced_unless_asked(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_folder_takes_the_place_of_an_empty_one(tmp_path: Path) -> None:
+def test_folder_replaces_an_empty_one(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     write_folder(tmp_path / "out", "a")
     assert (tmp_path / "out" / "sub" / "a.txt").read_text() == "a"
 
 
-def test_folder_that_came_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+def test_folder_that_another_writer_made_first_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "out"
     with pytest.raises(StorageError), atomic_folder(path):
         write_folder(path, "the faster one")
@@ -185,16 +185,18 @@ def test_replacing_in_two_steps_puts_the_old_folder_back_when_the_second_fails(
 
 
 @pytest.mark.parametrize("name", ["out", "out.replaced", "a [1]*", "run.tmp-x"])
-def test_what_a_killed_process_left_neither_blocks_nor_stays(tmp_path: Path, name: str) -> None:
+def test_leftovers_of_a_killed_process_do_not_block_and_are_removed(
+    tmp_path: Path, name: str
+) -> None:
     path = tmp_path / name
     for kind in ("atomic_file", "atomic_folder"):
         kill_inside(f"held = files.{kind}(Path(sys.argv[1])); held.__enter__()", path)
-        assert len(os.listdir(tmp_path)) == 1  # what the one before left is cleared
+        assert len(os.listdir(tmp_path)) == 1  # the leftovers of the process before are cleared
     write_folder(path, "a")
     assert os.listdir(tmp_path) == [name]
 
 
-def test_a_folder_is_put_back_when_its_replacer_was_killed_between_two_steps(
+def test_a_folder_is_restored_when_its_replacer_was_killed_between_two_steps(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "out"
@@ -219,7 +221,7 @@ def test_a_folder_is_put_back_when_its_replacer_was_killed_between_two_steps(
     assert (path / "sub" / "a.txt").read_text() == "old"
 
 
-def test_a_writer_that_is_at_work_is_left_alone(tmp_path: Path) -> None:
+def test_a_second_writer_does_not_disturb_a_running_one(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     with atomic_file(path) as slow:
         slow.write_text("slow")
@@ -231,7 +233,7 @@ def test_a_writer_that_is_at_work_is_left_alone(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_locked_folder_is_made_and_gone_again_when_nothing_was_put_there(tmp_path):
+def test_locked_folder_is_created_and_removed_again_if_it_stays_empty(tmp_path):
     folder = tmp_path / "a" / "b"
     with locked(folder):
         assert (folder / ".lock").read_text() == str(os.getpid())
@@ -245,7 +247,7 @@ def test_locked_folder_is_made_and_gone_again_when_nothing_was_put_there(tmp_pat
     assert folder.is_dir(), "a folder that was there stays"
 
 
-def test_locked_folder_is_refused_with_its_owner_and_free_again_after(tmp_path):
+def test_locked_folder_is_refused_with_its_owner_and_free_afterwards(tmp_path):
     with locked(tmp_path):
         with pytest.raises(BlockingIOError) as refused, locked(tmp_path):
             pass

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -22,7 +23,7 @@ CHECKOUT = FOLDER.parent
 
 # From the bottom up. A file imports from floors below its own, and from its own folder.
 FLOORS = [
-    {"", "errors"},  # "" is the package itself: its version
+    {"errors"},
     {"files"},
     {"config", "backend"},
     {"formats"},
@@ -35,6 +36,7 @@ FLOORS = [
     {"coach"},
     {"results"},
     {"cli"},
+    {"__main__"},
 ]
 MAX_FILES = 12  # of a folder, without `__init__.py`; `cli` has one a command
 # What tells one machine from another.
@@ -56,12 +58,13 @@ MACHINE = {
 
 
 def modules() -> dict[str, str]:
-    """Source by dotted name, without the package's own: `data.records`, `data`, "" for itself."""
+    """Source by dotted name, without the package's own: `data.records`, `data`."""
     sources = {}
     for path in FOLDER.rglob("*.py"):
         parts = path.relative_to(FOLDER).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         sources[name] = path.read_text(encoding="utf-8")
+    del sources[""]  # the package itself: its version, and names that are loaded when used
     return sources
 
 
@@ -82,9 +85,10 @@ def package_imports(source: str) -> Iterator[str]:
             if head == PACKAGE:
                 parts = rest.split(".")
                 # `from data.records import Record` names a class: its module is what counts.
-                while ".".join(parts) not in MODULES:
+                while parts and ".".join(parts) not in MODULES:
                     parts.pop()
-                yield ".".join(parts)
+                if parts:
+                    yield ".".join(parts)
 
 
 def floor(module: str) -> int:
@@ -209,6 +213,15 @@ def test_model_file_travels_alone():
     assert list(package_imports(source)) == []
     # mlx-lm runs it outside sys.modules, where dataclasses cannot look up text annotations.
     assert "from __future__" not in source
+
+
+def test_names_at_the_root_are_those_of_their_files():
+    for name, home in interviewmate_mlx._HOME.items():
+        module = importlib.import_module(f"{PACKAGE}.{home}")
+        assert getattr(interviewmate_mlx, name) is getattr(module, name)
+        assert name in dir(interviewmate_mlx)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = interviewmate_mlx.nonsense
 
 
 @pytest.mark.parametrize("statement", ["import interviewmate_mlx", "import interviewmate_mlx.cli"])

@@ -1,4 +1,4 @@
-"""The model card of an adapter: README.md, as the Hub shows it."""
+"""Writes the model card of an adapter: the README.md that the Hub shows."""
 
 from pathlib import Path
 
@@ -24,14 +24,17 @@ def write_card(
     """Write the card of an adapter.
 
     Args:
-        folder: the adapter's.
-        name: of the run that made it.
-        config: the adapter's; its `base` is named in the text.
-        facts: rows of the card's table.
-        trained_on: the rows, in words.
-        base_hub_id: for the card's header; None for a base that is not on the Hub.
-        base_folder: what transformers loads the base from.
-        base_hint: how to get that folder, if it needs a step first.
+        folder: the adapter's folder.
+        name: of the run that trained it.
+        config: the adapter's; the text names its `base`.
+        facts: further rows of the card's table.
+        trained_on: a sentence about the training data.
+        base_hub_id: for the card's header; None if the base is not on the Hub.
+        base_folder: the folder or Hub id that transformers loads the base from.
+        base_hint: how to get that folder, if that takes a step.
+
+    Raises:
+        StorageError: it cannot be written.
     """
     header = ModelCardData(
         library_name="peft", tags=["lora", "mlx", "interviewmate"], base_model=base_hub_id
@@ -48,7 +51,7 @@ def write_card(
 
 # {name}: a LoRA adapter for {config.base}
 
-{trained_on} `run.toml` beside this page repeats the run.
+{trained_on} `run.toml` in this folder repeats the run.
 
 | | |
 |---|---|
@@ -68,7 +71,7 @@ answer = model.generate(**prompt, max_new_tokens=200, eos_token_id=tokenizer.eos
 print(tokenizer.decode(answer[0]))
 ```
 
-A small model: it may be wrong with confidence. Check what it says before an interview.
+This is a small model. It can be wrong and still sound sure. Check its answers before an interview.
 """
     with atomic_file(folder / CARD_FILE) as temporary:
         temporary.write_text(text, encoding="utf-8")

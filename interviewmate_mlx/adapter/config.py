@@ -1,4 +1,4 @@
-"""What `adapter_config.json` says of a LoRA adapter, in PEFT's words."""
+"""Reads `adapter_config.json`, PEFT's description of a LoRA adapter."""
 
 import math
 import re
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import mlx.nn as nn
 import regex
@@ -16,19 +16,18 @@ import regex
 from interviewmate_mlx.errors import AdapterError, brief, list_faults
 from interviewmate_mlx.files import read_bounded
 from interviewmate_mlx.formats.json_file import parse_json
-from interviewmate_mlx.formats.links import refuse_links_out
+from interviewmate_mlx.formats.links import refuse_outside_links
 from interviewmate_mlx.model.lora import find_targets, linear_paths
 
 CONFIG_FILE = "adapter_config.json"
 _HINT = "Export the adapter again."
 _MAX_BYTES = 1 << 20
-_MAX_PATTERN_CHARS = 1000  # characters
-_MAX_REPEATS = 1000  # all counts in braces multiplied: matching may write them out
-_NUMBER = re.compile(r"\d+").findall
+_MAX_PATTERN_CHARS = 1000
+_MAX_REPEATS = 1000  # all counts in braces, multiplied: matching may expand them
 _MAX_MATCHING_S = 5.0  # for all patterns and layers together; some patterns would take years
 
-# What PEFT 0.21 can write that changes the maths, with the values that do not.
-_UNSUPPORTED: dict[str, Sequence[Any]] = {
+# Keys of PEFT 0.21 that change the maths, with the values that do not.
+_UNSUPPORTED: dict[str, Sequence[object]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "bias": ("none",),
@@ -48,7 +47,7 @@ _UNSUPPORTED: dict[str, Sequence[Any]] = {
     "use_qalora": (False,),
     "velora_config": (None,),
 }
-# The rest of LoraConfig in PEFT 0.21: what is read here, and what changes no maths.
+# The other keys of LoraConfig in PEFT 0.21: read here, or without effect on the maths.
 _OTHER_KEYS = {
     "alpha_pattern",
     "auto_mapping",
@@ -77,11 +76,14 @@ _OTHER_KEYS = {
 }
 
 
+Number = TypeVar("Number", int, float)
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What `adapter_config.json` says of a LoRA adapter."""
+    """A LoRA adapter, as `adapter_config.json` describes it."""
 
-    base: str
+    base: str  # a path or a Hub id
     rank: int
     alpha: float
     dropout: float = 0.0
@@ -113,10 +115,10 @@ class AdapterConfig:
         }
 
     def layers(self, model: nn.Module) -> dict[str, tuple[int, float]]:
-        """Rank and alpha of each layer of a model that the adapter covers, by path.
+        """Rank and alpha of each layer of a model that the adapter changes, by path.
 
         Raises:
-            AdapterError: a target matches no linear layer, or a pattern takes too long.
+            AdapterError: a target matches no linear layer, or matching takes too long.
         """
         deadline = time.monotonic() + _MAX_MATCHING_S
         if isinstance(self.targets, str):
@@ -141,11 +143,11 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Read `adapter_config.json`.
 
     Raises:
-        AdapterError: there is no adapter, it is not a LoRA, or its kind of LoRA is not
-            supported; every such key is named.
+        AdapterError: there is no adapter, it is not a LoRA, or it has settings that are
+            not supported. All of these are named.
     """
     path = folder / CONFIG_FILE
-    refuse_links_out(folder, [CONFIG_FILE], AdapterError)
+    refuse_outside_links(folder, [CONFIG_FILE], AdapterError)
     try:
         data = read_bounded(path, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -155,19 +157,19 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         ) from error
     except OSError as error:
         raise AdapterError(f"Cannot read {path}: {error.strerror}.\n{_HINT}") from error
-    written = parse_json(path, data, AdapterError, _HINT)
-    if written.get("peft_type") != "LORA":
+    content = parse_json(path, data, AdapterError, _HINT)
+    if content.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{path}: peft_type: got {brief(written.get('peft_type'))}, expected 'LORA'.\n"
+            f"{path}: peft_type: got {brief(content.get('peft_type'))}, expected 'LORA'.\n"
             "Only LoRA adapters are supported."
         )
-    # PEFT falls back to 8 where rank or alpha is absent.
-    absent = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
-    config: dict[str, Any] = {**absent, **written}
+    # PEFT's defaults: rank and alpha are 8 if absent.
+    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
+    config: dict[str, Any] = {**defaults, **content}
     faults = _config_faults(config)
     if faults:
         raise AdapterError(
-            f"{path} holds what is not supported:\n{list_faults(faults, max_shown=20)}\n"
+            f"{path} has settings that are not supported:\n{list_faults(faults, max_shown=20)}\n"
             "Merge that adapter with PEFT (merge_and_unload) and convert the merged model."
         )
     targets = config["target_modules"]
@@ -194,7 +196,7 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
         f"{key[:80]}: got {brief(value)}, expected no such key (written by a newer PEFT)"
         for key, value in config.items()
         if key not in _UNSUPPORTED and key not in _OTHER_KEYS
-        # By identity: a 0 may say something.
+        # `is False`, because 0 == False and a 0 may mean something.
         if not (value is None or value is False or value in ("", [], {}))
     ]
     rank, alpha, dropout = (config[key] for key in ("r", "lora_alpha", "lora_dropout"))
@@ -228,16 +230,19 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _by_pattern(patterns: dict[str, Any], path: str, default: Any, deadline: float) -> Any:
-    """PEFT's rule: a pattern matches the end of a path, as a regular expression."""
+def _by_pattern(patterns: dict[str, Number], path: str, default: Number, deadline: float) -> Number:
+    """The value of the first pattern that matches a path, or the default.
+
+    PEFT's rule: a pattern is a regular expression for the end of a path.
+    """
     matching = (p for p in patterns if _matches(_at_end(p), path, deadline))
     return next((patterns[pattern] for pattern in matching), default)
 
 
 def _matches(pattern: str, path: str, deadline: float) -> bool:
     try:
-        left_s = max(deadline - time.monotonic(), 1e-3)
-        return regex.fullmatch(pattern, path, timeout=left_s) is not None
+        remaining_s = max(deadline - time.monotonic(), 1e-3)
+        return regex.fullmatch(pattern, path, timeout=remaining_s) is not None
     except (TimeoutError, regex.error) as error:
         raise AdapterError(
             f"The pattern {brief(pattern)} of the adapter cannot be matched with {path}: "
@@ -250,7 +255,13 @@ def _at_end(pattern: str) -> str:
 
 
 def _pattern_fault(key: str, written: str, pattern: str) -> list[str]:
-    """What is wrong with a pattern as it is used, in `re`'s own words; nothing if it is valid."""
+    """The fault of a pattern, in the words of `re`; an empty list if it is valid.
+
+    Args:
+        key: the key that holds it.
+        written: the pattern in the file, for the message.
+        pattern: the pattern that is matched.
+    """
     if len(written) > _MAX_PATTERN_CHARS:
         got = f"{len(written)} characters"
         return [f"{key}: got {got}, expected a pattern of at most {_MAX_PATTERN_CHARS}"]
@@ -258,20 +269,22 @@ def _pattern_fault(key: str, written: str, pattern: str) -> list[str]:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        # Without the position, which counts from the start of the whole pattern.
+        # Without the position: it counts from the start of `pattern`, not of `written`.
         reason = error.msg if isinstance(error, re.error) else error
         return [f"{key}: got {brief(written)}, expected a regular expression: {reason}"]
-    counts = [int(n) for braces in re.findall(r"\{[\d,]+\}", written) for n in _NUMBER(braces)]
+    repeats = re.findall(r"\{[\d,]+\}", written)
+    counts = [int(n) for repeat in repeats for n in re.findall(r"\d+", repeat)]
     if math.prod(max(1, count) for count in counts) > _MAX_REPEATS:
-        return [f"{key}: got {brief(written)}, expected at most {_MAX_REPEATS} repeats in it"]
+        return [f"{key}: got {brief(written)}, expected at most {_MAX_REPEATS} repeats"]
     return []
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a value is a finite number; no bool, though Python counts it as one."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max  # also refuses NaN, and 10**400
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number. A bool does not count, though Python has it as an int."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # also refuses NaN, and 10**400
 
 
-def _is_rank(value: Any) -> bool:
+def _is_rank(value: object) -> bool:
     return _is_number(value) and value >= 1 and value == int(value)

@@ -1,14 +1,13 @@
-"""An adapter folder is a PEFT folder: read and written here, with no second format.
+"""Reads and writes adapter folders. Their format is PEFT's; there is no other.
 
-The keys of `adapter_model.safetensors` are this package's own parameter paths
-behind a prefix, so nothing is renamed or transposed in either direction.
+The keys of `adapter_model.safetensors` are a prefix and this package's own parameter
+paths, so nothing is renamed or transposed in either direction.
 """
 
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,11 +16,12 @@ import numpy as np
 from interviewmate_mlx.adapter.config import CONFIG_FILE, AdapterConfig, read_adapter_config
 from interviewmate_mlx.errors import AdapterError, WeightsError, list_faults
 from interviewmate_mlx.files import atomic_file, atomic_folder
-from interviewmate_mlx.formats.cast import FLOATS, cast
-from interviewmate_mlx.formats.links import refuse_links_out
+from interviewmate_mlx.formats.cast import FLOAT_DTYPES, cast
+from interviewmate_mlx.formats.links import refuse_outside_links
 from interviewmate_mlx.formats.safetensors_file import (
     SafetensorsHeader,
     TensorEntry,
+    load_tensors,
     read_safetensors_header,
     save_tensors,
 )
@@ -31,7 +31,7 @@ from interviewmate_mlx.model.tree import named_arrays
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _BASE_KEY = "base_weights"  # in the metadata of WEIGHTS_FILE
-# What an adapter folder holds for others; checkpoints are the trainer's own.
+# The files to export or push. Checkpoints are only for the trainer.
 _FILES = (
     WEIGHTS_FILE,
     CONFIG_FILE,
@@ -44,14 +44,14 @@ _FILES = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT folder, opened and checked; `Adapter.open` makes one.
+    """A PEFT folder, opened and checked. `Adapter.open` creates one.
 
     Attributes:
-        folder: where it lies.
-        config: what its `adapter_config.json` says.
+        folder: the adapter's folder.
+        config: its `adapter_config.json`.
         tensors: where each matrix lies, by parameter path.
         base_hash: `Base.weights_hash` of the base it was trained on; empty if unknown.
-        files: names of the files that make it up, those that exist.
+        files: names of its files, without checkpoints.
     """
 
     folder: Path
@@ -66,37 +66,37 @@ class Adapter:
 
         Raises:
             AdapterError: it is not an adapter, is damaged or not supported, holds links
-                to files outside it, or its numbers are not finite.
+                to files outside it, or has numbers that are not finite.
         """
         config = read_adapter_config(folder)
         header = _read_header(folder)
         tensors = _check_names(folder, header.tensors)
         _check_finite(folder, tensors)
         files = tuple(name for name in _FILES if (folder / name).is_file())
-        refuse_links_out(folder, files, AdapterError)
+        refuse_outside_links(folder, files, AdapterError)
         return cls(folder, config, tensors, header.metadata.get(_BASE_KEY, ""), files)
 
     def apply(self, model: nn.Module) -> None:
-        """Put the adapter onto a base model, in place. Matrices stay float32, as in PEFT.
+        """Add the adapter to a base model, in place. Its matrices are float32, as in PEFT.
 
         Raises:
-            AdapterError: its keys or shapes are not the model's; all of them are
-                named, and the model is as it was.
+            AdapterError: its keys or shapes do not fit the model. All of these are
+                named, and the model is unchanged.
         """
         layers = self.config.layers(model)
         self._compare(model, layers)
         place_lora(model, layers, self.config.dropout, rslora=self.config.rslora)
-        loaded: Any = mx.load(str(self.folder / WEIGHTS_FILE))
+        loaded = load_tensors(self.folder / WEIGHTS_FILE)
         weights = [(name.removeprefix(PREFIX), a.astype(mx.float32)) for name, a in loaded.items()]
         model.load_weights(weights, strict=False)
         mx.eval(model.trainable_parameters())
 
     def export(self, out: Path, replace: bool = False) -> Path:
-        """Copy the adapter's files, without checkpoints, and return the copy.
+        """Copy the adapter's files, without checkpoints, and return `out`.
 
         Args:
-            out: made if it does not exist; an empty folder will do.
-            replace: `out` may be an adapter that was exported before.
+            out: the new folder; it may exist if it is empty.
+            replace: `out` may also be an adapter that was exported before.
 
         Raises:
             AdapterError: `out` is or contains the adapter, or exists and may not be
@@ -104,18 +104,18 @@ class Adapter:
             StorageError: it cannot be written.
         """
         source = self.folder.resolve()
-        if out.exists() and any(out.samefile(held) for held in (source, *source.parents)):
+        if out.exists() and any(out.samefile(place) for place in (source, *source.parents)):
             raise AdapterError(
                 f"{out} is the adapter to be copied, or contains it: {self.folder}\n"
                 "Choose another folder.",
                 "out",
             )
-        # Checkpoints are the only copy of a run's state: such a folder is not an export.
+        # Checkpoints may be the only copy of a run's state. A folder with them is not an export.
         is_export = (out / CONFIG_FILE).is_file() and not (out / "checkpoints").exists()
         is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
         if is_export and not replace:
             raise AdapterError(
-                f"{out} exists already.\nReplace it, or choose another folder.", "replace", "out"
+                f"{out} already exists.\nReplace it, or choose another folder.", "replace", "out"
             )
         if not is_export and not is_empty:
             raise AdapterError(
@@ -141,7 +141,7 @@ class Adapter:
             for name, shape in expected.items()
             if got.get(name) != shape
         ]
-        faults += [f"{name}: got it, expected no such key" for name in got if name not in expected]
+        faults += [f"{name}: unexpected key" for name in got if name not in expected]
         if faults:
             raise AdapterError(
                 f"{self.folder} does not fit this model:\n{list_faults(faults)}\n"
@@ -155,21 +155,21 @@ def save_adapter(
     """Write the two PEFT files, each whole or not at all.
 
     Args:
-        folder: made if it does not exist; other files in it are left alone.
-        weights: matrices by parameter path, as `adapter_weights` gives them.
-        config: what to say of them.
-        base_hash: `Base.weights_hash` of the base that they were trained on. It goes into
-            the metadata of the weights, which PEFT ignores; of unknown keys in its JSON
-            it would warn.
+        folder: created if it does not exist; other files in it are kept.
+        weights: matrices by parameter path, from `adapter_weights`.
+        config: the content of `adapter_config.json`.
+        base_hash: `Base.weights_hash` of the base that they were trained on. It is stored
+            in the metadata of the weights, because PEFT ignores that. PEFT would warn
+            about an unknown key in `adapter_config.json`.
 
     Raises:
         StorageError: they cannot be written.
     """
-    # The weights first: a folder with a config counts as an adapter.
+    # The weights come first, because a folder with a config counts as an adapter.
     with atomic_file(folder / WEIGHTS_FILE) as temporary:
         named = {PREFIX + path: matrix for path, matrix in weights.items()}
-        known = {_BASE_KEY: base_hash} if base_hash else {}
-        save_tensors(temporary, named, {"format": "pt", **known})
+        metadata = {"format": "pt"} | ({_BASE_KEY: base_hash} if base_hash else {})
+        save_tensors(temporary, named, metadata)
     with atomic_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(config.to_peft(), indent=2) + "\n", encoding="utf-8")
 
@@ -188,7 +188,7 @@ def _read_header(folder: Path) -> SafetensorsHeader:
             f"{folder} has no {WEIGHTS_FILE}.\n"
             "Adapters in pickle files (adapter_model.bin) are not read: load and save it with PEFT."
         )
-    refuse_links_out(folder, [WEIGHTS_FILE], AdapterError)
+    refuse_outside_links(folder, [WEIGHTS_FILE], AdapterError)
     try:
         return read_safetensors_header(path)
     except WeightsError as error:
@@ -197,11 +197,11 @@ def _read_header(folder: Path) -> SafetensorsHeader:
 
 
 def _check_names(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The tensors by parameter path, PEFT's prefix removed; refused if their dtypes are not."""
+    """Check dtypes and names; return the tensors by parameter path, without PEFT's prefix."""
     faults = [
-        f"{name}: got {entry.dtype}, expected one of {', '.join(FLOATS)}"
+        f"{name}: got {entry.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
         for name, entry in tensors.items()
-        if entry.dtype not in FLOATS
+        if entry.dtype not in FLOAT_DTYPES
     ]
     named = {name.removeprefix(PREFIX): entry for name, entry in tensors.items()}
     if len(named) < len(tensors):
@@ -223,6 +223,6 @@ def _check_finite(folder: Path, tensors: dict[str, TensorEntry]) -> None:
 
 
 def _is_finite(entry: TensorEntry) -> bool:
-    """Read in pieces: a file may be larger than memory."""
+    """Whether all numbers are finite. Read in pieces: a file may be larger than memory."""
     pieces = (cast(chunk, entry.dtype, "float32") for chunk in entry.chunks())
     return all(np.isfinite(np.frombuffer(piece, "<f4")).all() for piece in pieces)

@@ -24,32 +24,35 @@ from interviewmate_mlx.base.tokenizer import (
 from interviewmate_mlx.errors import ModelError, WeightsError, brief
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.formats.json_file import parse_json, read_file
-from interviewmate_mlx.formats.links import refuse_links_out
-from interviewmate_mlx.formats.safetensors_file import SafetensorsHeader, read_safetensors_header
+from interviewmate_mlx.formats.links import refuse_outside_links
+from interviewmate_mlx.formats.safetensors_file import (
+    SafetensorsHeader,
+    load_tensors,
+    read_safetensors_header,
+)
 from interviewmate_mlx.hub.names import is_hub_id, local_path, shipped_base
 from interviewmate_mlx.hub.pull import pull
 from interviewmate_mlx.model import falcon
 
-_SAMPLE_BYTES = 4096  # of each tensor, twice: reading all of a large model would take seconds
+_SAMPLE_BYTES = 4096  # two of each tensor; reading all of a large model would take seconds
 _SAMPLE_NUMBERS = 2048  # of each tensor
-_GRID_STEPS = 1024  # per unit
+_GRID_STEPS = 1024  # per unit: weights are rounded to 1/1024
 
 
 @dataclass(frozen=True)
 class Base:
-    """A model folder and its tokenizer, opened and checked; `Base.open` makes one.
+    """A model folder and its tokenizer, opened and checked. `Base.open` creates one.
 
-    No code of the folder is run. Nothing here reads a file again, but for the
-    tensors themselves.
+    No code in the folder is run. After `open`, only the weight files are read again.
 
     Attributes:
-        name: what the user called it: `mini`, a path, or a Hub id.
-        folder: where it lies.
+        name: as the user gave it: `mini`, a path, or a Hub id.
+        folder: the model folder.
         args: the network's shape.
-        quantization: `group_size` and `bits` of packed weights; None for plain ones.
-        headers: of the weight files, by their paths.
+        quantization: `group_size` and `bits` of quantised weights; None if they are not.
+        headers: headers of the weight files, by path.
         tokenizer: stops on its own end token, whatever config.json says.
-        small_files: sha256 over `config.json` and `tokenizer.json`.
+        small_files: a sha256 of `config.json` and `tokenizer.json`, to be continued.
     """
 
     name: str
@@ -58,7 +61,7 @@ class Base:
     quantization: dict[str, int] | None
     headers: dict[Path, SafetensorsHeader]
     tokenizer: TokenizerWrapper
-    small_files: Any
+    small_files: "hashlib._Hash"
 
     @classmethod
     def open(cls, name: str | Path, progress: Progress | None = None) -> "Base":
@@ -67,17 +70,17 @@ class Base:
         A Hub id is pulled and converted once, into `models/`.
 
         Args:
-            name: of the base.
-            progress: called with bytes done and bytes in all while it is fetched.
+            name: `mini`, a folder, or a Hub id.
+            progress: called with bytes done and bytes in all during pull and conversion.
 
         Raises:
             ModelError: there is no such folder, it is not a Falcon-RW in safetensors, or
                 its files do not fit together.
-            HubError: the Hub did not give it.
+            ConfigError, HubError, StorageError: as for `fetch_base`.
         """
         name = str(name)
         folder = fetch_base(name, progress)
-        refuse_links_out(folder, model_files(folder), ModelError)
+        refuse_outside_links(folder, model_files(folder), ModelError)
         paths = sorted(folder.glob("model*.safetensors"))
         if not paths:
             raise ModelError(
@@ -100,13 +103,13 @@ class Base:
         return cls(name, folder, args, quantization, headers, tokenizer, small_files)
 
     def build(self, dtype: mx.Dtype) -> falcon.Model:
-        """The network with its weights, none of them in memory yet: see `read`.
+        """Build the network. Its weights are not in memory yet; `read` loads them.
 
         Args:
-            dtype: of the weights that are floats.
+            dtype: of the float weights.
 
         Raises:
-            WeightsError: the tensors are not those of the network.
+            WeightsError: the tensors do not fit the network.
         """
         model = falcon.Model(self.args)
         weights: dict[str, mx.array] = {}
@@ -123,31 +126,31 @@ class Base:
                 )
             model.load_weights(list(weights.items()))
         except ValueError as error:
-            raise self._does_not_fit(error) from error
+            raise self._as_weights_error(error) from error
         model.set_dtype(dtype)
         model.eval()
         return model
 
     def read(self, model: falcon.Model) -> None:
-        """Read the weights of a built network into memory.
+        """Load the weights of a built network into memory.
 
         Raises:
-            WeightsError: a file is not as its header said.
+            WeightsError: a file does not match its header.
         """
         try:
             mx.eval(model.parameters())
         except (RuntimeError, ValueError) as error:
-            raise self._does_not_fit(error) from error
+            raise self._as_weights_error(error) from error
 
     def load(self, dtype: mx.Dtype) -> falcon.Model:
-        """The network with its weights in memory: `build` and `read`."""
+        """Build the network and load its weights into memory: `build`, then `read`."""
         model = self.build(dtype)
         self.read(model)
         return model
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of config and tokenizer, and of a sample of each tensor."""
+        """A hash that detects changes: of config, tokenizer, and a sample of each tensor."""
         digest = self.small_files.copy()
         for path, header in self.headers.items():
             digest.update(json.dumps([path.name, path.stat().st_size]).encode())
@@ -161,12 +164,12 @@ class Base:
 
     @cached_property
     def weights_hash(self) -> str:
-        """What tells a base's weights from another's; empty for a quantised one.
+        """A hash that tells whether two bases have the same weights; empty if quantised.
 
-        The same in float32, bfloat16 and float16, in one file and in shards, with the
-        vocabulary trimmed or not. It covers the first numbers of each tensor, rounded to
-        a grid: too coarse for a dtype to matter (if the weights were bfloat16 once),
-        fine enough for any training to show.
+        It is the same in float32, bfloat16 and float16, in one file or in shards, with a
+        trimmed vocabulary or not. It covers the first numbers of each tensor, rounded to a
+        grid. The grid is so coarse that the dtype does not matter (if the weights were
+        bfloat16 once), and so fine that any training shows.
         """
         if self.quantization:
             return ""
@@ -185,12 +188,11 @@ class Base:
 
     def _load(self, path: Path) -> dict[str, mx.array]:
         try:
-            loaded: Any = mx.load(str(path))
+            return load_tensors(path)
         except (RuntimeError, ValueError) as error:
-            raise self._does_not_fit(error) from error
-        return dict(loaded)
+            raise self._as_weights_error(error) from error
 
-    def _does_not_fit(self, error: Exception) -> WeightsError:
+    def _as_weights_error(self, error: Exception) -> WeightsError:
         return WeightsError(
             f"Cannot load {self.folder}: {type(error).__name__}: {_short(error)}\n"
             "Convert it again, or choose another base."
@@ -198,11 +200,13 @@ class Base:
 
 
 def fetch_base(name: str, progress: Progress | None = None) -> Path:
-    """The folder of a base; a Hub id is pulled and converted once, into `models/`.
+    """The folder of a base, by its name. A Hub id is pulled and converted once, into `models/`.
 
     Raises:
-        ModelError: there is no such folder, or what was pulled cannot be converted.
-        HubError: the Hub did not give it.
+        ModelError: there is no such folder, or the pulled model cannot be converted.
+        ConfigError: as for `local_path`.
+        HubError: as for `pull`.
+        StorageError: the disk is too small, or cannot be written to.
     """
     folder = shipped_base(name) or local_path(name)
     if (folder / "config.json").is_file():
@@ -221,7 +225,7 @@ def fetch_base(name: str, progress: Progress | None = None) -> Path:
 
 
 def models_folder(name: str) -> Path:
-    """Where a Hub id is converted to, below the current folder."""
+    """Where a Hub id is converted to, relative to the current folder."""
     return Path("models") / name
 
 
@@ -233,14 +237,14 @@ def is_here(name: str) -> bool:
 def _read_quantization(
     folder: Path, config: dict[str, Any], names: list[str]
 ) -> dict[str, int] | None:
-    packed = config.get("quantization")
-    if packed is None:
+    quantization = config.get("quantization")
+    if quantization is None:
         return None
-    given = packed if isinstance(packed, dict) else {}
-    sizes: dict[str, Any] = {key: given.get(key) for key in ("group_size", "bits")}
+    settings = quantization if isinstance(quantization, dict) else {}
+    sizes: dict[str, Any] = {key: settings.get(key) for key in ("group_size", "bits")}
     fault = ""
     if not all(type(size) is int and 0 < size <= 1024 for size in sizes.values()):
-        fault = f"got {brief(packed)}, expected group_size and bits, whole numbers above 0"
+        fault = f"got {brief(quantization)}, expected group_size and bits, whole numbers above 0"
     elif not any(name.endswith(".scales") for name in names):
         fault = f"got {sizes['bits']} bits, expected none: the weights are not quantised"
     if fault:
@@ -251,5 +255,5 @@ def _read_quantization(
 
 
 def _short(error: BaseException) -> str:
-    said = " ".join(str(error).split())
-    return f"{said[:500]}{'...' if len(said) > 500 else ''}"
+    text = " ".join(str(error).split())
+    return f"{text[:500]}{'...' if len(text) > 500 else ''}"

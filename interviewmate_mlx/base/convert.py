@@ -1,9 +1,9 @@
-"""A Falcon-RW folder of the Hub becomes a folder that MLX, mlx-lm and transformers all load.
+"""Converts a Falcon-RW folder from the Hub into one that MLX, mlx-lm and transformers load.
 
-The tensors keep the Hub's names and layouts, so converting is copying: piece by
-piece from file to file, never a whole tensor in memory. What changes is what is
-wrong or missing beside them: old names in the configuration, the end token, the
-chat template, and the model file that mlx-lm needs.
+The tensors keep the Hub's names and layouts. They are copied in pieces, so a whole
+tensor is never in memory. The other files are corrected and completed: old names in
+the configuration, the end token, the chat template, and the model file that mlx-lm
+needs.
 """
 
 import hashlib
@@ -38,9 +38,9 @@ from interviewmate_mlx.base.tokenizer import (
 )
 from interviewmate_mlx.errors import ModelError, WeightsError, list_faults
 from interviewmate_mlx.files import Progress, atomic_folder, check_free_space
-from interviewmate_mlx.formats.cast import FLOATS
+from interviewmate_mlx.formats.cast import FLOAT_DTYPES
 from interviewmate_mlx.formats.json_file import read_file, read_json
-from interviewmate_mlx.formats.links import refuse_links_out
+from interviewmate_mlx.formats.links import refuse_outside_links
 from interviewmate_mlx.formats.safetensors_file import ITEM_BYTES, TensorEntry
 from interviewmate_mlx.model import falcon
 from interviewmate_mlx.model.tree import named_arrays
@@ -49,7 +49,7 @@ _RECORD = "conversion.json"
 _WEIGHTS = "model.safetensors"
 _EMBEDDING = "transformer.word_embeddings.weight"
 _HEAD = "lm_head.weight"
-_SPARE_BYTES = 64 << 20  # left free on the disk, beside what is written
+_SPARE_BYTES = 64 << 20  # must stay free on the disk
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,12 @@ class ConvertedFolder:
     """A converted folder.
 
     Attributes:
-        num_parameters: numbers in its weights; a tied head counts once.
+        path: the folder.
+        num_parameters: count of its weights; a tied head counts once.
         dtype: of all its weights.
-        nbytes: of its weights, without the file's header.
-        already_there: an earlier conversion of the same files made it, and
-            nothing was written.
+        nbytes: size of its weights, without the file's header.
+        already_there: an earlier conversion of the same files wrote it; this one
+            wrote nothing.
     """
 
     path: Path
@@ -87,25 +88,26 @@ def convert(
     Args:
         source: a folder in the Hub's layout, with safetensors or `pytorch_model.bin`,
             in one file or in shards.
-        out: where the converted folder goes.
-        dtype: `float32`, `bfloat16` or `float16`; None keeps the checkpoint's.
+        out: the converted folder.
+        dtype: `float32`, `bfloat16` or `float16`; None keeps the source's.
         trim_vocab: cut the embedding to the tokenizer's size.
-        force: replace what an earlier conversion left at `out`.
-        source_name: what the record calls the source; None: its folder's name.
-        revision: the commit it was pulled at, for the record.
-        progress: called with the bytes written and the bytes in all.
+        force: replace an earlier conversion at `out`.
+        source_name: the source's name in `conversion.json`; by default its folder's name.
+        revision: the source's commit on the Hub, for `conversion.json`.
+        progress: called with bytes done and bytes in all.
 
     Raises:
-        ModelError: the source is not a Falcon-RW, or has no tokenizer; `out` is
-            something else, or made of something else, and not to be replaced.
+        ModelError: the source is not a Falcon-RW, or has no tokenizer; or `out` holds
+            the source, something that is not a conversion, or another conversion that
+            may not be replaced.
         WeightsError: the weights are damaged or unsafe, or do not fit the model.
         StorageError: the disk has too little free space, or cannot be written to.
     """
-    if dtype is not None and dtype not in FLOATS:
-        raise ModelError(f"dtype: got {dtype!r}, expected one of {', '.join(FLOATS)}")
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise ModelError(f"dtype: got {dtype!r}, expected one of {', '.join(FLOAT_DTYPES)}")
     source, out = source.resolve(), out.resolve()
     if source.is_dir():
-        refuse_links_out(source, model_files(source), ModelError)
+        refuse_outside_links(source, model_files(source), ModelError)
     config = read_config(source)
     args = read_args(source, config)
     tokenizer = read_tokenizer_files(source)
@@ -143,7 +145,10 @@ def convert(
 
 
 def _fingerprint(source: Path, weights: WeightFiles, tokenizer: TokenizerFiles) -> str:
-    """Changes with the source's files. Weights count by name, size and time: they are large."""
+    """A hash that detects changes of the source's files.
+
+    Weights are large, so only their names, sizes and times count.
+    """
     digest = hashlib.sha256()
     for path in weights.paths:
         state = path.stat()
@@ -158,7 +163,7 @@ def _fingerprint(source: Path, weights: WeightFiles, tokenizer: TokenizerFiles) 
 def _find_earlier(
     source: Path, out: Path, record: dict[str, Any], dtype: str | None, force: bool
 ) -> ConvertedFolder | None:
-    """The folder at `out` if it is what this conversion would write; None if `out` is free."""
+    """The folder at `out` if the same conversion wrote it; None if `out` may be written."""
     if out == source or out in source.parents:
         raise ModelError(
             f"{out} holds the source {source}.\nChoose another folder for the result.", "out"
@@ -167,21 +172,22 @@ def _find_earlier(
         return None
     if not (out / _RECORD).is_file():
         raise ModelError(
-            f"{out} exists already, and no conversion wrote it.\nChoose another folder.", "out"
+            f"{out} already exists, and no conversion wrote it.\nChoose another folder.", "out"
         )
     if force:
         return None
-    made = read_json(out / _RECORD)
+    found = read_json(out / _RECORD)
     faults = []
-    if made.get("fingerprint") != record["fingerprint"]:
-        faults.append(f"source: made of other files, {made.get('source')} {made.get('revision')}")
-    wanted = {"dtype": dtype or made.get("source_dtype"), "trim_vocab": record["trim_vocab"]}
-    for key, value in wanted.items():
-        if made.get(key) != value:
-            faults.append(f"{key}: got {made.get(key)}, expected {value}")
+    if found.get("fingerprint") != record["fingerprint"]:
+        name, revision = found.get("source"), found.get("revision")
+        faults.append(f"source: converted from other files, {name} {revision}")
+    expected = {"dtype": dtype or found.get("source_dtype"), "trim_vocab": record["trim_vocab"]}
+    for key, value in expected.items():
+        if found.get(key) != value:
+            faults.append(f"{key}: got {found.get(key)}, expected {value}")
     weights = out / _WEIGHTS
-    if not weights.is_file() or weights.stat().st_size < made.get("nbytes", math.inf):
-        faults.append(f"{_WEIGHTS}: cut short or not there")
+    if not weights.is_file() or weights.stat().st_size < found.get("nbytes", math.inf):
+        faults.append(f"{_WEIGHTS}: truncated or missing")
     if faults:
         raise ModelError(
             f"{out} holds another conversion:\n{list_faults(faults)}\n"
@@ -190,36 +196,36 @@ def _find_earlier(
             "force",
         )
     return ConvertedFolder(
-        out, made["num_parameters"], made["dtype"], made["nbytes"], already_there=True
+        out, found["num_parameters"], found["dtype"], found["nbytes"], already_there=True
     )
 
 
 def _fit(
     tensors: dict[str, TensorEntry], args: falcon.ModelArgs, dtype: str | None
 ) -> dict[str, TensorEntry]:
-    """The model's tensors, all of them and no others, in the model's order."""
+    """Check that the tensors are exactly the model's; return them in the model's order."""
     check_depth(args, tensors)
     expected = {
         name: value.shape for name, value in named_arrays(falcon.Model(args).parameters()).items()
     }
     faults = [f"{name}: missing" for name in expected if name not in tensors]
-    own = tensors[_EMBEDDING].dtype if _EMBEDDING in tensors else None
+    common = tensors[_EMBEDDING].dtype if _EMBEDDING in tensors else None
     for name, entry in tensors.items():
         if name not in expected and not (name == _HEAD and args.tie_word_embeddings):
             faults.append(f"{name}: unknown")
         elif name in expected and entry.shape != expected[name]:
             faults.append(f"{name}: got {entry.shape}, expected {expected[name]}")
-        if entry.dtype not in FLOATS:
-            faults.append(f"{name}: got {entry.dtype}, expected one of {', '.join(FLOATS)}")
-        elif dtype is None and own in FLOATS and entry.dtype != own:
-            faults.append(f"{name}: got {entry.dtype}, expected {own} as the embedding is")
+        if entry.dtype not in FLOAT_DTYPES:
+            faults.append(f"{name}: got {entry.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
+        elif dtype is None and common in FLOAT_DTYPES and entry.dtype != common:
+            faults.append(f"{name}: got {entry.dtype}, expected {common} like the embedding")
     is_tied = args.tie_word_embeddings and _HEAD in tensors
     if not faults and is_tied and not _are_equal(tensors[_HEAD], tensors[_EMBEDDING]):
-        faults.append(f"{_HEAD}: differs from the embedding, to which tie_word_embeddings ties it")
+        faults.append(f"{_HEAD}: differs from the embedding, but tie_word_embeddings is true")
     if faults:
-        path = next(iter(tensors.values())).path.parent if tensors else "The checkpoint"
+        path = next(iter(tensors.values())).path.parent if tensors else "The model"
         raise WeightsError(
-            f"{path}: its tensors are not those of the Falcon-RW in its config.json:\n"
+            f"{path}: its tensors do not fit the Falcon-RW in its config.json:\n"
             f"{list_faults(faults, max_shown=40)}\n"
             "Correct config.json, or download the model again; for mixed dtypes, choose one dtype.",
             "dtype",

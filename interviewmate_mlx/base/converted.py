@@ -1,8 +1,7 @@
-"""What a converted folder holds: weights, configuration, tokenizer.
+"""Writes the files of a converted folder: weights, configuration, tokenizer.
 
-It serves three: this package, the stock mlx-lm commands with
-`--trust-remote-code`, and transformers. None of them runs code that came with
-the source.
+This package can load the folder, and so can transformers and the standard mlx-lm
+commands with `--trust-remote-code`. None of them runs code that came with the source.
 """
 
 import json
@@ -24,11 +23,17 @@ MODEL_FILE = "falcon.py"
 def write_weights(
     path: Path, tensors: dict[str, TensorEntry], dtype: str, progress: Progress | None
 ) -> None:
-    """Stream tensors into one safetensors file, in their order.
+    """Copy tensors into one safetensors file, in the given order.
+
+    Args:
+        path: the file to write.
+        tensors: where each tensor lies, by name.
+        dtype: of all tensors in the new file.
+        progress: called with bytes done and bytes in all.
 
     Raises:
-        WeightsError: a number is too large for `dtype`, or a source file was truncated
-            since it was opened.
+        WeightsError: a number is too large for `dtype`, or a source file became shorter
+            since its header was read.
     """
     layout = [(name, dtype, entry.shape) for name, entry in tensors.items()]
     total = sum(math.prod(shape) for _, _, shape in layout) * ITEM_BYTES[dtype]
@@ -52,17 +57,17 @@ def write_config(
 ) -> None:
     """Write `config.json` and `generation_config.json`.
 
-    Both get the ids of the tokenizer's own special tokens: the Hub's files say
-    that the end token is 2, which is `#` to the tokenizer.
+    Both get the ids of the tokenizer's own special tokens. The Hub's files say that the
+    end token is 2, but to the tokenizer 2 is `#`.
 
     Args:
-        folder: where to.
-        source: the folder converted, for its `generation_config.json`.
-        config: its `config.json` in today's names, of the converted shape.
+        folder: the converted folder.
+        source: the source folder, for its `generation_config.json`.
+        config: the source's `config.json` with today's names and the converted shape.
         tokenizer: the source's.
-        dtype: of the weights.
+        dtype: of the converted weights.
     """
-    # auto_map would have loaders run code from the Hub.
+    # auto_map would make loaders run code from the Hub.
     dropped = ("auto_map", "_name_or_path", "dtype")
     config = {key: value for key, value in config.items() if key not in dropped}
     config |= {
@@ -84,9 +89,9 @@ def write_config(
 
 
 def write_tokenizer(folder: Path, tokenizer: TokenizerFiles) -> None:
-    """Write a tokenizer's files, and the chat template where loaders look for it.
+    """Write a tokenizer's files, and the chat template in both places where loaders look.
 
-    A source without `tokenizer.json` gets one.
+    If the source has no `tokenizer.json`, one is built.
     """
     for name, data in tokenizer.contents.items():
         (folder / name).write_bytes(data)

@@ -1,6 +1,6 @@
-"""A model folder as it lies on the Hub: its configuration, and where its tensors lie.
+"""Reads a model folder in the Hub's layout: its configuration, and where its tensors lie.
 
-Nothing is loaded and nothing is run. The names of old configurations follow
+No tensor is loaded and no code is run. The names in old configurations are those of
 transformers' `models/falcon/convert_custom_code_checkpoint.py`.
 """
 
@@ -25,42 +25,47 @@ _OLD_NAMES = {
 }
 _OLD_MODEL_TYPES = ("RefinedWebModel", "RefinedWeb")
 
-# As one file, and as shards. The first that is there is taken.
+# As one file, and as shards. The first that exists is used.
 _WEIGHTS = [
     ("model.safetensors", "model-*-of-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
 ]
-# Beside the weights and the tokenizer, what this package or the libraries below it read.
+# Other files that this package, or a library that it uses, reads.
 _OTHER_FILES = [
     "config.json",
     "generation_config.json",
     "hf_quant_config.json",
     "chat_template.jinja",
 ]
-# MLX counts the sizes of an array in 32 bits; the projections are up to four times as wide.
+# MLX has 32 bits for the size of an axis, and projections are up to four times as wide as this.
 _MAX_DIMENSION = 1 << 24
 _LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files of a checkpoint, and the file of each tensor where an index says it."""
+    """The weight files of a folder.
+
+    Attributes:
+        paths: the files.
+        index: the file name of each tensor, if the folder has an index; else None.
+    """
 
     paths: list[Path]
     index: dict[str, str] | None
 
 
 def read_args(folder: Path, config: dict[str, Any]) -> falcon.ModelArgs:
-    """The shape that a `config.json` describes, its optional keys checked too.
+    """Read and check the network's shape in a `config.json`, with its optional keys.
 
     Raises:
-        ModelError: it is not a Falcon-RW's, or a value is impossible; all such keys are named.
+        ModelError: it is not a Falcon-RW's, or a value is impossible. All such keys are named.
     """
     faults = []
     for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
         if type(config.get(key)) is int and config[key] > _MAX_DIMENSION:
             faults.append(f"{key}: got {brief(config[key])}, expected at most {_MAX_DIMENSION}")
-    # Absent or null, they have defaults.
+    # Keys that are absent or null have defaults.
     given = {key: value for key, value in config.items() if value is not None}
     ffn = given.get("ffn_hidden_size", 1)
     if type(ffn) is not int or not 1 <= ffn <= _MAX_DIMENSION:
@@ -86,32 +91,35 @@ def read_args(folder: Path, config: dict[str, Any]) -> falcon.ModelArgs:
 
 
 def check_depth(args: falcon.ModelArgs, tensors: Collection[str]) -> None:
-    """Refuse more layers than there are tensors, before so many are built.
+    """Refuse a config with more layers than the weights have tensors.
+
+    Such a config could name millions of layers, and they would be built before the
+    weights are compared.
 
     Raises:
-        WeightsError: that is so.
+        WeightsError: there are more layers than tensors.
     """
     if args.num_hidden_layers > len(tensors):
         raise WeightsError(
-            f"config.json says num_hidden_layers: got {args.num_hidden_layers}, expected at most "
-            f"{len(tensors)}, as many as the weights have tensors.\n"
+            f"config.json: num_hidden_layers: got {args.num_hidden_layers}, expected at most "
+            f"{len(tensors)}, the number of tensors in the weights.\n"
             "Correct config.json, or download the model again."
         )
 
 
 def model_files(folder: Path) -> list[str]:
-    """The names of a model folder's files that are read, those that are there."""
+    """Names of the files in a model folder that are read, by this package or by a library."""
     patterns = [*_OTHER_FILES, *TOKENIZER_FILES, "model*", "pytorch_model*"]
     names = [path.name for path in folder.iterdir()]
     return sorted(name for name in names if any(fnmatchcase(name, p) for p in patterns))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` in the names that transformers uses today.
+    """Read `config.json`; old names become those that transformers uses today.
 
     Raises:
-        ModelError: there is none, it describes quantised weights, or an old
-            name in it contradicts the new one.
+        ModelError: there is none, it describes quantised weights, or an old name in it
+            has another value than the new one.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -138,11 +146,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_weights(folder: Path) -> WeightFiles:
-    """The files that hold a folder's tensors: safetensors before `pytorch_model.bin`.
+    """The weight files of a folder. Safetensors are preferred to `pytorch_model.bin`.
 
     Raises:
         WeightsError: there are none, shards are missing or surplus, or the index
-            points outside the folder.
+            names files outside the folder.
     """
     for single, shards in _WEIGHTS:
         index = folder / f"{single}.index.json"
@@ -157,7 +165,7 @@ def find_weights(folder: Path) -> WeightFiles:
         for path in found.paths:
             with path.open("rb") as file:
                 if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                    raise WeightsError(f"{path} is only a pointer of Git LFS.\nRun git lfs pull.")
+                    raise WeightsError(f"{path} is only a Git LFS pointer.\nRun git lfs pull.")
         return found
     known = " or ".join(single for single, _ in _WEIGHTS)
     raise WeightsError(
@@ -188,10 +196,10 @@ def _read_index(index: Path, shards: str) -> WeightFiles:
 
 
 def read_tensors(weights: WeightFiles) -> dict[str, TensorEntry]:
-    """Where each tensor lies. Only headers are read.
+    """Find where each tensor lies. Only the files' headers are read.
 
     Raises:
-        WeightsError: a file is damaged or unsafe, or does not hold what the index says.
+        WeightsError: a file is damaged or unsafe, or its tensors are not those of the index.
     """
     tensors: dict[str, TensorEntry] = {}
     faults = []
@@ -202,8 +210,8 @@ def read_tensors(weights: WeightFiles) -> dict[str, TensorEntry]:
             if name in tensors:
                 faults.append(f"{name}: in {tensors[name].path.name} and in {path.name}")
             elif weights.index is not None and weights.index.get(name) != path.name:
-                said = weights.index.get(name, "no file")
-                faults.append(f"{name}: in {path.name}, in {said} by the index")
+                expected = weights.index.get(name, "no file")
+                faults.append(f"{name}: in {path.name}, but the index says {expected}")
             tensors[name] = entry
     absent = set(weights.index or ()) - set(tensors)
     faults += [f"{name}: in the index, but in no file" for name in sorted(absent)]

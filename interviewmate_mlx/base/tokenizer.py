@@ -1,8 +1,8 @@
-"""A tokenizer's files: what they say of its tokens, and the tokenizer itself.
+"""Reads a tokenizer's files, and builds the tokenizer.
 
-`tokenizer.json` is the truth; where it is missing, a byte-level BPE is made of
-`vocab.json` and `merges.txt`. Class names in the files choose nothing, so no code
-of a model folder, and no pickle, can be reached through them.
+`tokenizer.json` comes first. If it is missing, a byte-level BPE is built from
+`vocab.json` and `merges.txt`. A class name in the files never chooses what is
+loaded, so it can lead to no code and to no pickle of a model folder.
 """
 
 import json
@@ -30,9 +30,9 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-# Classes of transformers that read these files and nothing else.
+# Classes of transformers that read only these files.
 TOKENIZER_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast")
-_NEW_CLASS = "TokenizersBackend"  # what transformers 5 calls the last of them
+_NEW_CLASS = "TokenizersBackend"  # the name of the last one in transformers 5
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -41,12 +41,12 @@ class TokenizerFiles:
     """A tokenizer's files, each read once.
 
     Attributes:
-        folder: where they lie.
-        contents: bytes by file name, of those that exist.
-        objects: the JSON ones, parsed.
-        ids: of every token, by its text.
-        special: the texts of `eos_token`, and of `bos_token`, `unk_token`, `pad_token`
-            where it has them.
+        folder: the folder with the files.
+        contents: bytes of the files that exist, by file name.
+        objects: the JSON files, parsed, by file name.
+        ids: token ids by text.
+        special: text of `eos_token`, and of `bos_token`, `unk_token` and `pad_token`
+            if the tokenizer has them.
     """
 
     folder: Path
@@ -69,8 +69,8 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """Read and check the files of a tokenizer.
 
     Raises:
-        ModelError: there is no tokenizer, a file is damaged, it names no end token, or
-            a special token that it does not have.
+        ModelError: there is no tokenizer, a file is damaged, no end token is named, or
+            a special token is not in the vocabulary.
     """
     paths = [folder / name for name in TOKENIZER_FILES]
     contents = {path.name: read_file(path) for path in paths if path.is_file()}
@@ -112,11 +112,17 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     return TokenizerFiles(folder, contents, objects, ids, special)
 
 
-def check_vocab(files: TokenizerFiles, vocab_size: Any) -> None:
-    """Refuse tokens that the embedding has no row for: MLX would read past its end.
+def check_vocab(files: TokenizerFiles, vocab_size: object) -> None:
+    """Refuse a tokenizer with more tokens than the embedding has rows.
+
+    MLX would read past the end of the embedding.
+
+    Args:
+        files: the tokenizer's.
+        vocab_size: the value in config.json; rows of the embedding.
 
     Raises:
-        ModelError: there are such tokens.
+        ModelError: there are more tokens, or `vocab_size` is not a whole number.
     """
     if not isinstance(vocab_size, int) or files.vocab_size > vocab_size:
         raise ModelError(
@@ -127,10 +133,14 @@ def check_vocab(files: TokenizerFiles, vocab_size: Any) -> None:
 
 
 def check_tokenizer_class(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse settings that name a tokenizer of another kind.
+    """Refuse a `tokenizer_class` that is not one of the known ones.
+
+    Args:
+        path: the file with the settings, for messages.
+        settings: its content.
 
     Raises:
-        ModelError: they do.
+        ModelError: the class is another one.
     """
     known = (*TOKENIZER_CLASSES, _NEW_CLASS)
     if (found := settings.get("tokenizer_class")) not in (None, *known):
@@ -141,38 +151,39 @@ def check_tokenizer_class(path: Path, settings: dict[str, Any]) -> None:
 
 
 def build_tokenizer(files: TokenizerFiles) -> TokenizerWrapper:
-    """The tokenizer that the files describe. It stops on its own end token.
+    """Build the tokenizer that the files describe. It stops on its own end token.
 
     Raises:
-        ModelError: the tokenizers library cannot build it, or it is of another kind.
+        ModelError: the tokenizers library cannot build it, or it is of an unknown class.
     """
     settings = files.objects.get("tokenizer_config.json", {})
     check_tokenizer_class(files.folder / "tokenizer_config.json", settings)
     if "Precompiled" in json.dumps(files.objects.get("tokenizer.json", {}).get("normalizer")):
-        # The tokenizers library ends in a panic if its bytes are damaged.
+        # The tokenizers library panics if its bytes are damaged.
         raise ModelError(
-            f"{files.folder}/tokenizer.json: normalizer: got a Precompiled one, expected none.\n"
+            f"{files.folder}/tokenizer.json: normalizer: got Precompiled, expected another kind.\n"
             "Use the tokenizer that the model was trained with."
         )
     try:
         tokenizer = _wrap(build_backend(files), files.special)
         encode(tokenizer, "Question:")  # a broken tokenizer may fail only on first use
-    except BaseException as error:  # the library raises Exception itself, and panics
+    except BaseException as error:  # a panic of the library is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        said = " ".join(str(error).split())
+        text = " ".join(str(error).split())
         raise ModelError(
-            f"Cannot load the tokenizer in {files.folder}: {type(error).__name__}: {said[:500]}\n"
+            f"Cannot load the tokenizer in {files.folder}: {type(error).__name__}: {text[:500]}\n"
             "Convert the model again."
         ) from error
     return tokenizer
 
 
 def build_backend(files: TokenizerFiles) -> Tokenizer:
-    """The tokenizers library's own object, with the tokens that stand in other files.
+    """Build the tokenizers library's own object, with the tokens of all files.
 
     Raises:
-        Exception: as the tokenizers library says it.
+        Exception: the tokenizers library cannot build it; it raises plain Exceptions.
+        ValueError: a token gets another id than the files say.
     """
     if "tokenizer.json" in files.contents:
         backend = Tokenizer.from_str(files.contents["tokenizer.json"].decode())
@@ -191,10 +202,9 @@ def build_backend(files: TokenizerFiles) -> Tokenizer:
         if text not in added or not added[text].special:
             backend.add_special_tokens([AddedToken(text, normalized=False)])
     known = backend.get_vocab()
-    if odd := [text for text, number in files.ids.items() if known[text] != number]:
-        raise ValueError(
-            f"token {brief(odd[0])}: got id {known[odd[0]]}, expected {files.ids[odd[0]]}"
-        )
+    if wrong := [text for text, number in files.ids.items() if known[text] != number]:
+        text = wrong[0]
+        raise ValueError(f"token {brief(text)}: got id {known[text]}, expected {files.ids[text]}")
     return backend
 
 
@@ -208,23 +218,23 @@ def _wrap(backend: Tokenizer, special: dict[str, str]) -> TokenizerWrapper:
 
 
 def _token_ids(objects: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """Every token's id. Where two files name a token, tokenizer.json is right."""
+    """Every token's id. If two files name a token, tokenizer.json decides."""
     ids: dict[str, Any] = dict(objects.get("added_tokens.json", {}))
     decoder = objects.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
     ids |= {token["content"]: int(number) for number, token in decoder.items()}
     if "tokenizer.json" in objects:
-        whole = objects["tokenizer.json"]
-        vocab = dict(whole["model"]["vocab"])
-        added = {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+        content = objects["tokenizer.json"]
+        vocab = dict(content["model"]["vocab"])
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
         for token in vocab.keys() & added.keys():
             if vocab[token] != added[token]:
-                said = f"{brief(vocab[token])} and {brief(added[token])}"
-                raise ValueError(f"the id of {brief(token)} is {said}")
+                both = f"{brief(vocab[token])} and {brief(added[token])}"
+                raise ValueError(f"the id of {brief(token)} is {both}")
         ids |= vocab | added
     elif "vocab.json" in objects:
         ids |= objects["vocab.json"]
     else:
         return {}
-    if odd := [token for token, number in ids.items() if type(number) is not int]:
-        raise ValueError(f"the id of {brief(odd[0])} is {brief(ids[odd[0]])}")
+    if wrong := [token for token, number in ids.items() if type(number) is not int]:
+        raise ValueError(f"the id of {brief(wrong[0])} is {brief(ids[wrong[0]])}")
     return ids

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from interviewmate_mlx.cli.options import json_option, make_console, prepared
+from interviewmate_mlx.cli.options import UserPath, json_option, make_console, prepared
 from interviewmate_mlx.errors import ConfigError
 
 
 @click.command("convert")
 @click.argument("source")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; models/SOURCE.")
+@click.option("--out", type=UserPath(), help="Folder to write; models/SOURCE.")
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @click.option(
     "--dtype",

@@ -9,6 +9,7 @@ import click
 
 from interviewmate_mlx.cli.options import (
     Finite,
+    UserPath,
     json_option,
     load_tokenizer,
     make_console,
@@ -65,8 +66,8 @@ def check(path: str, model: str | None, max_length: int | None, as_json: bool) -
 
 
 @command.command()
-@click.argument("sources", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the splits.")
+@click.argument("sources", nargs=-1, type=UserPath())
+@click.option("--out", type=UserPath(), required=True, help="Folder of the splits.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True)
 @click.option(
     "--shares",

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
-from interviewmate_mlx.cli.options import prepared
+from interviewmate_mlx.cli.options import UserPath, prepared
 
 
 @click.command("export")
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to copy the adapter to.")
+@click.argument("adapter", type=UserPath())
+@click.option("--out", type=UserPath(), help="Folder to copy the adapter to.")
 @click.option("--push", metavar="REPO", help="Hub id to upload to; made if it does not exist.")
 @click.option("--private", is_flag=True, help="Make a new Hub repository private.")
 @click.option("--force", is_flag=True, help="Replace an adapter exported there before.")

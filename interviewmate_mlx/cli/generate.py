@@ -9,6 +9,7 @@ import click
 
 from interviewmate_mlx.cli.options import (
     Finite,
+    UserPath,
     dtype_option,
     json_option,
     make_console,
@@ -20,7 +21,7 @@ from interviewmate_mlx.cli.options import (
 @click.command("generate")
 @click.argument("question")
 @model_option
-@click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT folder.")
+@click.option("--adapter", type=UserPath(), help="A PEFT folder.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option(
     "--temperature",

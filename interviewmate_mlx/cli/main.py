@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -137,6 +138,9 @@ def main(ctx: click.Context, version: bool, verbose: bool, traceback: bool) -> N
     imate-mlx generate "What is overfitting?" --adapter adapters/run_A
     imate-mlx export adapters/run_A --push you/interview-coach
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it cannot encode is shown escaped
+            stream.reconfigure(errors="backslashreplace")
     if version:
         _print_version(verbose)
         ctx.exit()

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,6 +31,19 @@ class Finite(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+class UserPath(click.Path):
+    """A path with `~` expanded, also in `--out=~/x`, where the shell does not do it."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        try:
+            return Path(os.fsdecode(super().convert(value, param, ctx))).expanduser()
+        except RuntimeError:
+            self.fail(f"{value}: there is no such user here. Write the path out.", param, ctx)
 
 
 model_option = click.option(

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from interviewmate_mlx.cli.main import INTERRUPTED
 from interviewmate_mlx.cli.options import (
+    UserPath,
     json_option,
     load_named_run,
     make_console,
@@ -27,7 +28,7 @@ from interviewmate_mlx.cli.signals import StopOnSignal
 @run_option
 @set_option
 @model_option
-@click.option("--out", type=click.Path(path_type=Path), help="Adapter folder; adapters/run_A.")
+@click.option("--out", type=UserPath(), help="Adapter folder; adapters/run_A.")
 @click.option(
     "--resume",
     is_flag=True,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -17,6 +16,9 @@ from interviewmate_mlx.data.prompts import encode_question
 from interviewmate_mlx.errors import ConfigError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.falcon import Model
+
+with backend.unchanged_file_limit():
+    from mlx_lm.generate import stream_generate
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Sampling:
 
 
 def load_coach(
-    base: str | None = None,
+    base: str | Path | None = None,
     adapter: Path | str | None = None,
     dtype: str = "auto",
     progress: Progress | None = None,

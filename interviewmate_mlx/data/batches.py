@@ -1,8 +1,9 @@
-"""Rows become microbatches of a few fixed widths.
+"""Groups rows into steps, and steps into microbatches of a few fixed widths.
 
 A *step* is one optimizer update over an effective batch of rows. A *microbatch*
 is what goes through the network at once: part of a step, or all of it. How a
-step is split changes speed and memory, never the update (dropout's draws aside).
+step is split changes speed and memory, but not the update, except for the random
+numbers of dropout.
 """
 
 import itertools
@@ -17,12 +18,13 @@ from numpy.random import default_rng  # loaded here: a Ctrl-C is lost while it l
 from interviewmate_mlx.data.prompts import Example
 
 # Rows are padded to a multiple of this: few widths, so few compiled variants, and
-# little padding.
+# still little padding.
 WIDTH_STEP = 16
-# Rows of similar length are grouped within pools of so many steps: long enough a
-# pool to find them, short enough that the order of an epoch stays random.
+# Rows of similar length are grouped within pools of this many steps. A pool is large
+# enough to find such rows, and small enough that the order of an epoch stays random.
 POOL_STEPS = 16
-# The number of predicted tokens is rounded up to so many parts of a microbatch.
+# The number of predicted tokens is rounded up to a multiple of a microbatch's tokens
+# divided by this: few compiled variants here, too.
 PREDICTED_PARTS = 8
 
 
@@ -32,11 +34,11 @@ class Microbatch:
 
     Attributes:
         inputs: (B, L) int32 token ids.
-        positions: (N,) int32, indices into the B * L flattened hidden states
-            that predict a token. N is rounded up; the surplus points at 0.
+        positions: (N,) int32, indices of the hidden states that predict a token, in
+            the B * L flattened ones. N is rounded up; the surplus is 0.
         targets: (N,) int32, the tokens to predict.
         mask: (N,) bool, false on the surplus.
-        seed: of its dropout.
+        seed: for dropout.
     """
 
     inputs: mx.array
@@ -46,28 +48,30 @@ class Microbatch:
     seed: int = 0
 
     def arrays(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """What the compiled step takes."""
+        """The inputs of the compiled step."""
         return self.inputs, self.positions, self.targets, self.mask
 
 
 def steps_per_epoch(num_rows: int, effective_batch: int) -> int:
-    """The last step of an epoch may be smaller; no row is dropped."""
+    """Steps in an epoch. One may be smaller than the others; no row is dropped."""
     return math.ceil(num_rows / effective_batch)
 
 
 def epoch_steps(
     lengths: Sequence[int], effective_batch: int, seed: int, epoch: int
 ) -> list[list[int]]:
-    """The rows of each step of an epoch: every row once, in an order of seed and epoch alone.
+    """The rows of each step of an epoch. Every row is used once.
+
+    The order depends only on `seed` and `epoch`.
 
     Args:
-        lengths: tokens of each row.
-        effective_batch: rows in a step; the rest of the division is one smaller step.
-        seed: of the run.
+        lengths: tokens in each row.
+        effective_batch: rows per step; rows that are left over make one smaller step.
+        seed: the run's.
         epoch: from 0; each has its own order.
 
     Returns:
-        Row numbers, a list for each step.
+        One list of row numbers per step.
     """
     rng = default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -75,7 +79,7 @@ def epoch_steps(
     pool_rows = POOL_STEPS * effective_batch
     for start in range(0, len(order), pool_rows):
         pool = sorted(order[start : start + pool_rows].tolist(), key=lambda row: lengths[row])
-        # The smaller step takes the pool's shortest rows, so it is the cheapest one.
+        # The smaller step gets the pool's shortest rows, so it is the cheapest one.
         first = len(pool) % effective_batch
         cuts = [0, *range(first or effective_batch, len(pool) + 1, effective_batch)]
         steps += [pool[a:b] for a, b in itertools.pairwise(cuts)]
@@ -83,24 +87,24 @@ def epoch_steps(
 
 
 def padded_width(num_inputs: int) -> int:
-    """The width that a row of so many input tokens is padded to."""
+    """The width that a row of `num_inputs` tokens is padded to."""
     return WIDTH_STEP * math.ceil(num_inputs / WIDTH_STEP)
 
 
 def split_step(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
-    """Fit a step into as few microbatches as the budget of padded tokens allows.
+    """Split a step into as few microbatches as the budget of padded tokens allows.
 
-    Rows of like length share a microbatch. A single row is always allowed.
+    Rows of similar length share a microbatch. A single row may exceed the budget.
     """
     return fill(sorted(examples, key=len, reverse=True), token_budget)
 
 
 def fill(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
-    """Groups of as many rows as the budget of padded tokens allows, one at least.
+    """Group rows. A group has as many as the budget allows, and at least one.
 
     Args:
-        examples: the longest first.
-        token_budget: of a group, padded.
+        examples: rows, the longest first.
+        token_budget: padded tokens per group.
     """
     groups: list[list[Example]] = []
     for example in examples:
@@ -116,8 +120,8 @@ def collate(examples: Sequence[Example], width: int | None = None) -> Microbatch
     """Pad rows to one width.
 
     Args:
-        examples: the rows; their last token is only ever a target.
-        width: of the padded inputs; by default the smallest allowed one.
+        examples: the rows. The last token of a row is only a target, never an input.
+        width: of the padded inputs; by default the smallest one possible.
     """
     width = width or padded_width(max(len(example) for example in examples) - 1)
     inputs = np.zeros((len(examples), width), dtype=np.int32)
@@ -139,7 +143,7 @@ def collate(examples: Sequence[Example], width: int | None = None) -> Microbatch
 
 
 def by_width(examples: Sequence[Example]) -> list[list[Example]]:
-    """All rows in groups of one padded width, the narrowest first, as validation takes them."""
+    """Group rows by their padded width, the narrowest first. Validation uses these groups."""
 
     def width(example: Example) -> int:
         return padded_width(len(example) - 1)

@@ -1,4 +1,4 @@
-"""Is a data set fit to train on? Its rows, its ids, and that no split knows another's rows."""
+"""Checks whether a data set can be trained on: its rows, its ids, and leakage between splits."""
 
 import statistics
 import sys
@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from interviewmate_mlx.config import DataConfig
 from interviewmate_mlx.data.leakage import (
@@ -15,17 +14,17 @@ from interviewmate_mlx.data.leakage import (
     fold,
     similar_pairs,
 )
-from interviewmate_mlx.data.prompts import encode_record
+from interviewmate_mlx.data.prompts import Tokenizer, encode_record
 from interviewmate_mlx.data.records import DIFFICULTIES, Record, scan_records, split_files
 from interviewmate_mlx.errors import DataError, list_faults
 
-_CLOSEST_SHOWN = 5
+_MAX_CLOSEST = 5  # pairs in a report
 _THRESHOLDS = {"question": QUESTION_THRESHOLD, "answer": ANSWER_THRESHOLD}
 
 
 @dataclass(frozen=True)
 class ClosePair:
-    """Two rows whose questions or answers are alike."""
+    """Two rows with similar questions or similar answers."""
 
     what: str  # question or answer
     similarity: float
@@ -36,7 +35,7 @@ class ClosePair:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a data set holds."""
+    """The counts and lengths of a data set, and its most similar rows."""
 
     rows: dict[str, int]  # by split
     categories: dict[str, dict[str, int]]  # by category, then split
@@ -47,21 +46,20 @@ class DataReport:
 
 
 def check_data(
-    path: Path, tokenizer: Any = None, max_length: int = DataConfig.max_length
+    path: Path, tokenizer: "Tokenizer | None" = None, max_length: int = DataConfig.max_length
 ) -> DataReport:
-    """Read a file or folder and look for everything that would make training or validation lie.
+    """Read a file or folder, and find what would spoil training or mislead validation.
 
     Args:
         path: a file, or a folder with the files of the splits.
-        tokenizer: a Hugging Face tokenizer; without one no tokens are counted.
-        max_length: tokens that a row may have, with the template and its end token.
+        tokenizer: a Hugging Face tokenizer; without one, no tokens are counted.
+        max_length: the most tokens in a row, with the template and the end token.
 
     Raises:
         DataError: files, rows or splits that cannot be read or are empty; ids that two
-            splits share, labels that only some rows have, unknown difficulties,
-            categories that train does not know, rows that are too long, and
-            near-duplicates within or between splits. All at once, each with file
-            and line.
+            splits share; labels that only some rows have; unknown difficulties;
+            categories that are not in train; rows that are too long; near-duplicates
+            within or between splits. All are reported together, with file and line.
     """
     splits, faults = _scan(path)
     records = [record for rows in splits.values() for record in rows]
@@ -78,7 +76,7 @@ def check_data(
     if faults:
         raise DataError(
             f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n"
-            f"{list_faults(faults, max_shown=20)}\nMend or remove those rows and check again."
+            f"{list_faults(faults, max_shown=20)}\nCorrect or remove these rows and check again."
         )
     words = [len(fold(record.answer)) for record in records]
     return DataReport(
@@ -86,13 +84,13 @@ def check_data(
         categories=_count_by(splits, "category"),
         difficulties=_count_by(splits, "difficulty"),
         answer_words=(min(words), statistics.mean(words), max(words)),
-        closest=pairs[:_CLOSEST_SHOWN],
+        closest=pairs[:_MAX_CLOSEST],
         token_lengths=(min(lengths), statistics.median(lengths), max(lengths)) if lengths else None,
     )
 
 
 def _scan(path: Path) -> tuple[dict[str, list[Record]], list[str]]:
-    """The readable rows of each split, and the faults of the others and of whole files."""
+    """The rows of each split that can be read, and the faults of other rows and of files."""
     splits: dict[str, list[Record]] = {}
     faults: list[str] = []
     for split, file in split_files(path).items():
@@ -103,7 +101,7 @@ def _scan(path: Path) -> tuple[dict[str, list[Record]], list[str]]:
             continue
         faults += [f"{file.name} {fault}" for fault in found]
         if not splits[split] and not found:
-            faults.append(f"{file.name}: no rows, expected one or more (or no such file)")
+            faults.append(f"{file.name}: no rows, expected at least one, or no such file")
     return splits, faults
 
 
@@ -131,7 +129,7 @@ def _fault(pair: ClosePair) -> str:
 
 
 def _shared_ids(splits: dict[str, list[Record]]) -> Iterator[str]:
-    """Ids that two splits share; within a file they are faults of its rows."""
+    """Ids that two splits share. Within a file, reading the rows finds them."""
     first: dict[str, tuple[str, Record]] = {}
     for split, records in splits.items():
         for record in filter(lambda record: record.id, records):
@@ -142,13 +140,13 @@ def _shared_ids(splits: dict[str, list[Record]]) -> Iterator[str]:
 
 def _missing_labels(records: list[Record]) -> Iterator[str]:
     for label in ("id", "category", "difficulty"):
-        lacking = [record for record in records if not getattr(record, label)]
-        if len(lacking) < len(records):
-            yield from (f"{r.source}: no {label}, expected one as other rows have" for r in lacking)
+        missing = [record for record in records if not getattr(record, label)]
+        if len(missing) < len(records):
+            yield from (f"{r.source}: no {label}, expected one as in other rows" for r in missing)
 
 
 def _unknown_categories(splits: dict[str, list[Record]]) -> Iterator[str]:
-    """Categories that are measured but not trained on."""
+    """Categories of other splits that train does not have."""
     trained = {record.category for record in splits.get("train", []) if record.category}
     for split, records in splits.items():
         counts = Counter(record.category for record in records if record.category)
@@ -156,12 +154,12 @@ def _unknown_categories(splits: dict[str, list[Record]]) -> Iterator[str]:
             yield f"{split}: category {category!r} ({counts[category]} rows) is not in train"
 
 
-def _count_tokens(tokenizer: Any, record: Record) -> int:
+def _count_tokens(tokenizer: "Tokenizer", record: Record) -> int:
     return len(encode_record(tokenizer, record, sys.maxsize, "all"))
 
 
 def _too_long(records: list[Record], lengths: list[int], max_length: int) -> Iterator[str]:
-    for record, length in zip(records, lengths, strict=False):  # no lengths: no tokenizer
+    for record, length in zip(records, lengths, strict=False):  # no lengths without a tokenizer
         if length > max_length:
             yield f"{_place(record)}: {length} tokens, expected at most {max_length}"
 

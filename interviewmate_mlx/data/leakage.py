@@ -1,9 +1,9 @@
-"""Texts that say the same: the near-duplicates of a data set.
+"""Finds near-duplicate texts in a data set.
 
-Two texts are compared by the Jaccard similarity of their sets of word 5-grams,
+The similarity of two texts is the Jaccard similarity of their sets of word 5-grams,
 after case, punctuation and white space are folded. A text of fewer words is one
-gram. Equal texts are found first; of the others all grams are sorted together, so
-that those which several texts share lie side by side.
+gram. Equal texts are found first. The grams of all other texts are then sorted
+together, so that equal grams lie side by side.
 """
 
 import re
@@ -14,23 +14,25 @@ from dataclasses import dataclass
 import numpy as np
 
 GRAM_WORDS = 5
-# Similarity from which two texts are near-duplicates. A question has few grams, and one
-# changed word takes five of them; two answers that were written apart share hardly one.
+# From this similarity on, two texts are near-duplicates. A question has few grams, and one
+# changed word changes five of them. Two answers that were written independently share
+# hardly any.
 QUESTION_THRESHOLD = 0.3
 ANSWER_THRESHOLD = 0.2
-# A gram that more texts than this hold makes no pairs of all of them (their number
-# grows with the square); each is compared with the first one that holds it, and with its
-# neighbours when texts are lined up by the least of their common grams, in several orders.
-_COMMON = 64
-_ORDERS, _NEIGHBOURS = 16, 2
-# Pairs are compared exactly if they can be alike enough, and so are the closest few,
-# which are shown.
-_CLOSEST = 20
+# A gram in more texts than this is common. To pair all of its texts would take too long
+# (the pairs grow with the square). Instead, each text is paired with the first text that
+# has the gram, and with its neighbours after a sort by the smallest hash of its common
+# grams (MinHash). There are several such sorts, each with other hashes.
+_MAX_RARE_TEXTS = 64
+_NUM_SORTS, _NUM_NEIGHBOURS = 16, 2
+# Similarities are computed exactly for pairs that can reach the threshold, and for at
+# least this many of the closest ones, because reports show some.
+_MIN_COMPARED = 20
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two texts, by their place in the list, and how alike they are."""
+    """Two texts, by their index in the list, and their similarity."""
 
     first: int
     second: int
@@ -43,10 +45,10 @@ def fold(text: str) -> list[str]:
 
 
 def similar_pairs(texts: Sequence[str], threshold: float) -> list[Pair]:
-    """The pairs of texts that are at least so alike and the closest below, the most alike first.
+    """The pairs of texts that reach the threshold and the closest others, most similar first.
 
-    A text that equals earlier ones makes one pair, with the first of them, and is
-    compared with no other. A text without words is alike to none.
+    A text that equals earlier ones makes one pair, with the first of them, and is not
+    compared with any other. A text without words is similar to none.
     """
     first_of: dict[str, int] = {}
     copies = []
@@ -55,24 +57,24 @@ def similar_pairs(texts: Sequence[str], threshold: float) -> list[Pair]:
         if folded and (first := first_of.setdefault(folded, index)) != index:
             copies.append(Pair(first, index, 1.0))
     places = list(first_of.values())
-    alike = [
+    similar = [
         Pair(places[pair.first], places[pair.second], pair.similarity)
         for pair in _compare(_hash_grams(list(first_of)), threshold)
     ]
-    return sorted(copies + alike, key=lambda pair: (-pair.similarity, pair.first, pair.second))
+    return sorted(copies + similar, key=lambda pair: (-pair.similarity, pair.first, pair.second))
 
 
 def _compare(grams: list[np.ndarray], threshold: float) -> list[Pair]:
-    """Exact similarities of the pairs that can reach the threshold, and of the closest few."""
+    """The pairs that can reach the threshold and the closest others, compared exactly."""
     sizes = np.array([len(g) for g in grams], np.int64)
     first, second, shared, num_common = _sharing_pairs(grams)
-    # At most: what they share of the rare grams, and all common grams of the one with fewer.
+    # An upper bound: the rare grams that they share, and all common grams of the one with fewer.
     shared = shared + np.minimum(num_common[first], num_common[second])
     bound = shared / np.maximum(1, sizes[first] + sizes[second] - shared)
     order = np.argsort(-bound, kind="stable")
     num_likely = int((bound >= threshold).sum())
     pairs = []
-    for i in order[: max(num_likely, _CLOSEST)]:
+    for i in order[: max(num_likely, _MIN_COMPARED)]:
         one, other = int(first[i]), int(second[i])
         both = len(np.intersect1d(grams[one], grams[other], assume_unique=True))
         pairs.append(Pair(one, other, both / (len(grams[one]) + len(grams[other]) - both)))
@@ -82,7 +84,8 @@ def _compare(grams: list[np.ndarray], threshold: float) -> list[Pair]:
 def _hash_grams(texts: Sequence[str]) -> list[np.ndarray]:
     """The distinct 5-grams of each text, as sorted 64-bit hashes."""
     vocabulary: dict[str, int] = {}
-    # Random odd factors make the sum over a gram's words a hash; the seed only keeps it fixed.
+    # The sum of a gram's words times random odd factors is its hash. The seed is fixed so
+    # that the hashes are always the same.
     factors = np.random.default_rng(0).integers(0, 2**63, GRAM_WORDS, np.uint64) * 2 + 1
     grams = []
     for text in texts:
@@ -98,9 +101,13 @@ def _hash_grams(texts: Sequence[str]) -> list[np.ndarray]:
 def _sharing_pairs(
     grams: list[np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs that may be alike: the first's index, the second's, how many rare grams they share.
+    """Pairs of texts that may be similar.
 
-    Last, for each text, how many of its grams are common.
+    Returns:
+        first: (P,) int, index of the first text of each pair.
+        second: (P,) int, index of the second.
+        shared: (P,) int, how many rare grams they share.
+        num_common: (num_texts,) int, how many grams of each text are common.
     """
     num_texts = len(grams)
     owners = np.repeat(np.arange(num_texts), [len(g) for g in grams])
@@ -109,18 +116,18 @@ def _sharing_pairs(
     values, owners = values[order], owners[order]
     starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))[: len(values)]
     counts = np.diff(np.append(starts, len(values)))
-    rare, heads = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    rare, with_first = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for start, count in zip(starts[counts > 1], counts[counts > 1], strict=True):
         group = owners[start : start + count]
-        if count <= _COMMON:
+        if count <= _MAX_RARE_TEXTS:
             one, other = np.triu_indices(count, k=1)
             rare.append(group[one] * num_texts + group[other])
         else:
-            heads.append(group[0] * num_texts + group[1:])
-    common = np.repeat(counts > _COMMON, counts)
+            with_first.append(group[0] * num_texts + group[1:])
+    common = np.repeat(counts > _MAX_RARE_TEXTS, counts)
     neighbours = _neighbours(values[common], owners[common], num_texts)
     pairs, shared = np.unique(np.concatenate(rare), return_counts=True)
-    others = np.setdiff1d(np.concatenate([*heads, neighbours]), pairs)
+    others = np.setdiff1d(np.concatenate([*with_first, neighbours]), pairs)
     pairs = np.concatenate([pairs, others])
     shared = np.concatenate([shared, np.zeros(len(others), np.int64)])
     num_common = np.bincount(owners[common], minlength=num_texts)
@@ -128,22 +135,30 @@ def _sharing_pairs(
 
 
 def _neighbours(values: np.ndarray, owners: np.ndarray, num_texts: int) -> np.ndarray:
-    """Codes of the texts that lie side by side when lined up by their least common grams.
+    """Pairs of texts that are neighbours after a sort by the MinHash of their common grams.
 
-    Two texts have the same least gram, under a random order of the grams, as often as
-    they share grams; each line is by two such orders.
+    Under a random hash, the smallest hash of two texts is the same as often as they
+    share grams. Each sort uses two such hashes.
+
+    Args:
+        values: the common grams, one for each text that has it.
+        owners: the index of that text.
+        num_texts: the number of texts.
+
+    Returns:
+        (P,) int: first * num_texts + second for each pair.
     """
     if not len(values):
         return np.empty(0, np.int64)
     order = np.argsort(owners, kind="stable")
     values, owners = values[order], owners[order]
     holders, starts = np.unique(owners, return_index=True)
-    factors = np.random.default_rng(1).integers(0, 2**63, _ORDERS, np.uint64) * 2 + 1
-    least = [np.minimum.reduceat(values * factor, starts) for factor in factors]
-    codes = []
-    for one, other in zip(least, least[1:] + least[:1], strict=True):
-        line = holders[np.lexsort((other, one))]
-        for distance in range(1, _NEIGHBOURS + 1):
-            left, right = line[:-distance], line[distance:]
-            codes.append(np.minimum(left, right) * num_texts + np.maximum(left, right))
-    return np.unique(np.concatenate(codes))
+    factors = np.random.default_rng(1).integers(0, 2**63, _NUM_SORTS, np.uint64) * 2 + 1
+    min_hashes = [np.minimum.reduceat(values * factor, starts) for factor in factors]
+    pairs = []
+    for one, other in zip(min_hashes, min_hashes[1:] + min_hashes[:1], strict=True):
+        in_order = holders[np.lexsort((other, one))]
+        for distance in range(1, _NUM_NEIGHBOURS + 1):
+            left, right = in_order[:-distance], in_order[distance:]
+            pairs.append(np.minimum(left, right) * num_texts + np.maximum(left, right))
+    return np.unique(np.concatenate(pairs))

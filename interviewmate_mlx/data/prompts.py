@@ -1,22 +1,28 @@
-"""A row becomes token ids and an answer mask.
+"""Turns a row into token ids and a loss mask.
 
-The template is written once, here: training, generation and the chat template
-of a converted folder all come from it.
+The template is written only here. Training, generation and the chat template of a
+converted folder all use it.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from interviewmate_mlx.data.records import Message, Record
 
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from transformers import PreTrainedTokenizerBase
+
+Tokenizer: TypeAlias = "TokenizerWrapper | PreTrainedTokenizerBase"
+
 QUESTION = "Question: {}\nAnswer:"
 ANSWER = " {}"
 SYSTEM = "{}\n\n"
 
-# The same template in Jinja. A question's text ends in "Answer:", so a prompt for
-# generation needs nothing more.
+# The same template in Jinja. A question's text ends in "Answer:", so there is nothing to
+# add for `add_generation_prompt`.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}"
@@ -37,10 +43,10 @@ class Example:
     """A row as the model sees it.
 
     Attributes:
-        record: where it comes from.
+        record: the row.
         tokens: (L,) int32 token ids.
-        loss_mask: (L,) bool, true on the tokens that are predicted with a loss.
-            Never on the first: nothing comes before it.
+        loss_mask: (L,) bool, true on the tokens that count for the loss. The first
+            never does, because there is nothing to predict it from.
         num_truncated: tokens that did not fit.
     """
 
@@ -53,18 +59,18 @@ class Example:
         return len(self.tokens)
 
 
-def encode_record(tokenizer: Any, record: Record, max_length: int, train_on: str) -> Example:
-    """Tokens and answer mask of a row.
+def encode_record(tokenizer: Tokenizer, record: Record, max_length: int, train_on: str) -> Example:
+    """The tokens and the loss mask of a row.
 
-    Prompt and answer are tokenised apart, so their boundary is a token boundary
-    in training, as it is in generation, whatever a tokenizer would merge.
-    An answer that is cut gets no end token: it did not end there.
+    Prompt and answer are tokenised separately. So there is a token boundary between
+    them, as in generation, even if the tokenizer would merge across it. A truncated
+    answer gets no end token, because it does not end there.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         record: a checked row.
-        max_length: tokens to keep.
-        train_on: `answer`, or `all` for a loss on every token but the first.
+        max_length: the most tokens to keep.
+        train_on: `answer`, or `all` for a loss on every token except the first.
     """
     tokens: list[int] = []
     loss_mask: list[bool] = []
@@ -84,27 +90,32 @@ def encode_record(tokenizer: Any, record: Record, max_length: int, train_on: str
     )
 
 
-def encode_question(tokenizer: Any, question: str) -> list[int]:
-    """The prompt for an answer: the ids a training row begins with."""
+def encode_question(tokenizer: Tokenizer, question: str) -> list[int]:
+    """The prompt for an answer: token ids, the same as at the start of a training row."""
     return encode(tokenizer, QUESTION.format(question.strip()))
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of plain text: an end token that a user wrote stays text."""
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of plain text. An end token in it is encoded as ordinary text."""
     return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
 def encode_records(
-    tokenizer: Any, records: list[Record], max_length: int, train_on: str
+    tokenizer: Tokenizer, records: list[Record], max_length: int, train_on: str
 ) -> tuple[list[Example], list[Example]]:
-    """Encode all rows; those with nothing left to learn from come second."""
+    """Encode all rows. The arguments are those of `encode_record`.
+
+    Returns:
+        kept: rows with a loss on at least one token.
+        dropped: the others, whose answers were cut off completely.
+    """
     examples = [encode_record(tokenizer, record, max_length, train_on) for record in records]
     kept = [example for example in examples if example.loss_mask.any()]
     return kept, [example for example in examples if not example.loss_mask.any()]
 
 
 def _parts(record: Record) -> list[tuple[str, bool]]:
-    """Pieces of text, and whether each is an answer (and so ends in the end token)."""
+    """Pieces of text, each with whether it is an answer. An end token follows an answer."""
     if record.messages:
         return [_render(message) for message in record.messages]
     parts = [(record.prompt, False)] if record.prompt else []

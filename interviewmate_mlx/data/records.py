@@ -1,16 +1,17 @@
-"""Rows of every accepted format, checked.
+"""Reads and checks rows, in every accepted format.
 
-A row is a JSON object in one of these formats; the first whose keys are all
-there is taken:
+A row is a JSON object in one of these formats. The first whose keys are all there
+is used:
 
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}
     {"question": ..., "answer": ...}
     {"prompt": ..., "completion": ...}               verbatim, no template
     {"instruction": ..., "input": ..., "output": ...}  Alpaca; input may be absent
-    {"text": ...}                                    verbatim, learned as a whole
+    {"text": ...}                                    verbatim, all of it learned
 
-`id`, `category`, `difficulty` and `follow_up` may stand beside them; other keys are
-ignored, unless they look like one of these beside a question and its answer.
+A row may also have the labels `id`, `category`, `difficulty` and `follow_up`. Other keys
+are ignored. But in a row with `question` and `answer`, a key that looks like a misspelt
+label is an error.
 """
 
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from interviewmate_mlx.files import is_utf8
 
 LABELS = ("id", "category", "difficulty", "follow_up")
 DIFFICULTIES = ("beginner", "intermediate", "advanced")
-_MAX_FAULTS = 1000  # more than anybody mends by hand
-_MISSPELT_RATIO = 0.85  # from this difflib ratio on, an unknown key is taken for a label
+_MAX_FAULTS = 1000  # more than anybody corrects by hand
+_MISSPELT_RATIO = 0.85  # from this difflib ratio on, an unknown key is a misspelt label
 ROLES = ("system", "user", "assistant")
 SPLIT_NAMES = {
     "train": ("train",),
@@ -46,7 +47,7 @@ class Message:
 class Record:
     """A checked row: a conversation, or a verbatim prompt and its completion."""
 
-    source: str  # file and line, for messages to the user
+    source: str  # file and line, for messages
     messages: tuple[Message, ...] = ()
     prompt: str = ""
     completion: str = ""
@@ -57,13 +58,13 @@ class Record:
 
     @property
     def question(self) -> str:
-        """What is asked: the prompt, or the last thing that the user says."""
+        """The prompt, or the last message of the user."""
         asked = [message.content for message in self.messages if message.role == "user"]
         return asked[-1] if asked else self.prompt
 
     @property
     def answer(self) -> str:
-        """What is learned: the completion, or the last thing that the assistant says."""
+        """The completion, or the last message of the assistant."""
         return self.messages[-1].content if self.messages else self.completion
 
 
@@ -71,7 +72,8 @@ def load_splits(path: Path) -> dict[str, list[Record]]:
     """The rows of a folder's train, valid and test files, or of one file as `train`.
 
     Raises:
-        DataError: nothing to read, or faulty rows: all of them, with file and line.
+        DataError: there is nothing to read, or rows are faulty. All faulty rows are
+            named, with file and line.
     """
     splits, faults = {}, []
     for split, file in split_files(path).items():
@@ -85,16 +87,16 @@ def load_splits(path: Path) -> dict[str, list[Record]]:
 
 
 def split_files(path: Path) -> dict[str, Path]:
-    """The train, valid and test files of a folder, those that are there, or one file as `train`.
+    """The train, valid and test files of a folder that exist, or one file as `train`.
 
     Raises:
-        DataError: no such path, or a folder without a train file.
+        DataError: there is no such path, or the folder has no train file.
     """
     if not path.exists():
-        looked = "" if path.is_absolute() else f"It was looked for in {Path.cwd()}. "
+        where = "" if path.is_absolute() else f"The current folder is {Path.cwd()}. "
         raise DataError(
             f"No data at {path}.\n"
-            f"{looked}Give a .jsonl or .json file, a folder with train.jsonl (and valid.jsonl, "
+            f"{where}Give a .jsonl or .json file, a folder with train.jsonl (and valid.jsonl, "
             "test.jsonl), or `interview` for the shipped questions."
         )
     if path.is_file():
@@ -109,29 +111,29 @@ def read_records(path: Path) -> list[Record]:
     """Read and check one .jsonl or .json file.
 
     Raises:
-        DataError: the file or some of its rows cannot be read; every faulty row
-            is named with its line.
+        DataError: the file or some of its rows cannot be read. Every faulty row is
+            named, with its line.
     """
     records, faults = scan_records(path)
     if faults:
         count = f"{len(faults)} faulty row{'s' if len(faults) > 1 else ''}"
         raise DataError(
-            f"{path}: {count}:\n{list_faults(faults, max_shown=20)}\nMend them and run again."
+            f"{path}: {count}:\n{list_faults(faults, max_shown=20)}\nCorrect them and run again."
         )
     if not records:
-        raise DataError(f"{path}: no rows.\nAdd rows, one JSON object a line.")
+        raise DataError(f"{path}: no rows.\nAdd rows, one JSON object per line.")
     return records
 
 
 def scan_records(path: Path) -> tuple[list[Record], list[str]]:
-    """The rows of a .jsonl or .json file that can be read, and the faults by line.
+    """Read a .jsonl or .json file; return the valid rows, and the faults with their lines.
 
     Raises:
         DataError: the file as a whole cannot be read.
     """
     records: list[Record] = []
     faults: list[str] = []
-    lines_of_ids: dict[str, str] = {}
+    first_place: dict[str, str] = {}  # of each id
     for row in read_rows(path):
         if len(faults) == _MAX_FAULTS:
             faults.append(f"{row.place}: after {_MAX_FAULTS} faults nothing more was read")
@@ -144,12 +146,12 @@ def scan_records(path: Path) -> tuple[list[Record], list[str]]:
         except ValueError as error:
             faults.append(f"{row.place}: {error}")
             continue
-        if record.id and record.id in lines_of_ids:
-            first = lines_of_ids[record.id]
+        if record.id and record.id in first_place:
+            first = first_place[record.id]
             faults.append(
                 f"{row.place}: id {record.id!r} is taken by {first}; expected each id once"
             )
-        lines_of_ids.setdefault(record.id, row.place)
+        first_place.setdefault(record.id, row.place)
         records.append(record)
     return records, faults
 
@@ -159,7 +161,7 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _read_row(row: Any, source: str) -> Record:
+def _read_row(row: object, source: str) -> Record:
     if not isinstance(row, dict):
         raise ValueError(f"got {brief(row)}, expected a JSON object")
     labels: dict[str, Any] = {key: _label(row, key) for key in LABELS}
@@ -167,17 +169,19 @@ def _read_row(row: Any, source: str) -> Record:
         return Record(source, messages=_read_messages(row["messages"]), **labels)
     if {"question", "answer"} <= row.keys():
         _refuse_misspelt(row)
-        pair = _text(row, "question").strip(), _text(row, "answer").strip()
+        pair = _string(row, "question").strip(), _string(row, "answer").strip()
         return Record(source, messages=_dialogue(*pair), **labels)
     if {"prompt", "completion"} <= row.keys():
-        prompt, completion = _text(row, "prompt"), _text(row, "completion")
+        prompt, completion = _string(row, "prompt"), _string(row, "completion")
         return Record(source, prompt=prompt, completion=completion, **labels)
     if {"instruction", "output"} <= row.keys():
-        extra = _text(row, "input").strip() if row.get("input") else ""
-        question = "\n\n".join(filter(None, [_text(row, "instruction").strip(), extra]))
-        return Record(source, messages=_dialogue(question, _text(row, "output").strip()), **labels)
+        extra = _string(row, "input").strip() if row.get("input") else ""
+        question = "\n\n".join(filter(None, [_string(row, "instruction").strip(), extra]))
+        return Record(
+            source, messages=_dialogue(question, _string(row, "output").strip()), **labels
+        )
     if "text" in row:
-        return Record(source, completion=_text(row, "text"), **labels)
+        return Record(source, completion=_string(row, "text"), **labels)
     keys = ", ".join(brief(key) for key in list(row)[:10]) or "(none)"
     more = f" and {len(row) - 10} more" if len(row) > 10 else ""
     raise ValueError(
@@ -198,10 +202,10 @@ def _dialogue(question: str, answer: str) -> tuple[Message, ...]:
     return Message("user", question), Message("assistant", answer)
 
 
-def _read_messages(value: Any) -> tuple[Message, ...]:
+def _read_messages(value: object) -> tuple[Message, ...]:
     if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
         raise ValueError("messages: expected a list of objects with role and content")
-    messages = tuple(Message(_text(m, "role"), _text(m, "content").strip()) for m in value)
+    messages = tuple(Message(_string(m, "role"), _string(m, "content").strip()) for m in value)
     roles = [message.role for message in messages]
     if unknown := set(roles) - set(ROLES):
         got = brief(min(unknown))
@@ -216,13 +220,13 @@ def _read_messages(value: Any) -> tuple[Message, ...]:
     return messages
 
 
-def _text(row: dict[str, Any], key: str) -> str:
+def _string(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         got = "nothing" if value is None else brief(value)
-        raise ValueError(f"{key}: got {got}, expected a text")
+        raise ValueError(f"{key}: got {got}, expected a string")
     if not value.strip():
-        raise ValueError(f"{key}: got an empty text")
+        raise ValueError(f"{key}: got an empty string")
     if not is_utf8(value):
         raise ValueError(f"{key}: got half a surrogate pair, expected valid Unicode")
     return value
@@ -234,7 +238,7 @@ def _label(row: dict[str, Any], key: str) -> str:
         return ""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    text = _text(row, key)
+    text = _string(row, key)
     if key != "follow_up" and not text.isprintable():
         raise ValueError(f"{key}: got {brief(text)}, expected no line breaks or control characters")
     return text

@@ -1,4 +1,4 @@
-"""The rows of a JSONL or JSON file, whatever they hold."""
+"""Reads the rows of a JSONL or JSON file. What a row holds is not checked here."""
 
 import errno
 import io
@@ -12,7 +12,7 @@ from typing import Any
 from interviewmate_mlx.errors import DataError, brief
 from interviewmate_mlx.files import read_bounded
 
-# A .json file is held in memory as a whole, a .jsonl file row by row.
+# A .json file is parsed as a whole, a .jsonl file row by row.
 _MAX_BYTES = {".jsonl": 256 << 20, ".json": 16 << 20}
 _MAX_ROW_BYTES = 1 << 20
 
@@ -22,7 +22,7 @@ class Row:
     """One row of a file.
 
     Attributes:
-        place: where it stands, for messages: `line 3`, `row 3`.
+        place: its place in the file, for messages: `line 3`, `row 3`.
         value: the parsed JSON; None if there is a fault.
         fault: why it cannot be parsed; empty if it can.
     """
@@ -45,7 +45,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     try:
         data = read_bounded(path, _MAX_BYTES[path.suffix])
     except OSError as error:
-        hint = "Split it into several." if error.errno == errno.EFBIG else "Check who may read it."
+        hint = "Split it into several." if error.errno == errno.EFBIG else "Check its permissions."
         raise DataError(f"Cannot read {path}: {error.strerror}.\n{hint}") from error
     data = data.removeprefix(b"\xef\xbb\xbf")
     _refuse_encoding(path, data)
@@ -60,14 +60,14 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}.\nSave it as UTF-8.") from error
     except (ValueError, RecursionError) as error:
         fault = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise DataError(f"{path}: not JSON: {fault}\nMend that place and run again.") from error
+        raise DataError(f"{path}: not JSON: {fault}\nCorrect the file and run again.") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: got a JSON {type(rows).__name__}, expected a list of rows.")
     yield from (Row(f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _refuse_encoding(path: Path, data: bytes) -> None:
-    """Raise DataError for a file in another encoding, rather than a fault for each line."""
+    """Raise one DataError for a file in another encoding, instead of a fault for each line."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
         found = "UTF-16 or UTF-32"
     else:
@@ -101,12 +101,12 @@ def _parse_line(place: str, line: bytes) -> Row:
         return Row(place, None, f"not JSON: {error.msg} at column {error.colno}")
     except RecursionError:
         return Row(place, None, "nested too deeply")
-    except ValueError as error:  # a key that stands twice, a number of too many digits
+    except ValueError as error:  # a repeated key, or a number with too many digits
         return Row(place, None, str(error))
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a key that stands twice JSON does not say which one counts."""
+    """Refuse repeated keys: JSON does not define which of them counts."""
     unique = dict(pairs)
     if len(unique) < len(pairs):
         repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]

@@ -1,8 +1,8 @@
-"""Rows into train, valid and test: stratified, seeded, and for good.
+"""Divides rows into train, valid and test: stratified, seeded and permanent.
 
-A row that a split holds stays there. New rows are lined up by category and
-difficulty, within these by a hash of their id, and dealt out along the line so
-that each stretch of it gets its share of each split.
+A row stays in its split for ever. New rows are sorted by category and difficulty, and
+within these by a hash of their id. They are then dealt out in this order, so that each
+part of it is divided by the same shares.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ SHARES = (0.70, 0.15, 0.15)
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What a split came to, in rows."""
+    """What `split_rows` did, in numbers of rows."""
 
-    rows: dict[str, int]  # by split, all that it holds now
-    added: dict[str, int]  # by split, those that it did not hold before
-    updated: int  # replaced where they were, by a row with the same id
-    unchanged: int  # held before, and as they were
+    rows: dict[str, int]  # by split, all rows now
+    added: dict[str, int]  # by split, new rows
+    updated: int  # replaced by a row with the same id, in the same split
+    unchanged: int  # there before, and not replaced
 
 
 def split_rows(
@@ -35,20 +35,21 @@ def split_rows(
 ) -> SplitReport:
     """Put the rows of `sources` into `out/{train,valid,test}.jsonl`.
 
-    Rows keep their keys. A row whose id `out` holds replaces that row where it
-    is; the others are dealt out. Doing it again changes nothing. From three rows
-    on, a split whose share is above 0 gets one at least; a split without rows
-    has no file.
+    Rows keep their keys. If a row's id is in `out` already, the row replaces the old one
+    in its split. The other rows are dealt out. A second call changes nothing. With three
+    rows or more, every split with a share above 0 gets at least one. A split without
+    rows has no file.
 
     Args:
         sources: .jsonl or .json files, or folders of splits; may be empty.
         out: the folder of the three files.
-        seed: of the hash that orders the rows.
+        seed: for the hash that orders the rows.
         shares: of train, valid and test; they sum to 1.
 
     Raises:
-        DataError: no such shares, no rows at all, or some that cannot be read or have
-            no id of their own; nothing is written.
+        DataError: the shares are wrong, there are no rows, or rows cannot be read or have
+            no unique id. Nothing is written then.
+        StorageError: a file cannot be written.
     """
     if not (all(0 <= share <= 1 for share in shares) and abs(sum(shares) - 1) <= 1e-6):
         raise DataError(f"Shares: got {shares}, expected three from 0 to 1 that sum to 1.")
@@ -67,18 +68,18 @@ def split_rows(
             else:
                 new[row_id] = row
     if not new and not held:
-        raise DataError(f"Nothing to split: {out} holds no rows.\nName the files that do.")
+        raise DataError(f"Nothing to split: {out} holds no rows.\nGive files with rows.")
     num_held = {split: len(rows) for split, rows in kept.items()}
-    line = sorted(new, key=lambda row_id: _place(new[row_id], row_id, seed))
+    in_order = sorted(new, key=lambda row_id: _sort_key(new[row_id], row_id, seed))
     for row_id, split in zip(
-        line, _deal([len(kept[s]) for s in SPLITS], len(new), shares), strict=True
+        in_order, _deal([len(kept[s]) for s in SPLITS], len(new), shares), strict=True
     ):
         kept[split][row_id] = new[row_id]
     for split, rows in kept.items():
         text = "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows))
         path = files[split]
         if not rows:
-            path.unlink(missing_ok=True)  # it was empty
+            path.unlink(missing_ok=True)  # an empty file may be there
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:
             with atomic_file(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
@@ -95,7 +96,7 @@ def _has_rows(path: Path) -> bool:
 
 
 def _files(sources: list[Path]) -> list[Path]:
-    """The sources, a folder replaced by the files of its splits."""
+    """The sources, with each folder replaced by the files of its splits."""
     return [
         file
         for source in sources
@@ -104,26 +105,32 @@ def _files(sources: list[Path]) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a file as they are, by id."""
-    records = read_records(path)  # all faults of the rows
+    """The unchanged rows of a file, by id."""
+    records = read_records(path)  # raises all faults of the rows
     rows = [row.value for row in read_rows(path)]
     faults = [f"{record.source}: no id" for record in records if not record.id]
     if faults:
         raise DataError(
-            f"{path}: rows need ids, so that each stays in its split for good:\n"
+            f"{path}: rows need ids, so that each row stays in its split:\n"
             f"{list_faults(faults)}\n"
             'Give each row an "id" of its own that never changes, such as a running number.'
         )
     return {record.id: row for record, row in zip(records, rows, strict=True)}
 
 
-def _place(row: dict[str, Any], row_id: str, seed: int) -> tuple[str, str, str]:
+def _sort_key(row: dict[str, Any], row_id: str, seed: int) -> tuple[str, str, str]:
     digest = hashlib.sha256(f"{seed}:{row_id}".encode()).hexdigest()
     return str(row.get("category", "")), str(row.get("difficulty", "")), digest
 
 
 def _deal(held: list[int], num_new: int, shares: tuple[float, float, float]) -> list[str]:
-    """The split of each new row in line, so that all rows together come out at the shares."""
+    """The split of each new row in order, so that old and new rows together fit the shares.
+
+    Args:
+        held: rows that each split has already.
+        num_new: new rows.
+        shares: of each split.
+    """
     total = sum(held) + num_new
     targets = [int(total * share + 1e-9) for share in shares]
     last = max(i for i in range(3) if shares[i] > 0)
@@ -132,12 +139,12 @@ def _deal(held: list[int], num_new: int, shares: tuple[float, float, float]) -> 
         if total >= 3 and shares[i] > 0 and not targets[i]:
             targets[targets.index(max(targets))] -= 1
             targets[i] = 1
-    wanted = [max(0, target - count) for target, count in zip(targets, held, strict=True)]
-    wanted[0] += num_new - sum(wanted)  # only where `out` was far from the shares
+    missing = [max(0, target - count) for target, count in zip(targets, held, strict=True)]
+    missing[0] += num_new - sum(missing)  # a change only if `held` is far from the shares
     dealt, result = [0, 0, 0], []
     for position in range(1, num_new + 1):
-        behind = [wanted[i] * position / num_new - dealt[i] for i in range(3)]
-        chosen = behind.index(max(behind))
+        deficits = [missing[i] * position / num_new - dealt[i] for i in range(3)]
+        chosen = deficits.index(max(deficits))
         dealt[chosen] += 1
         result.append(SPLITS[chosen])
     return result

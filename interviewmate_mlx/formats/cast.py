@@ -1,23 +1,23 @@
-"""From one float dtype to another, on raw bytes, rounded to the nearest, ties to even.
+"""Casts raw bytes from one float dtype to another, rounding to nearest, ties to even.
 
-numpy has no bfloat16, so it is handled as what it is: the upper half of a float32.
+numpy has no bfloat16. A bfloat16 is the upper half of a float32, and is handled as that.
 """
 
 import numpy as np
 import numpy.typing as npt
 
-FLOATS = ("float32", "bfloat16", "float16")
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 _NUMPY_TYPE = {"float32": "<f4", "bfloat16": "<u2", "float16": "<f2"}
 
 
 def cast(chunk: memoryview, source: str, target: str) -> memoryview:
-    """The same numbers in another dtype. Infinities and NaN stay what they are.
+    """Cast numbers to another dtype. Infinities and NaN are kept.
 
     Args:
-        chunk: bytes of whole numbers, little-endian.
-        source: their dtype, one of `FLOATS`.
-        target: the dtype wanted, one of `FLOATS`.
+        chunk: little-endian bytes, without a cut number at either end.
+        source: the dtype of `chunk`, one of `FLOAT_DTYPES`.
+        target: the dtype of the result, one of `FLOAT_DTYPES`.
 
     Raises:
         OverflowError: a finite number is too large for `target`.
@@ -34,7 +34,7 @@ def cast(chunk: memoryview, source: str, target: str) -> memoryview:
         narrow = _round_to_bfloat16(wide)
         is_infinite = (narrow & 0x7FFF) == 0x7F80
     else:
-        with np.errstate(all="ignore"):  # what overflows is found below
+        with np.errstate(all="ignore"):  # overflow is reported below
             narrow = wide.astype("<f2")
         is_infinite = np.isinf(narrow)
     if is_infinite.any() and (is_infinite & np.isfinite(wide)).any():
@@ -46,5 +46,5 @@ def cast(chunk: memoryview, source: str, target: str) -> memoryview:
 def _round_to_bfloat16(wide: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     bits = wide.view("<u4")
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    quiet_nan = (bits >> 16) | 0x40  # rounding could carry a NaN over into an infinity
+    quiet_nan = (bits >> 16) | 0x40  # rounding could turn a NaN into an infinity
     return np.where(np.isnan(wide), quiet_nan, rounded).astype("<u2")

@@ -1,4 +1,4 @@
-"""A JSON object from a file of a model or adapter folder."""
+"""Reads the JSON files of a model or adapter folder."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 from interviewmate_mlx.errors import InterviewMateError, ModelError
 from interviewmate_mlx.files import read_bounded
 
-# The largest tokenizer.json of a public model has 33 MB; parsed JSON takes up to 20 times that.
+# The largest tokenizer.json of a public model is 33 MB. Parsed JSON takes up to 20 times that.
 _MAX_BYTES = 64 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder.
+    """Read a file of a model folder that holds a JSON object.
 
     Raises:
         ModelError: it cannot be read, is too large, or is not a JSON object.
@@ -21,7 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a JSON or text file of a model folder.
+    """Read the bytes of a JSON or text file of a model folder.
 
     Raises:
         ModelError: it cannot be read, or is too large.
@@ -30,7 +30,7 @@ def read_file(path: Path) -> bytes:
         return read_bounded(path, _MAX_BYTES)
     except OSError as error:
         raise ModelError(
-            f"Cannot read {path}: {error.strerror}.\nCheck the path and who may read it."
+            f"Cannot read {path}: {error.strerror}.\nCheck the path and its permissions."
         ) from error
 
 
@@ -40,16 +40,16 @@ def parse_json(
     error_type: type[InterviewMateError] = ModelError,
     hint: str = "Download it again.",
 ) -> dict[str, Any]:
-    """A JSON object from the bytes of a file.
+    """Parse the content of a file that holds a JSON object.
 
     Args:
-        path: named in messages.
-        data: UTF-8.
-        error_type: what is raised.
-        hint: what to do, the last line of a message.
+        path: for messages only.
+        data: the content, in UTF-8.
+        error_type: the error to raise.
+        hint: what to do; the last line of a message.
 
     Raises:
-        InterviewMateError: of `error_type`; it is not a JSON object.
+        InterviewMateError: of type `error_type`; `data` is not a JSON object.
     """
     try:
         value = json.loads(data.decode("utf-8"))

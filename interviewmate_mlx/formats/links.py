@@ -1,7 +1,7 @@
-"""A folder that came from elsewhere may hold links; what they lead to is not part of it.
+"""Refuses links that lead out of a model or adapter folder.
 
-A link to a file of the user's would have that file copied into a converted folder, or
-pushed to the Hub.
+A folder from a stranger may link to a private file of the user. That file would then be
+copied into a converted folder, or pushed to the Hub.
 """
 
 import os
@@ -11,30 +11,33 @@ from pathlib import Path
 from interviewmate_mlx.errors import InterviewMateError, list_faults
 
 
-def refuse_links_out(folder: Path, names: Iterable[str], kind: type[InterviewMateError]) -> None:
-    """Refuse files of a folder that lie elsewhere, but for those of a Hub cache.
+def refuse_outside_links(
+    folder: Path, names: Iterable[str], error_type: type[InterviewMateError]
+) -> None:
+    """Refuse files that are links to somewhere outside the folder.
 
-    There, `snapshots/COMMIT/NAME` is a link to `blobs/CHECKSUM`.
+    In a Hub cache, links to its blobs are allowed: `snapshots/COMMIT/NAME` is a link
+    to `blobs/CHECKSUM` there.
 
     Args:
-        folder: itself may be reached by a link.
-        names: of files in it, those that are read; some need not be there.
-        kind: what is raised.
+        folder: may itself be reached through a link.
+        names: the files to check; missing ones are fine.
+        error_type: the error to raise.
 
     Raises:
-        InterviewMateError: of that kind; every such file is named.
+        InterviewMateError: of type `error_type`; it names every such file.
     """
     root = Path(os.path.realpath(folder))
-    homes = [root]
+    allowed = [root]
     if root.parent.name == "snapshots":
-        homes.append(root.parent.parent / "blobs")
+        allowed.append(root.parent.parent / "blobs")
     faults = []
     for name in names:
         target = Path(os.path.realpath(root / name))
-        if not any(target.is_relative_to(home) for home in homes):
-            faults.append(f"{name}: leads to {target}, expected a file in the folder")
+        if not any(target.is_relative_to(place) for place in allowed):
+            faults.append(f"{name}: links to {target}, expected a file in the folder")
     if faults:
-        raise kind(
+        raise error_type(
             f"{folder} holds links to files outside it:\n{list_faults(faults)}\n"
-            "If you trust them, put copies of those files in their place."
+            "If you trust these files, replace the links by copies of them."
         )

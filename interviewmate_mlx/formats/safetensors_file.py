@@ -1,4 +1,4 @@
-"""Safetensors files: where each tensor lies, without loading any; and what writes them.
+"""Reads the headers of safetensors files without loading a tensor, and writes such files.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes with the
 header's length, the header in JSON, then the tensors' bytes without gaps,
@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
 from interviewmate_mlx.errors import WeightsError, brief
 
-# Name, code in a safetensors header, bytes of one number.
+# Name, code in a safetensors header, bytes per number.
 _DTYPES = [
     ("float64", "F64", 8),
     ("float32", "F32", 4),
@@ -37,24 +37,24 @@ ITEM_BYTES = {name: size for name, _, size in _DTYPES}
 _CODE_OF = {name: code for name, code, _ in _DTYPES}
 _NAME_OF = {code: name for name, code, _ in _DTYPES}
 
-# Falcon-RW-7B's header has 0.06 MB; in memory JSON takes up to 30 times as much as in the file.
+# Falcon-RW-7B's header is 0.06 MB. Parsed JSON takes up to 30 times its size in the file.
 _MAX_HEADER_BYTES = 4 << 20
 _MAX_NAME_CHARS = 500
-_MAX_AXES = 64  # what numpy and torch allow; the product of millions would take hours
-_CHUNK_BYTES = 256 << 10  # stays in a cache; larger pieces are slower
+_MAX_AXES = 64  # the limit of numpy and torch; multiplying millions of sizes would take hours
+_CHUNK_BYTES = 256 << 10  # fits in a CPU's cache; larger pieces are slower
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor in a file, checked against the file's size but not read.
+    """Where a tensor lies in a file. Checked against the file's size; not read.
 
     Attributes:
         dtype: `float32`, `bfloat16`, ... (`ITEM_BYTES` lists them).
-        shape: its sizes; () for one number.
+        shape: () for a single number.
         path: the file.
-        offset: of its first number, bytes from the start of the file.
-        strides: numbers (not bytes) to the next along each axis where the
-            tensor does not lie row by row; None where it does.
+        offset: where its first number starts, in bytes from the start of the file.
+        strides: for each axis, how many numbers (not bytes) to go to the next element.
+            None if the tensor is stored row by row.
     """
 
     dtype: str
@@ -68,13 +68,15 @@ class TensorEntry:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def first_rows(self, count: int) -> "TensorEntry":
-        """The same tensor cut to `count` along its first axis."""
+        """The same tensor, truncated to `count` along its first axis."""
         return TensorEntry(
             self.dtype, (count, *self.shape[1:]), self.path, self.offset, self.strides
         )
 
     def chunks(self) -> Iterator[memoryview]:
-        """Its bytes, row by row, in pieces of whole numbers, each valid until the next.
+        """Read its bytes in pieces, row by row. No number is split between two pieces.
+
+        A piece is valid until the next one is asked for.
 
         Raises:
             WeightsError: the file became shorter since its header was read.
@@ -105,12 +107,12 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """What the header of a safetensors file says.
+    """The header of a safetensors file.
 
     Attributes:
         tensors: by name, in the order of the header.
-        metadata: texts by key; empty where the file has none, or none that are texts.
-        text: the header itself, as it stands in the file.
+        metadata: strings by key. Values that are not strings are left out.
+        text: the header's bytes, unchanged.
     """
 
     tensors: dict[str, TensorEntry]
@@ -119,11 +121,11 @@ class SafetensorsHeader:
 
 
 def read_safetensors_header(path: Path) -> SafetensorsHeader:
-    """Read and check a file's header; no tensor is read.
+    """Read and check a file's header. No tensor is read.
 
     Raises:
-        WeightsError: the file cannot be read, is damaged or truncated, or holds a
-            dtype that `ITEM_BYTES` does not know.
+        WeightsError: the file cannot be read, is damaged or truncated, or has a
+            dtype that is not in `ITEM_BYTES`.
     """
     try:
         file_bytes = path.stat().st_size
@@ -132,13 +134,13 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
             if file_bytes < 8 or header_bytes > min(_MAX_HEADER_BYTES, file_bytes - 8):
                 raise _damaged(
                     path,
-                    f"its header would be {header_bytes} bytes of {file_bytes}, "
+                    f"its header claims {header_bytes} bytes in a file of {file_bytes}, "
                     f"expected at most {_MAX_HEADER_BYTES}",
                 )
             text = file.read(header_bytes)
     except OSError as error:
         raise WeightsError(
-            f"Cannot read {path}: {error.strerror}.\nCheck the path and who may read it."
+            f"Cannot read {path}: {error.strerror}.\nCheck the path and its permissions."
         ) from error
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -161,17 +163,19 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
         name: TensorEntry(dtype, shape, path, data_start + begin)
         for name, (dtype, shape, begin, _) in spans.items()
     }
-    return SafetensorsHeader(tensors, _texts(metadata), text)
+    return SafetensorsHeader(tensors, _strings(metadata), text)
 
 
 def safetensors_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]
 ) -> bytes:
-    """The head of a safetensors file: the tensors' bytes follow it in the given order.
+    """The first bytes of a safetensors file: the header and its length.
+
+    The tensors' bytes must follow in the given order, without gaps.
 
     Args:
         tensors: name, dtype and shape of each.
-        metadata: `{"format": "pt"}` is what transformers asks for.
+        metadata: strings by key; transformers requires `{"format": "pt"}`.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -183,7 +187,7 @@ def safetensors_header(
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
+    text += b" " * (-len(text) % 8)  # aligns the tensors
     return len(text).to_bytes(8, "little") + text
 
 
@@ -191,7 +195,7 @@ def save_tensors(path: Path, tensors: dict[str, mx.array], metadata: dict[str, s
     """Write arrays to a safetensors file.
 
     Raises:
-        OSError: it cannot be written. MLX does not tell the reason.
+        OSError: it cannot be written. MLX does not say why.
     """
     try:
         mx.save_safetensors(str(path), tensors, metadata=metadata)
@@ -199,8 +203,21 @@ def save_tensors(path: Path, tensors: dict[str, mx.array], metadata: dict[str, s
         raise OSError(errno.EIO, f"{error} Is the disk full?", str(path)) from error
 
 
-def _check_tensor(name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, begin, end), or a ValueError."""
+def load_tensors(path: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file, by name. MLX reads an array when it is first used.
+
+    Raises:
+        RuntimeError, ValueError: MLX cannot read the file.
+    """
+    return cast(dict[str, mx.array], mx.load(str(path)))
+
+
+def _check_tensor(name: str, value: object) -> tuple[str, tuple[int, ...], int, int]:
+    """Check a tensor's entry in the header; return dtype, shape, begin and end.
+
+    Raises:
+        ValueError: the entry is wrong.
+    """
     if not name.isprintable() or len(name) > _MAX_NAME_CHARS:
         raise ValueError(f"{name[:80]!a}: a name that cannot be printed")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
@@ -221,12 +238,12 @@ def _check_tensor(name: str, value: Any) -> tuple[str, tuple[int, ...], int, int
     return _NAME_OF[code], tuple(shape), begin, end
 
 
-def _texts(metadata: Any) -> dict[str, str]:
+def _strings(metadata: object) -> dict[str, str]:
     pairs = metadata.items() if isinstance(metadata, dict) else ()
     return {key: value for key, value in pairs if isinstance(value, str)}
 
 
-def _is_sizes(value: Any) -> bool:
+def _is_sizes(value: object) -> bool:
     if not isinstance(value, list) or len(value) > _MAX_AXES:
         return False
     return all(type(n) is int and 0 <= n < 2**63 for n in value)
@@ -241,5 +258,5 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _damaged(path: Path, fault: str) -> WeightsError:
     return WeightsError(
-        f"{path} is not a whole safetensors file: {fault}\nDelete it and download it again."
+        f"{path} is not a valid safetensors file: {fault}\nDelete it and download it again."
     )

@@ -1,9 +1,9 @@
-"""`pytorch_model.bin` without torch: where each tensor lies in the file.
+"""Finds the tensors in a `pytorch_model.bin`, without torch.
 
 torch.save writes a zip whose members are stored, not compressed: `ROOT/data.pkl`,
-a pickle that describes the tensors (read by `torch_pickle`, which runs nothing),
-and `ROOT/data/KEY`, the bytes of each storage. So a tensor is a stretch of the
-file, and everything here is about making sure that it is.
+a pickle that describes the tensors, and `ROOT/data/KEY`, the bytes of each storage.
+So every tensor is a byte range of the file; this module finds it and checks it.
+`torch_pickle` reads the pickle, and runs nothing in it.
 
 The format: torch/serialization.py (`_save`).
 """
@@ -20,8 +20,8 @@ from interviewmate_mlx.formats.safetensors_file import ITEM_BYTES, TensorEntry
 from interviewmate_mlx.formats.torch_pickle import StoredTensor, read_state_dict
 
 _ZIP_MAGIC = b"PK\x03\x04"
-# Falcon-RW-7B's pickle has 0.1 MB, its archive's directory 0.05. In memory they take up to 70
-# times as much as in the file.
+# Falcon-RW-7B's pickle is 0.1 MB, its archive's directory 0.05 MB. In memory they take up to
+# 70 times their size in the file.
 _MAX_PICKLE_BYTES = 1 << 20
 _MAX_DIRECTORY_BYTES = 4 << 20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, ..., bytes of the name, bytes of the extras
@@ -29,7 +29,7 @@ _ENCRYPTED, _UTF8 = 0x1, 0x800
 
 
 class _BoundedFile(io.FileIO):
-    """Refuses large reads: zipfile reads an archive's directory at once, whatever its size."""
+    """A file that refuses large reads: zipfile reads an archive's directory whole, at any size."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         limit = _MAX_DIRECTORY_BYTES
@@ -43,31 +43,30 @@ def read_torch_file(path: Path) -> dict[str, TensorEntry]:
 
     No tensor is loaded: an entry says where its bytes lie. Tensors that share a
     storage (tied weights) share their bytes. Only the format of torch 1.6 and
-    newer is read, from protocol 2 to 5, little-endian.
+    newer is read, little-endian, with pickle protocols 2 to 5.
 
     Raises:
-        WeightsError: the file cannot be read, is not such a zip, is truncated or
-            inconsistent; its pickle does or names anything but tensors; it is not a
-            flat dict of them.
+        WeightsError: the file cannot be read, is not such a zip, or is truncated or
+            inconsistent; or its pickle holds anything but a flat dict of tensors.
     """
     try:
         opened = _BoundedFile(path)
     except OSError as error:
         raise WeightsError(
-            f"Cannot read {path}: {error.strerror}.\nCheck the path and who may read it."
+            f"Cannot read {path}: {error.strerror}.\nCheck the path and its permissions."
         ) from error
     with opened as file:
         if file.read(4) != _ZIP_MAGIC:
             raise WeightsError(
                 f"{path} is not in the zip format of torch 1.6 and newer.\n"
-                "If it is an older one that you trust, save it again with torch: "
+                "If it is an older file that you trust, save it again with torch: "
                 f'torch.save(torch.load("{path.name}", weights_only=True), "{path.name}"). '
-                "Else download it again."
+                "Otherwise download it again."
             )
         try:
             return _read_archive(path, file)
         except zipfile.BadZipFile as error:
-            fault = f"the archive is cut short or damaged ({error})"
+            fault = f"the archive is truncated or damaged ({error})"
         except (ValueError, OverflowError, NotImplementedError, struct.error, OSError) as error:
             fault = getattr(error, "strerror", None) or str(error)
     raise WeightsError(
@@ -98,7 +97,8 @@ def _read_archive(path: Path, file: BinaryIO) -> dict[str, TensorEntry]:
             member = members.get(f"{root}/data/{tensor.storage.key}")
             if member is None:
                 raise ValueError(f"storage {tensor.storage.key[:40]!r} is not in the archive")
-            entries[name] = _locate(path, tensor, member.file_size, _find(file, member, end))
+            start = _find_start(file, member, end)
+            entries[name] = _locate(path, tensor, member.file_size, start)
         except ValueError as error:
             faults.append(f"{name}: {error}")
     if faults:
@@ -106,11 +106,11 @@ def _read_archive(path: Path, file: BinaryIO) -> dict[str, TensorEntry]:
     return entries
 
 
-def _find(file: BinaryIO, member: zipfile.ZipInfo, end: int) -> int:
+def _find_start(file: BinaryIO, member: zipfile.ZipInfo, end: int) -> int:
     """Where a member's bytes start, in bytes from the start of the file.
 
-    Its own header says so: torch pads that header to align the data, and the
-    directory at the end of the archive does not know by how much.
+    Only the member's own header tells: torch pads it to align the data, and the
+    directory at the end of the archive does not record this padding.
     """
     label = f"member {member.filename[:80]!r}"
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
@@ -139,13 +139,13 @@ def _read_member(file: BinaryIO, member: zipfile.ZipInfo, end: int) -> bytes:
             f"member {member.filename[:80]!r} has {member.file_size} bytes, "
             f"expected at most {_MAX_PICKLE_BYTES}"
         )
-    start = _find(file, member, end)
+    start = _find_start(file, member, end)
     file.seek(start)
     return file.read(member.file_size)
 
 
 def _locate(path: Path, tensor: StoredTensor, storage_bytes: int, start: int) -> TensorEntry:
-    """Check a tensor against the storage it views, and say where it lies in the file."""
+    """Check a tensor against its storage, and find where it lies in the file."""
     storage, offset, shape, strides = tensor
     item = ITEM_BYTES[storage.dtype]
     if storage.length * item != storage_bytes:
@@ -155,7 +155,7 @@ def _locate(path: Path, tensor: StoredTensor, storage_bytes: int, start: int) ->
         )
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if math.prod(shape) and last >= storage.length:
-        raise ValueError(f"it reaches number {last} of a storage of {storage.length}")
+        raise ValueError(f"it ends at index {last} of a storage of {storage.length} numbers")
     position = start + offset * item if math.prod(shape) else start
     return TensorEntry(
         storage.dtype,

@@ -1,10 +1,10 @@
-"""What the pickle of a state dict describes, without running it.
+"""Reads the pickle of a state dict without running it.
 
-A pickle is a program, and its calls are what makes it dangerous. Here it is read,
-not executed: Python's unpickler takes no part, nothing is imported and nothing is
-called. The few instructions that torch.save writes move plain data about, a call
-of torch's two rebuild functions becomes a description of a tensor, and whatever
-else a pickle can say is an error.
+A pickle is a program, and its calls make it dangerous. Here it is read, not run:
+Python's unpickler is not used, nothing is imported and nothing is called. Only the
+few instructions that torch.save writes are allowed. They build plain data. A call
+of one of torch's two rebuild functions becomes a description of a tensor. Anything
+else is an error.
 
 The format: Python's Lib/pickletools.py, torch/serialization.py (`persistent_id`)
 and torch/_utils.py (`_rebuild_tensor_v2`, `_rebuild_parameter`).
@@ -12,7 +12,7 @@ and torch/_utils.py (`_rebuild_tensor_v2`, `_rebuild_parameter`).
 
 import pickletools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from interviewmate_mlx.errors import list_faults
 
@@ -27,22 +27,24 @@ _DTYPE_OF_STORAGE = {
     "torch.ByteStorage": "uint8",
     "torch.BoolStorage": "bool",
 }
-_NEWEST_PROTOCOL = 5
-_MAX_NAME_CHARS = 500  # characters of a tensor's name
-_MAX_AXES = 64  # what torch allows; the product of millions of sizes would take hours
+_MAX_PROTOCOL = 5
+_MAX_NAME_CHARS = 500  # of a tensor's name
+_MAX_AXES = 64  # the limit of torch; multiplying millions of sizes would take hours
 _REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
 _REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
 _ORDERED_DICT = "collections.OrderedDict"
 
+T = TypeVar("T")
+
 
 class _Name(NamedTuple):
-    """A class or function that the pickle names. It stays a name."""
+    """The name of a class or function in the pickle. It is never looked up."""
 
     text: str
 
 
 class Storage(NamedTuple):
-    """`length` numbers of `dtype`, in the archive's member `data/KEY`."""
+    """`length` numbers of `dtype` in the archive's member `data/KEY`."""
 
     dtype: str
     key: str
@@ -50,7 +52,7 @@ class Storage(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """A view of a storage; offset and strides count numbers. Not checked against the storage."""
+    """A view of a storage, not checked against it. Offset and strides count numbers."""
 
     storage: Storage
     offset: int
@@ -62,12 +64,11 @@ def read_state_dict(data: bytes) -> dict[str, StoredTensor]:
     """The tensors that `data.pkl` describes, by name.
 
     Raises:
-        ValueError: the pickle is damaged, does or names anything but tensors, or
-            is no flat dict of tensors.
+        ValueError: the pickle is damaged, or holds anything but a flat dict of tensors.
     """
     try:
-        found = _follow(data)
-    except (IndexError, KeyError) as error:  # an empty stack, or nothing kept under that number
+        found = _interpret(data)
+    except (IndexError, KeyError) as error:  # an empty stack, or an unknown memo number
         raise ValueError("its pickle is damaged") from error
     if not isinstance(found, dict):
         raise ValueError(f"got a {_kind(found)}, expected a state dict")
@@ -77,7 +78,7 @@ def read_state_dict(data: bytes) -> dict[str, StoredTensor]:
     if others:
         faults = [f"{name[:80]}: {_kind(value)}" for name, value in others.items()]
         raise ValueError(
-            "it is no flat state dict (a training checkpoint?); these are no tensors:\n"
+            "it is not a flat state dict (a training checkpoint?); these are not tensors:\n"
             + list_faults(faults)
         )
     return found
@@ -86,15 +87,15 @@ def read_state_dict(data: bytes) -> dict[str, StoredTensor]:
 def _instructions(data: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
     try:
         yield from pickletools.genops(data)
-    except ValueError as error:  # which quotes the file, however long
+    except ValueError as error:  # its message quotes the file, at any length
         raise ValueError(f"its pickle is damaged: {str(error)[:80]}") from error
 
 
-def _follow(data: bytes) -> object:
+def _interpret(data: bytes) -> object:
     """What a pickle describes: the stack machine of Python's `pickletools`, without its calls."""
     stack: list[Any] = []
     marks: list[int] = []
-    kept: dict[int, Any] = {}
+    memo: dict[int, Any] = {}
 
     def pop(count: int) -> list[Any]:
         return [stack.pop() for _ in range(count)][::-1]
@@ -106,8 +107,10 @@ def _follow(data: bytes) -> object:
     for instruction, argument, _ in _instructions(data):
         match instruction.name:
             case "PROTO" | "FRAME":
-                if instruction.name == "PROTO" and argument > _NEWEST_PROTOCOL:
-                    raise ValueError(f"its pickle is of protocol {argument}, expected at most 5")
+                if instruction.name == "PROTO" and argument > _MAX_PROTOCOL:
+                    raise ValueError(
+                        f"its pickle has protocol {argument}, expected at most {_MAX_PROTOCOL}"
+                    )
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NEWTRUE": True, "NEWFALSE": False}.get(instruction.name))
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
@@ -130,11 +133,11 @@ def _follow(data: bytes) -> object:
                 pairs = zip(items[0::2], items[1::2], strict=True)
                 _expect(stack[-1], dict).update((_expect(key, str), value) for key, value in pairs)
             case "MEMOIZE":
-                kept[len(kept)] = stack[-1]
+                memo[len(memo)] = stack[-1]
             case "BINPUT" | "LONG_BINPUT":
-                kept[argument] = stack[-1]
+                memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
-                stack.append(kept[argument])
+                stack.append(memo[argument])
             case "GLOBAL":
                 stack.append(_known_name(argument.replace(" ", ".", 1)))
             case "STACK_GLOBAL":
@@ -145,24 +148,26 @@ def _follow(data: bytes) -> object:
                 stack.append(_describe(_expect(name, _Name), _expect(arguments, tuple)))
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
-            case "BUILD":  # the state of an ordered dict: module versions, of no use here
+            case "BUILD":  # the state of an ordered dict: module versions, not needed here
                 stack.pop()
                 _expect(stack[-1], dict)
             case "STOP":
                 return stack.pop()
             case other:
-                raise ValueError(f"its pickle has a {other} instruction; torch.save writes none")
+                raise ValueError(
+                    f"its pickle has a {other} instruction; torch.save never writes one"
+                )
     raise ValueError("its pickle does not end")
 
 
 def _known_name(text: str) -> _Name:
     if text in (_REBUILD_TENSOR, _REBUILD_PARAMETER, _ORDERED_DICT) or text in _DTYPE_OF_STORAGE:
         return _Name(text)
-    raise ValueError(f"its pickle names {text[:80]!r}, which is no tensor of a known dtype")
+    raise ValueError(f"its pickle names {text[:80]!r}, which is not a tensor of a known dtype")
 
 
-def _describe(name: _Name, arguments: tuple[Any, ...]) -> Any:
-    """What the call of a known name stands for."""
+def _describe(name: _Name, arguments: tuple[Any, ...]) -> StoredTensor | dict[str, Any]:
+    """What a call of a known name would return."""
     if name.text == _ORDERED_DICT and not arguments:
         return {}
     if name.text == _REBUILD_PARAMETER and len(arguments) == 3:
@@ -172,25 +177,26 @@ def _describe(name: _Name, arguments: tuple[Any, ...]) -> Any:
         sizes_are_sane = all(_is_sizes(sizes) for sizes in ((offset,), shape, strides))
         if isinstance(storage, Storage) and sizes_are_sane and len(shape) == len(strides):
             return StoredTensor(storage, offset, shape, strides)
-    raise ValueError(f"its pickle calls {name.text} as torch.save never does")
+    raise ValueError(f"its pickle calls {name.text} in a way that torch.save never does")
 
 
 def _storage(identity: object) -> Storage:
-    """A storage's description: ("storage", its class, key, device, numbers in it)."""
+    """A storage from its description: ("storage", class, key, device, count of numbers)."""
     match identity:
         case ("storage", _Name(text), str(key), str(), int(length)) if text in _DTYPE_OF_STORAGE:
             return Storage(_DTYPE_OF_STORAGE[text], key, length)
-    raise ValueError("its pickle describes a storage as torch.save never does")
+    raise ValueError("its pickle describes a storage in a way that torch.save never does")
 
 
 def _is_sizes(value: object) -> bool:
-    # Not isinstance: a bool is an int, but no size.
     if not isinstance(value, tuple) or len(value) > _MAX_AXES:
         return False
+    # `type`, not isinstance: to Python, a bool is an int.
     return all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def _expect(value: Any, kind: type) -> Any:
+def _expect(value: object, kind: type[T]) -> T:
+    """`value`, if it is of that type; a ValueError otherwise."""
     if not isinstance(value, kind):
         raise ValueError(
             f"its pickle has {_kind(value)} where torch.save has {kind.__name__.lstrip('_')}"

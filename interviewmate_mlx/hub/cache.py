@@ -1,12 +1,12 @@
-"""The Hub's files, brought into its cache: resumed, checked, linked.
+"""Downloads files into the Hub library's cache: resumed, checked, linked.
 
-The layout is public, so that others can write it too:
+The layout is public, so that other programs can write it too:
 https://huggingface.co/docs/hub/local-cache. The library's own download (1.31 to
-2.4: `_download_to_tmp_and_move`) throws a half-arrived file away when it gives
-up: after five seconds without a network, at once when the connection is reset,
-at Ctrl-C. Of a model of gigabytes on a home line that is too much. Here the part
-is kept for this run and the next, and the whole is compared with the checksum
-that the Hub gives.
+2.4: `_download_to_tmp_and_move`) deletes a partial file when it gives up: after
+five seconds without a network, at once when the connection is reset, at Ctrl-C.
+That costs too much for gigabytes on a home connection. Here the partial file is
+kept for this run and the next, and the complete file is compared with the Hub's
+checksum.
 """
 
 import hashlib
@@ -35,19 +35,19 @@ from rich.filesize import decimal
 
 from interviewmate_mlx.errors import HubError
 from interviewmate_mlx.files import Progress, atomic_file, check_free_space
-from interviewmate_mlx.hub.errors import as_hub_error, is_out_of_reach, without_tokens
+from interviewmate_mlx.hub.errors import as_hub_error, is_unreachable, without_tokens
 
 RepoKind = Literal["model", "dataset"]
 
 LIBRARY_NAME = "interviewmate_mlx"
 _CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's SHA-1, or SHA-256
-_PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # between attempts that bring nothing
+_PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # between attempts that fetch nothing
 
 _log = logging.getLogger(__name__)
 
 
 def find_commit(kind: RepoKind, repo_id: str, revision: str) -> Path:
-    """The folder that holds the cache's files of a revision; it need not be there."""
+    """The cache's folder for a revision. It may not exist."""
     storage = _storage(kind, repo_id)
     reference = storage / "refs" / revision
     commit = reference.read_text().strip() if reference.is_file() else revision
@@ -55,7 +55,7 @@ def find_commit(kind: RepoKind, repo_id: str, revision: str) -> Path:
 
 
 def remember_commit(kind: RepoKind, repo_id: str, revision: str, commit: str) -> None:
-    """Note which commit a branch or tag stands for, so that it is found without the Hub."""
+    """Store the commit of a branch or tag, so that it can be found without the Hub."""
     if find_commit(kind, repo_id, revision).name != commit:
         with atomic_file(_storage(kind, repo_id) / "refs" / revision) as temporary:
             temporary.write_text(commit)
@@ -68,14 +68,15 @@ def fetch(
     files: Sequence[RepoSibling],
     progress: Progress | None = None,
 ) -> Path:
-    """Bring those files into the cache that it lacks; give the commit's folder.
+    """Download the files that the cache lacks; return the commit's folder.
 
     Args:
         files: with sizes and checksums, as `files_metadata=True` gives them.
-        progress: called with (bytes arrived, bytes in all) of what is fetched.
+        progress: called with bytes done and bytes in all, of the files downloaded.
 
     Raises:
-        HubError: the Hub, the network or the disk failed, or a file is damaged.
+        HubError: the Hub, the network or the disk failed, or a file arrived damaged.
+        StorageError: the disk has too little free space.
     """
     with as_hub_error(kind, repo_id, commit):
         return _fetch(kind, repo_id, commit, files, progress)
@@ -95,16 +96,16 @@ def _fetch(
         checksum = file.lfs.sha256 if file.lfs else str(file.blob_id)
         if not (_CHECKSUM.fullmatch(checksum) and _CHECKSUM.fullmatch(commit)):
             raise HubError(
-                f"{without_tokens(constants.ENDPOINT)} gives no checksum of {file.rfilename}, "
-                "as a Hub does.\n"
+                f"{without_tokens(constants.ENDPOINT)} gives no checksum of {file.rfilename}; "
+                "a Hub always gives one.\n"
                 "Check HF_ENDPOINT."
             )
         cached = try_to_load_from_cache(repo_id, file.rfilename, revision=commit, repo_type=kind)
         if not isinstance(cached, str):
             missing.append((file.rfilename, file.size or 0, storage / "blobs" / checksum))
     total = sum(size for _, size, _ in missing)
-    to_come = total - sum(_size(blob) + _size(_part_of(blob)) for _, _, blob in missing)
-    check_free_space(storage, to_come, "set HF_HOME to a folder on a larger disk")
+    on_disk = sum(_size(blob) + _size(_part_of(blob)) for _, _, blob in missing)
+    check_free_space(storage, total - on_disk, "set HF_HOME to a folder on a larger disk")
     before = 0
     for name, size, blob in missing:
         url = hf_hub_url(repo_id, name, repo_type=kind, revision=commit)
@@ -138,7 +139,7 @@ def _part_of(blob: Path) -> Path:
 
 
 def _download(url: str, blob: Path, num_bytes: int, report: Callable[[int], None]) -> None:
-    """Fetch a file to `blob`, whose name is its checksum, going on from a kept part."""
+    """Download a file to `blob`, whose name is its checksum. A partial file is resumed."""
     part = _part_of(blob)
     part.parent.mkdir(parents=True, exist_ok=True)
     pauses = iter(_PAUSES_S)
@@ -147,7 +148,7 @@ def _download(url: str, blob: Path, num_bytes: int, report: Callable[[int], None
         try:
             _append(url, part, start, report)
         except (httpx2.TransportError, HfHubHTTPError) as error:
-            if not is_out_of_reach(error):
+            if not is_unreachable(error):
                 raise
             failure = error
         arrived = _size(part)
@@ -160,10 +161,12 @@ def _download(url: str, blob: Path, num_bytes: int, report: Callable[[int], None
                 raise failure
             if pause is None:
                 raise HubError(
-                    f"The download was cut again and again: {state} are here, and kept.\n"
-                    "Check the network and run the command again: it goes on from there."
+                    f"The download was interrupted too often: {state} have arrived and are kept.\n"
+                    "Check the network and run the command again: it continues from there."
                 )
-            _log.warning("The download was cut after %s; trying again in %.0f s.", state, pause)
+            _log.warning(
+                "The download was interrupted after %s; trying again in %.0f s.", state, pause
+            )
             time.sleep(pause)
     checksum = _checksum(part, blob.name)
     if checksum != blob.name:
@@ -177,7 +180,7 @@ def _download(url: str, blob: Path, num_bytes: int, report: Callable[[int], None
 
 
 def _append(url: str, part: Path, start: int, report: Callable[[int], None]) -> None:
-    """Add to `part` what one request brings, from byte `start` on."""
+    """Append to `part` what one request returns, from byte `start` on."""
     headers = build_hf_headers(library_name=LIBRARY_NAME) | {"accept-encoding": "identity"}
     if start:
         headers["range"] = f"bytes={start}-"
@@ -185,7 +188,7 @@ def _append(url: str, part: Path, start: int, report: Callable[[int], None]) -> 
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
         hf_raise_for_status(response)
         with part.open("ab") as file:
-            if response.status_code != 206:  # all of the file, whatever was asked for
+            if response.status_code != 206:  # the whole file: the server ignored the range
                 file.truncate(0)
             for piece in response.iter_raw():
                 file.write(piece)
@@ -193,7 +196,10 @@ def _append(url: str, part: Path, start: int, report: Callable[[int], None]) -> 
 
 
 def _checksum(part: Path, expected: str) -> str:
-    """Of the kind that `expected` is: SHA-256 of large files, git's SHA-1 of a blob of others."""
+    """The checksum of the same kind as `expected`.
+
+    SHA-256 for large files, git's SHA-1 of a blob for the others.
+    """
     with part.open("rb") as file:
         os.fsync(file.fileno())
         if len(expected) == 64:
@@ -207,5 +213,5 @@ def _link(blob: Path, pointer: Path) -> None:
     pointer.unlink(missing_ok=True)
     try:
         pointer.symlink_to(os.path.relpath(blob, pointer.parent))
-    except OSError:  # a disk without links, such as exFAT
+    except OSError:  # a file system without links, such as exFAT
         os.replace(blob, pointer)

@@ -1,4 +1,4 @@
-"""What a failure of the Hub, the network or the disk means, and what to do about it."""
+"""Explains failures of the Hub, the network and the disk, and says what to do about them."""
 
 import errno
 import json
@@ -24,7 +24,6 @@ from interviewmate_mlx.errors import HubError, redact_secrets
 
 _LOG_IN = "run `hf auth login`, or set HF_TOKEN"
 
-
 # What a call of huggingface_hub raises when the Hub, the network or the disk fails.
 LIBRARY_ERRORS = (
     httpx2.HTTPError,
@@ -42,9 +41,9 @@ LIBRARY_ERRORS = (
 def as_hub_error(
     kind: str, repo_id: str, revision: str | None = None, *, writes: bool = False
 ) -> Iterator[None]:
-    """Turn what a call of the library raises into a HubError. For such calls alone.
+    """Turn errors of the library into a HubError. Only calls of the library belong in the block.
 
-    The library's error is left out of the chain: it holds the request, and so the token.
+    The library's error is not chained: it holds the request, and so the token.
     """
     try:
         with quiet_library():
@@ -55,7 +54,7 @@ def as_hub_error(
 
 @contextmanager
 def quiet_library() -> Iterator[None]:
-    """Keep the library's bars and log lines off the terminal, unless the user asked for them."""
+    """Hide the library's progress bars and warnings, unless the user asked for them."""
     with ExitStack() as stack:
         if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
             stack.enter_context(disable_progress_bars())
@@ -65,8 +64,8 @@ def quiet_library() -> Iterator[None]:
         yield
 
 
-def is_out_of_reach(error: BaseException) -> bool:
-    """Whether the network or the Hub fails, rather than what was asked of it."""
+def is_unreachable(error: BaseException) -> bool:
+    """Whether the network or the Hub failed; false if the request itself was wrong."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
     faulty_request = (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol)
@@ -83,41 +82,41 @@ def explain(
     *,
     writes: bool = False,
 ) -> str:
-    """What happened, in the first line, and what to do.
+    """A message for an error: the first line says what happened, the last what to do.
 
-    Quotes nothing of the request, which holds the token.
+    It quotes nothing of the request, which holds the token.
     """
-    said = _explain(error, kind, repo_id, revision, writes)
-    return without_tokens(said)
+    return without_tokens(_explain(error, kind, repo_id, revision, writes))
 
 
 def _explain(
     error: BaseException, kind: str, repo_id: str, revision: str | None, writes: bool
 ) -> str:
     while isinstance(error, RuntimeError) and error.__cause__:
-        error = error.__cause__  # what an upload's thread met
+        error = error.__cause__  # the error in an upload's thread
     hub = constants.ENDPOINT
     what = f"{'data set' if kind == 'dataset' else kind} {repo_id}"
     match error:
         case HfHubHTTPError():
             page = f"{hub}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
-            return _explain_answer(error, what, page, revision, writes)
+            return _explain_response(error, what, page, revision, writes)
         case HFValidationError():
             return (
                 f"{repo_id!r} is not a folder here, and cannot be a name on the Hub: "
                 "expected owner/name.\nCheck the spelling."
             )
         case OfflineModeIsEnabled():
-            then = "push" if writes else "pull it: the cache does not hold all of it"
-            return f"HF_HUB_OFFLINE is set: no way to the {what}.\nUnset it to {then}."
+            then = "push" if writes else "download the files that the cache lacks"
+            return f"HF_HUB_OFFLINE is set: cannot reach the {what}.\nUnset it to {then}."
         case httpx2.LocalProtocolError() | UnicodeError():
             return (
-                f"The token for the Hub holds characters that no token has.\nNow {_LOG_IN} again."
+                "The token for the Hub has characters that are not allowed.\n"
+                f"To log in again, {_LOG_IN}."
             )
         case httpx2.UnsupportedProtocol() | httpx2.InvalidURL():
-            return f"HF_ENDPOINT is not an address: {hub!r}.\nUnset it, or begin it with https://"
+            return f"HF_ENDPOINT is not an address: {hub!r}.\nUnset it, or start it with https://"
         case httpx2.ProxyError():
-            return f"The proxy does not lead to {hub}.\nCheck HTTPS_PROXY, HTTP_PROXY, NO_PROXY."
+            return f"The proxy cannot reach {hub}.\nCheck HTTPS_PROXY, HTTP_PROXY and NO_PROXY."
         case httpx2.TimeoutException():
             return f"{hub} does not answer.\nCheck the network and run the command again."
         case httpx2.ConnectError() if "certificate" in str(error).lower():
@@ -128,66 +127,73 @@ def _explain(
         case httpx2.ConnectError():
             return f"Cannot reach {hub}.\nCheck the network and HF_ENDPOINT, and run it again."
         case httpx2.HTTPError():
-            return f"The connection to {hub} was cut.\nRun the command again."
+            return f"The connection to {hub} was interrupted.\nRun the command again."
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return (
-                f"The disk of {constants.HF_HUB_CACHE} is full; what has arrived is kept.\n"
-                "Free some, or set HF_HOME to a folder on a larger disk, and run it again."
+                f"The disk of {constants.HF_HUB_CACHE} is full. What has arrived is kept.\n"
+                "Free some space, or set HF_HOME to a folder on a larger disk. "
+                "Then run the command again."
             )
         case OSError(errno=int(), filename=str() as name):
-            return f"{name}: {error.strerror}.\nCheck who may use it, or set HF_HOME elsewhere."
+            return f"{name}: {error.strerror}.\nCheck its permissions, or change HF_HOME."
         case json.JSONDecodeError():
             return (
-                f"{hub} answers, but not as a Hub does.\n"
-                "Check HF_ENDPOINT, and whether this network wants a login of its own."
+                f"{hub} answers, but not like a Hub.\n"
+                "Check HF_ENDPOINT, and whether this network needs a login first."
             )
     return f"The Hub's library failed on {what}: {error}"
 
 
-def _explain_answer(
+def _explain_response(
     error: HfHubHTTPError, what: str, page: str, revision: str | None, writes: bool
 ) -> str:
     status, url = error.response.status_code, error.response.url
     logged_in = "authorization" in error.response.request.headers
     tokens = f"{constants.ENDPOINT}/settings/tokens"
     if isinstance(error, RevisionNotFoundError):
-        return f"The {what} has no revision {revision!r}.\nSee {page}/tree/main for those it has."
+        return f"The {what} has no revision {revision!r}.\nChoose one of those at {page}/tree/main."
     if isinstance(error, GatedRepoError):
         then = "" if logged_in else f", then {_LOG_IN}"
-        return f"The {what} is gated: its owners grant access.\nAsk for it at {page}{then}."
+        return f"The {what} is gated: its owners must give access.\nAsk for it at {page}{then}."
     if isinstance(error, DisabledRepoError):
-        return f"The {what} has been disabled on the Hub.\nChoose another."
+        return f"The {what} is disabled on the Hub.\nChoose another."
     if isinstance(error, EntryNotFoundError):
         return f"A file of the {what} is not on the Hub.\nChoose another revision."
     if status == 429:
-        return "The Hub has had too many requests from here (429).\nWait some minutes, or log in."
+        return "The Hub got too many requests from here (429).\nWait a few minutes, or log in."
     if status >= 500:
         return (
-            f"The Hub at {url.host} has failed ({status}).\n"
-            "Run the command again later; https://status.huggingface.co tells more."
+            f"The Hub at {url.host} failed ({status}).\n"
+            "Run the command again later. See also https://status.huggingface.co."
         )
-    if str(url).startswith(constants.ENDPOINT):  # and not the storage, which knows no tokens
+    if str(url).startswith(constants.ENDPOINT):  # not the storage, which takes no tokens
         if status == 401 and logged_in:
             return (
                 "The Hub refuses your token (401): it is mistyped, expired or revoked.\n"
-                f"Make one at {tokens} and {_LOG_IN}."
+                f"Create one at {tokens} and {_LOG_IN}."
             )
         if status == 403:
-            right = "write there" if writes else "read it"
+            action = "write to" if writes else "read"
             return (
-                f"Your token may not open the {what} (403): it lacks the right to {right}.\n"
-                f"Change it at {tokens}, or {_LOG_IN} to another."
+                f"Your token has no permission to {action} the {what} (403).\n"
+                f"Change its permissions at {tokens}, or use another: {_LOG_IN}."
             )
         if status in (401, 404):
-            seen = "or your token may not see it" if logged_in else "that is open to all"
-            then = "" if logged_in else f"; if it is private, {_LOG_IN}"
-            return f"There is no {what} {seen} ({status}).\nCheck the spelling{then}."
-    said = error.server_message or "no reason given"
-    return f"{url.host} does not accept this for the {what} ({status}): {said}\nSee {page}."
+            if logged_in:
+                return (
+                    f"There is no {what}, or your token has no access to it ({status}).\n"
+                    "Check the spelling."
+                )
+            return (
+                f"There is no public {what} ({status}).\n"
+                f"Check the spelling; if it is private, {_LOG_IN}."
+            )
+    reason = error.server_message or "no reason given"
+    return f"{url.host} rejects the request for the {what} ({status}): {reason}\nSee {page}."
 
 
 def without_tokens(text: str) -> str:
-    """`text` with this machine's token, and all that looks like a secret, struck out."""
+    """`text`, with this machine's token and anything like a secret replaced by `***`."""
     token = None
     with suppress(OSError):  # its file cannot be read
         token = get_token()

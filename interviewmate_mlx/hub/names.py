@@ -1,8 +1,9 @@
-"""What a name given by a user means: something shipped, something here, or something on the Hub.
+"""Decides what a name from the user means: something shipped, a local path, or a Hub id.
 
-The names of bases and of data sets follow the same rules.
+The same rules hold for bases and for data sets.
 """
 
+import re
 from pathlib import Path
 
 from interviewmate_mlx.config import shipped
@@ -10,37 +11,40 @@ from interviewmate_mlx.errors import ConfigError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.hub.pull import pull_dataset
 
-MINI = "mini"  # the base that comes with the package
+MINI = "mini"  # the base that is shipped with the package
+_SHIPPED_NAME = re.compile(r"[a-z0-9-]+").fullmatch
 
 
 def shipped_base(name: str) -> Path | None:
-    """The folder of a base that comes with the package, for its name; `./mini` is a path."""
+    """The folder of a shipped base; None if the name is not one. `./mini` is a path."""
     return shipped(MINI) if name == MINI else None
 
 
 def shipped_data(name: str) -> Path | None:
-    """The folder of a data set that comes with the package, for its name."""
+    """The folder of a shipped data set; None if the name is not one."""
     folder = shipped(f"data/{name}")
-    return folder if name.isidentifier() and (folder / "train.jsonl").is_file() else None
+    return folder if _SHIPPED_NAME(name) and (folder / "train.jsonl").is_file() else None
 
 
 def local_path(name: str | Path) -> Path:
     """A path with `~` expanded.
 
     Raises:
-        ConfigError: `~someone` is not a user here.
+        ConfigError: it starts with `~someone`, and there is no such user.
     """
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{name}: no such user's home.\nWrite the path out.") from error
+        raise ConfigError(
+            f"{name}: this user has no home folder here.\nGive the full path."
+        ) from error
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is not here can be `owner/name` on the Hub.
+    """Whether a name that is not a local path can be `owner/name` on the Hub.
 
-    A mistyped path must not go to the network. So a name with a file's ending, or in
-    a folder that exists here, is a path.
+    A mistyped path must not be sent to the network. So a name with a file's suffix, or
+    below an existing folder, counts as a path.
     """
     path = Path(name)
     looks_local = name.startswith((".", "/", "~")) or path.suffix in (".json", ".jsonl", ".toml")
@@ -48,10 +52,15 @@ def is_hub_id(name: str) -> bool:
 
 
 def fetch_data(name: str, progress: Progress | None = None) -> Path:
-    """The folder or file of a data set: a shipped name, a path, or a Hub id, which is pulled.
+    """The folder or file of a data set, by its name. A Hub id is pulled.
+
+    Args:
+        name: a shipped name, a path, or a Hub id. A path need not exist.
+        progress: called with bytes done and bytes in all while a Hub id is pulled.
 
     Raises:
-        HubError: the Hub did not give it.
+        ConfigError: as for `local_path`.
+        HubError, StorageError: as for `pull_dataset`.
     """
     if folder := shipped_data(name):
         return folder

@@ -1,8 +1,8 @@
-"""Models and data sets from the Hugging Face Hub.
+"""Downloads models and data sets from the Hugging Face Hub.
 
 Protocol, login and cache are those of `huggingface_hub`: HF_ENDPOINT, HF_HOME,
-HF_TOKEN and HF_HUB_OFFLINE do what its users expect, and what another program
-has pulled is not pulled again.
+HF_TOKEN and HF_HUB_OFFLINE work as its users expect, and files that another program
+has downloaded are not downloaded again.
 """
 
 import json
@@ -26,7 +26,7 @@ from interviewmate_mlx.hub.cache import (
 from interviewmate_mlx.hub.errors import (
     LIBRARY_ERRORS,
     explain,
-    is_out_of_reach,
+    is_unreachable,
     quiet_library,
 )
 
@@ -36,7 +36,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_BESIDE_WEIGHTS = (
+_OTHER_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -49,17 +49,17 @@ _BESIDE_WEIGHTS = (
     "chat_template.jinja",
 )
 _DATA_FOLDERS = ("", "data/")
-ANSWER_WITHIN_S = 10.0
+REQUEST_TIMEOUT_S = 10.0
 
-# Which of a repository's files are wanted: (its id, its files, a way to have one of them) -> names
-_Choice = Callable[[str, Collection[str], Callable[[str], Path]], list[str]]
+# Chooses files of a repository: (its id, all file names, fetch one file by name) -> chosen names
+_ChooseFiles = Callable[[str, Collection[str], Callable[[str], Path]], list[str]]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PulledFolder:
-    """A folder in the Hub's cache, and the commit whose files it holds."""
+    """A folder in the Hub's cache, and the commit that it belongs to."""
 
     path: Path
     revision: str
@@ -70,20 +70,21 @@ def pull(
 ) -> PulledFolder:
     """Download what a conversion needs: config, tokenizer, and one set of weights.
 
-    The weights are safetensors where the revision has them, pytorch_model.bin
-    otherwise. What the cache holds is not fetched again, and a file that was cut
-    short goes on where it stopped. When the Hub cannot be reached, a complete
-    copy in the cache serves, with a warning to the log.
+    The weights are safetensors if the revision has them, pytorch_model.bin
+    otherwise. Files in the cache are not downloaded again, and a partial file is
+    resumed. If the Hub cannot be reached, a complete copy in the cache is used,
+    and a warning is logged.
 
     Args:
         repo_id: as in "tiiuae/falcon-rw-1b".
         revision: a branch, a tag or a commit; main by default.
-        progress: called with (bytes arrived, bytes in all) of what is fetched;
-            not at all when nothing is. No bar is drawn here.
+        progress: called with bytes done and bytes in all, of the files downloaded;
+            never called if there are none. No progress bar is drawn here.
 
     Raises:
-        HubError: the Hub, the network or the disk did not allow it, or the
-            repository holds no model that can be converted.
+        HubError: the Hub, the network or the disk failed, or the repository has no
+            model that can be converted.
+        StorageError: the disk has too little free space.
     """
     return _pull("model", repo_id, revision, _choose_model_files, progress)
 
@@ -91,13 +92,14 @@ def pull(
 def pull_dataset(
     repo_id: str, revision: str | None = None, *, progress: Progress | None = None
 ) -> Path:
-    """Download a data set's JSONL or JSON files; give the folder that holds them.
+    """Download a data set's JSONL or JSON files; return the folder that holds them.
 
-    They are train, valid (validation, val, dev) and test, in the repository's root
-    or in its `data` folder. The rest is as for `pull`.
+    The files are train, valid (validation, val, dev) and test, in the repository's
+    root or in its `data` folder. The rest is as for `pull`.
 
     Raises:
         HubError: as for `pull`, or the repository has no train.jsonl and no train.json.
+        StorageError: as for `pull`.
     """
     pulled = _pull("dataset", repo_id, revision, _choose_data_files, progress)
     train = _split_files("train")
@@ -109,18 +111,20 @@ def _pull(
     kind: RepoKind,
     repo_id: str,
     revision: str | None,
-    choose: _Choice,
+    choose: _ChooseFiles,
     progress: Progress | None,
 ) -> PulledFolder:
     revision = revision or constants.DEFAULT_REVISION
     api = HfApi(library_name=LIBRARY_NAME)
-    ask = api.model_info if kind == "model" else api.dataset_info
+    get_info = api.model_info if kind == "model" else api.dataset_info
     try:
         with quiet_library():
-            info = ask(repo_id, revision=revision, files_metadata=True, timeout=ANSWER_WITHIN_S)
+            info = get_info(
+                repo_id, revision=revision, files_metadata=True, timeout=REQUEST_TIMEOUT_S
+            )
     except LIBRARY_ERRORS as error:
         reason = explain(error, kind, repo_id, revision)
-        cached = is_out_of_reach(error) and _find_complete(kind, repo_id, revision, choose)
+        cached = is_unreachable(error) and _find_complete(kind, repo_id, revision, choose)
         if not cached:
             raise HubError(reason) from None
         _log.warning(
@@ -140,9 +144,9 @@ def _pull(
 
 
 def _find_complete(
-    kind: RepoKind, repo_id: str, revision: str, choose: _Choice
+    kind: RepoKind, repo_id: str, revision: str, choose: _ChooseFiles
 ) -> PulledFolder | None:
-    """The cache's copy of the revision, if all that `choose` wants is in it."""
+    """The cache's copy of the revision, if it has all the files that are needed."""
     folder = find_commit(kind, repo_id, revision)
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     try:
@@ -159,25 +163,25 @@ def _choose_model_files(
         adapter = "adapter_config.json" in names
         raise HubError(
             f"{repo_id} is not a model: it has no config.json.\n"
-            + ("It is an adapter: give it as one." if adapter else "Choose a Falcon-RW model.")
+            + ("It is an adapter: give its base." if adapter else "Choose a Falcon-RW model.")
         )
     weights = next((name for name in _WEIGHTS if name in names), None)
     if weights is None:
         raise HubError(
-            f"{repo_id} has no weights that can be read: expected one of\n"
+            f"{repo_id} has no weights that can be read, expected one of\n"
             f"{list_faults(_WEIGHTS)}\nChoose another revision or model."
         )
-    chosen = [name for name in _BESIDE_WEIGHTS if name in names] + [weights]
+    chosen = [name for name in _OTHER_FILES if name in names] + [weights]
     if not weights.endswith(".index.json"):
         return chosen
     try:
         shards = sorted(set(json.loads(read(weights).read_bytes())["weight_map"].values()))
-        faults = [f"{n} is not there" for n in shards if n not in names or "/" in n]
+        faults = [f"{n} is missing" for n in shards if n not in names or "/" in n]
     except (ValueError, KeyError, TypeError, AttributeError):
         faults = ["it is not an index: expected JSON with a weight_map from tensors to files"]
     if faults:
         raise HubError(
-            f"{weights} of {repo_id} is faulty:\n{list_faults(faults)}\nChoose another revision."
+            f"{weights} of {repo_id} is wrong:\n{list_faults(faults)}\nChoose another revision."
         )
     return chosen + shards
 
@@ -196,7 +200,7 @@ def _choose_data_files(
     raise HubError(
         f"{repo_id} has no train.jsonl and no train.json"
         + (f", but\n{list_faults(others, max_shown=5)}\n" if others else ".\n")
-        + "Choose another data set, or write this one as JSONL and give that file:\n"
+        + "Choose another data set, or save this one as JSONL and give that file:\n"
         f"  datasets.load_dataset({repo_id!r})['train'].to_json('train.jsonl')"
     )
 

@@ -1,4 +1,4 @@
-"""A folder to the Hugging Face Hub, in one commit."""
+"""Uploads a folder to the Hugging Face Hub, in one commit."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,34 +8,34 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from interviewmate_mlx.errors import HubError
 from interviewmate_mlx.hub.cache import LIBRARY_NAME
 from interviewmate_mlx.hub.errors import as_hub_error, without_tokens
-from interviewmate_mlx.hub.pull import ANSWER_WITHIN_S
+from interviewmate_mlx.hub.pull import REQUEST_TIMEOUT_S
 
 
 def push(folder: Path, names: Sequence[str], repo_id: str, *, private: bool = False) -> str:
-    """Upload files of a folder in one commit; give the repository's address.
+    """Upload files of a folder in one commit; return the repository's address.
 
-    The repository is made if it does not exist.
+    The repository is created if it does not exist.
 
     Args:
-        folder: holds the files.
-        names: of the files, as they will be named on the Hub.
+        folder: the folder with the files.
+        names: the files' names, in the folder and on the Hub.
         repo_id: "name" or "owner/name".
         private: make a new repository private; refuse an existing public one.
 
     Raises:
-        HubError: the Hub or the network did not allow it, or nobody is logged in.
+        HubError: the Hub or the network failed, or nobody is logged in.
     """
     with as_hub_error("model", repo_id, writes=True):
         token = get_token()
     if token is None:
         raise HubError(
             f"Cannot push to {repo_id}: you are not logged in to the Hub.\n"
-            "Run `hf auth login`, or set HF_TOKEN to a token that may write."
+            "Run `hf auth login`, or set HF_TOKEN to a token with write permission."
         )
     api = HfApi(library_name=LIBRARY_NAME)
     with as_hub_error("model", repo_id, writes=True):
         repo = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        info = api.model_info(repo.repo_id, timeout=ANSWER_WITHIN_S) if private else None
+        info = api.model_info(repo.repo_id, timeout=REQUEST_TIMEOUT_S) if private else None
     address = without_tokens(str(repo.url))
     if info and not info.private:
         raise HubError(

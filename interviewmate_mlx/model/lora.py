@@ -34,6 +34,8 @@ class Dropout(nn.Module):
         self._key: mx.array | None = None  # to draw from; None: MLX's random state
 
     def __call__(self, x: mx.array) -> mx.array:
+        """In float32: in bfloat16 1 / 0.95 would be rounded to 1.0547."""
+        x = x.astype(mx.float32)
         if not self.draws:
             return x
         kept = mx.random.bernoulli(self._keep, x.shape, key=self._key)
@@ -75,10 +77,10 @@ class LoRALinear(nn.Module):
         self.lora_B.weight = mx.zeros((out_features, rank))
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.base_layer(x)
-        inner = self.lora_A(self.dropout(x).astype(mx.float32))
-        # Scaled here, where there are the fewest numbers.
-        return (y + self.lora_B(self.scale * inner)).astype(y.dtype)
+        # Scaled where there are the fewest numbers.
+        inner = self.scale * self.lora_A(self.dropout(x))
+        y: Any = add_product(self.base_layer(x), inner, self.lora_B.weight)
+        return y
 
     def merged(self) -> nn.Linear:
         """A plain layer whose weight is `W + scale * B A`, in the base's dtype.
@@ -97,6 +99,33 @@ class LoRALinear(nn.Module):
         if "bias" in base:
             linear.bias = base.bias
         return linear
+
+
+@mx.custom_function
+def add_product(y: mx.array, inner: mx.array, weight: mx.array) -> mx.array:
+    """`y + inner weight^T` in the dtype of y, as one kernel; its derivatives in float32.
+
+    The sum is rounded to y's dtype anyway, so the rounding of the small product before it
+    is not seen in it.
+
+    Args:
+        y: (..., out), any float dtype.
+        inner: (..., r) float32.
+        weight: (out, r) float32.
+    """
+    narrow, matrix = inner.astype(y.dtype), weight.astype(y.dtype)
+    flat = mx.addmm(y.reshape(-1, y.shape[-1]), narrow.reshape(-1, inner.shape[-1]), matrix.T)
+    return flat.reshape(y.shape)
+
+
+@add_product.vjp
+def _add_product_vjp(
+    primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    _, inner, weight = primals
+    wide = cotangent.astype(mx.float32)
+    rows = wide.reshape(-1, wide.shape[-1])
+    return cotangent, wide @ weight, rows.T @ inner.reshape(-1, inner.shape[-1])
 
 
 def shape_of(linear: Projection) -> tuple[int, int]:

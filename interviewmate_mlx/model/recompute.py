@@ -28,6 +28,8 @@ class _CheckpointedBlock(Block):
         def forward(x: mx.array) -> mx.array:
             with ExitStack() as stack:
                 for dropout, key in zip(dropouts, keys, strict=True):
+                    # The second time x is another array: then masks are not kept, but drawn again.
+                    key = mx.stop_gradient(mx.depends([key], [x])[0])
                     stack.enter_context(dropout.drawing_from(key))
                 return Block.__call__(self, x, mask)
 

@@ -48,7 +48,8 @@ def show(events: Iterator[Event], console: Console) -> Iterator[Event]:
     status = Text("compiling", no_wrap=True, overflow="ellipsis")
     live = Live(Group(bar, status), console=console, transient=True)
     total, task, so_far = 1, bar.add_task("", total=None, visible=False), _Speed()
-    with live if console.is_terminal else nullcontext():
+    has_bar = console.is_terminal and not console.is_dumb_terminal
+    with live if has_bar else nullcontext():
         for event in events:
             if isinstance(event, Started):
                 total = event.total_steps
@@ -60,7 +61,7 @@ def show(events: Iterator[Event], console: Console) -> Iterator[Event]:
                 bar.update(task, completed=event.step)
                 status.plain = numbers
                 is_plain_line = event.step % max(1, total // _PLAIN_LINES) == 0
-                if not console.is_terminal and (is_plain_line or event.step == total):
+                if not has_bar and (is_plain_line or event.step == total):
                     console.print(f"step {event.step}/{total}  {numbers}")
             elif isinstance(event, Validated):
                 mark = "  best so far" if event.is_best else ""
@@ -79,7 +80,7 @@ def byte_bar(description: str, console: Console) -> Iterator[ByteProgress]:
         DownloadColumn(),
         TimeRemainingColumn(compact=True),
         console=console,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or console.is_dumb_terminal,
     )
     with bar:
         task = bar.add_task(description, total=None, visible=False)
@@ -177,8 +178,8 @@ def data_tables(report: DataReport) -> list[Table | Text]:
 def preview_text(tokenizer: Any, example: Example) -> Text:
     """A row's tokens, one after the other, those that carry loss marked; then their counts."""
     text = Text()
-    for token, has_loss in zip(example.tokens.tolist(), example.loss_mask.tolist(), strict=True):
-        piece = tokenizer.decode([token]).replace("\n", "\\n\n")
+    for piece, has_loss in _pieces(tokenizer, example):
+        piece = piece.replace("\n", "\\n\n")
         text.append(f"[{piece}]" if has_loss else piece, style="green" if has_loss else "dim")
     num_learned = int(example.loss_mask.sum())
     text.append(f"\n\n{len(example)} tokens, {num_learned} of them [with loss]")
@@ -189,20 +190,46 @@ def preview_text(tokenizer: Any, example: Example) -> Text:
     return text
 
 
+def _pieces(tokenizer: Any, example: Example) -> Iterator[tuple[str, bool]]:
+    """The text of each token and whether it carries loss.
+
+    Tokens that make up one character only together come as one piece.
+    """
+    tokens: list[int] = []
+    for token, has_loss in zip(example.tokens.tolist(), example.loss_mask.tolist(), strict=True):
+        tokens.append(token)
+        piece = tokenizer.decode(tokens)
+        if not piece.endswith("\ufffd"):
+            yield piece, has_loss
+            tokens = []
+    if tokens:  # a row that is truncated within a character
+        yield tokenizer.decode(tokens), bool(example.loss_mask[-1])
+
+
+def count(number: int, noun: str) -> str:
+    """A number and its noun, as in `1 row`, `2 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _print_start(event: Started, console: Console) -> None:
-    rows = f"{event.num_train_rows} rows to train on, {event.num_valid_rows} to validate on"
-    console.print(f"{rows}; {event.total_steps} steps, {event.steps_per_epoch} an epoch")
-    console.print(f"about {filesize.decimal(event.peak_bytes)} of memory at the peak")
+    rows, steps = count(event.num_train_rows, "row"), count(event.total_steps, "step")
+    console.print(f"{rows} to train on, {event.num_valid_rows} to validate on")
+    console.print(f"{steps}, {event.steps_per_epoch} an epoch")
+    memory = filesize.decimal(_two_digits(event.peak_bytes), precision=0)
+    console.print(f"about {memory} of memory at the peak")
     if event.num_truncated_rows:
-        console.print(
-            f"{event.num_truncated_rows} rows are longer than data.max_length and were truncated"
-        )
+        console.print(f"truncated to data.max_length: {count(event.num_truncated_rows, 'row')}")
     if event.num_dropped_rows:
-        console.print(f"{event.num_dropped_rows} rows had nothing left to learn and were dropped")
+        console.print(f"dropped, nothing left to learn: {count(event.num_dropped_rows, 'row')}")
     for note in event.notes:
         console.print(note, soft_wrap=True)
     if event.step:
         console.print(f"going on after step {event.step}")
+
+
+def _two_digits(number: int) -> int:
+    """A number rounded to two digits: an estimate is not known to more."""
+    return round(number, 2 - len(str(number)))
 
 
 class _Speed:

@@ -1,4 +1,4 @@
-"""The adapter folder against PEFT itself, in both directions."""
+"""The adapter folder, compared with PEFT in both directions."""
 
 import dataclasses
 import json
@@ -30,8 +30,8 @@ from interviewmate_mlx.model.lora import add_lora, lora_layers, merge_lora
 IDS = np.random.default_rng(0).integers(0, 384, (2, 25))
 ALL_LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 
-# What PEFT can write and this package reads: options of LoraConfig.
-THEIRS = {
+# Options of PEFT's LoraConfig that this package reads.
+PEFT_OPTIONS = {
     "plain": {},
     "several targets": {"target_modules": ALL_LINEAR},
     "rslora": {"use_rslora": True},
@@ -54,10 +54,10 @@ def their_logits(model: torch.nn.Module) -> np.ndarray:
 
 
 def their_adapter(folder, dtype=torch.float32, **options) -> np.ndarray:
-    """Write an adapter with PEFT, every matrix random, and return PEFT's logits of what it reads.
+    """Write an adapter of random matrices with PEFT; return the logits of PEFT with it.
 
-    Of what it reads: the config's patterns are sorted when it is written, and the first
-    that matches counts.
+    PEFT reads the adapter again for the logits: it sorts the config's patterns when it
+    writes them, and the first that matches counts.
     """
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["query_key_value"]} | options
     config = LoraConfig(task_type="CAUSAL_LM", **settings)
@@ -87,8 +87,8 @@ def our_adapter(folder, targets=("query_key_value",), **options) -> Model:
     return model
 
 
-@pytest.mark.parametrize("options", THEIRS.values(), ids=THEIRS)
-def test_adapter_made_by_peft_gives_peft_s_logits_here(tmp_path, options):
+@pytest.mark.parametrize("options", PEFT_OPTIONS.values(), ids=PEFT_OPTIONS)
+def test_adapter_made_by_peft_gives_the_logits_of_peft_here(tmp_path, options):
     expected = their_adapter(tmp_path, **options)
     model = our_model()
     before = np.array(model(mx.array(IDS)))
@@ -120,7 +120,7 @@ def test_adapter_made_here_gives_our_logits_in_peft(tmp_path, targets, rslora):
     np.testing.assert_allclose(their_logits(merged), expected, atol=1e-4, rtol=0)
 
 
-def test_file_holds_exactly_peft_s_keys(tmp_path):
+def test_file_has_exactly_the_keys_of_peft(tmp_path):
     their_adapter(tmp_path / "theirs")
     our_adapter(tmp_path / "ours")
     files = [safetensors.torch.load_file(tmp_path / n / WEIGHTS_FILE) for n in ("theirs", "ours")]
@@ -218,7 +218,7 @@ def test_unused_key_of_a_newer_peft_is_ignored(tmp_path, value):
     assert read_adapter_config(tmp_path) == expected
 
 
-def test_no_key_of_this_peft_is_taken_for_a_newer_one_s(tmp_path):
+def test_every_key_of_this_peft_is_known(tmp_path):
     our_adapter(tmp_path)
     ours = json.loads((tmp_path / CONFIG_FILE).read_text())
     names = {f.name for f in dataclasses.fields(LoraConfig)}
@@ -257,7 +257,7 @@ def rewrite(folder, change):
 FIRST = "base_model.model.transformer.h.0.self_attention.query_key_value.lora_A.weight"
 MISFITS = {
     "missing key": (lambda t: {k: v for k, v in t.items() if k != FIRST}, "got nothing"),
-    "surplus key": (lambda t: t | {"base_model.model.x": torch.ones(1)}, "x: got it, expected no"),
+    "surplus key": (lambda t: t | {"base_model.model.x": torch.ones(1)}, "x: unexpected key"),
     "lower case": (lambda t: {k.replace("lora_A", "lora_a"): v for k, v in t.items()}, "lora_a"),
     "no prefix, other name": (lambda t: {"w." + k: v for k, v in t.items()}, "w.base_model"),
     "wrong rank": (lambda t: t | {FIRST: torch.ones(5, 64)}, r"got \(5, 64\), expected \(4, 64\)"),
@@ -268,7 +268,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS)
-def test_adapter_that_does_not_fit_is_refused_and_the_model_left_alone(tmp_path, change, message):
+def test_adapter_that_does_not_fit_is_refused_and_the_model_unchanged(tmp_path, change, message):
     our_adapter(tmp_path)
     rewrite(tmp_path, change)
     model = our_model()
@@ -294,7 +294,7 @@ def test_folder_without_adapter_is_refused(tmp_path):
         Adapter.open(tmp_path).apply(our_model())
 
 
-def test_exported_copy_leaves_checkpoints_at_home(tmp_path):
+def test_exported_copy_has_no_checkpoints(tmp_path):
     our_adapter(tmp_path / "run")
     for name in ("README.md", "run.toml", "checkpoints/step-000001.safetensors", ".hidden"):
         (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
@@ -302,7 +302,7 @@ def test_exported_copy_leaves_checkpoints_at_home(tmp_path):
     Adapter.open(tmp_path / "run").export(tmp_path / "copy")
     names = {path.name for path in (tmp_path / "copy").iterdir()}
     assert names == {WEIGHTS_FILE, CONFIG_FILE, "README.md", "run.toml"}
-    with pytest.raises(AdapterError, match="exists already"):
+    with pytest.raises(AdapterError, match="already exists"):
         Adapter.open(tmp_path / "run").export(tmp_path / "copy")
     (tmp_path / "run" / "README.md").write_text("new")
     Adapter.open(tmp_path / "run").export(tmp_path / "copy", replace=True)
@@ -313,7 +313,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# Where a copy may not go, replace or not: relative to the folder that holds `run`.
+# Where a copy may not go, with or without `replace`; relative to the folder that holds `run`.
 NO_EXPORTS = {
     "own files": ("mine", "is not an exported adapter"),
     "a run with checkpoints": ("other", "is not an exported adapter"),
@@ -345,7 +345,7 @@ def test_nothing_but_an_exported_adapter_is_replaced(tmp_path, out, reason, repl
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_empty_folder_takes_an_export(tmp_path, replace):
+def test_export_into_an_empty_folder_is_allowed(tmp_path, replace):
     our_adapter(tmp_path / "run")
     (tmp_path / "copy").mkdir()
     Adapter.open(tmp_path / "run").export(tmp_path / "copy", replace=replace)

@@ -1,4 +1,4 @@
-"""Conversion, with transformers and torch as the truth about what was converted."""
+"""Conversion, compared with transformers and torch."""
 
 import json
 import os
@@ -54,9 +54,9 @@ def change_json(path: Path, **changes: Any) -> None:
 
 
 def refusal(source: Path, out: Path, kind: type[ModelError] = WeightsError, **options: Any) -> str:
-    """The message of a refused conversion, which leaves nothing behind.
+    """The message of a refused conversion; checks that it leaves nothing behind.
 
-    Without the folder of the test in its paths: that bears the test's name.
+    The test's folder is removed from the paths, because it contains the test's name.
     """
     with pytest.raises(kind) as caught:
         convert(source, out, **options)
@@ -127,7 +127,7 @@ def test_tensors_lie_in_the_order_of_the_model(source: Path, out: Path) -> None:
     with (out / "model.safetensors").open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_bytes))
-    assert header_bytes % 8 == 0  # so that tensors are aligned, as the format wants
+    assert header_bytes % 8 == 0  # the format requires aligned tensors
     names = [name for name in header if name != "__metadata__"]
     assert names[0] == "transformer.word_embeddings.weight"
     assert names[-2:] == ["transformer.ln_f.weight", "transformer.ln_f.bias"]
@@ -147,9 +147,9 @@ def test_mlx_lm_loads_the_result_with_its_own_model_file(source: Path, out: Path
     assert tokenizer.eos_token_ids == {END}
 
 
-@pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("own", ["float32", "bfloat16", "float16"])
-def test_casts_equal_those_of_torch(source: Path, out: Path, own: str, wanted: str) -> None:
+@pytest.mark.parametrize("target", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("original", ["float32", "bfloat16", "float16"])
+def test_casts_equal_those_of_torch(source: Path, out: Path, original: str, target: str) -> None:
     model = tiny_falcon(layers=1)
     weight = model.transformer.word_embeddings.weight.data.view(-1)
     tiny = 2.0 ** -np.arange(1, 150)  # through the subnormals of all three dtypes
@@ -157,27 +157,27 @@ def test_casts_equal_those_of_torch(source: Path, out: Path, own: str, wanted: s
     weight[: len(tiny)] = torch.tensor(tiny, dtype=torch.float32)
     weight[1000:5096] = torch.tensor(ties, dtype=torch.float32)
     weight[6000:6004] = torch.tensor([0.0, -0.0, float("inf"), -float("inf")])
-    weight[6004] = 65519.0  # the last before float16 overflows
-    model = model.to(getattr(torch, own))
+    weight[6004] = 65519.0  # the largest whole number before float16 overflows
+    model = model.to(getattr(torch, original))
     weight = model.transformer.word_embeddings.weight.data.view(-1)
-    if own != "float16":
-        weight[6004] = 65280.0  # what bfloat16 and float16 both hold
+    if original != "float16":
+        weight[6004] = 65280.0  # exact in bfloat16 and in float16
     write_checkpoint(source, model)
-    convert(source, out, dtype=wanted)
+    convert(source, out, dtype=target)
     for name, tensor in load_file(out / "model.safetensors").items():
-        expected = model.state_dict()[name].to(getattr(torch, wanted))
+        expected = model.state_dict()[name].to(getattr(torch, target))
         assert tensor.dtype == expected.dtype
         assert torch.equal(tensor.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8))
 
 
-@pytest.mark.parametrize(("own", "wanted"), [("float32", "float16"), ("bfloat16", "float16")])
+@pytest.mark.parametrize("original", ["float32", "bfloat16"])
 def test_number_too_large_for_float16_is_refused_by_name(
-    source: Path, out: Path, own: str, wanted: str
+    source: Path, out: Path, original: str
 ) -> None:
-    model = tiny_falcon().to(getattr(torch, own))
+    model = tiny_falcon().to(getattr(torch, original))
     model.transformer.h[1].mlp.dense_h_to_4h.bias.data[3] = 70000.0
     write_checkpoint(source, model)
-    message = refusal(source, out, dtype=wanted)
+    message = refusal(source, out, dtype="float16")
     assert "transformer.h.1.mlp.dense_h_to_4h.bias" in message
 
 
@@ -200,7 +200,7 @@ def test_unknown_dtype_is_refused(source: Path, out: Path) -> None:
 # --- configuration and tokenizer -----------------------------------------------
 
 
-def test_both_files_say_the_true_end_token(source: Path, out: Path) -> None:
+def test_both_files_have_the_true_end_token(source: Path, out: Path) -> None:
     write_checkpoint(source, tiny_falcon())
     assert json.loads((source / "config.json").read_text())["eos_token_id"] == 2
     convert(source, out)
@@ -213,9 +213,7 @@ def test_both_files_say_the_true_end_token(source: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("without", ["tokenizer.json", "vocab.json", "special_tokens_map.json"])
-def test_end_token_is_found_in_whichever_files_there_are(
-    source: Path, out: Path, without: str
-) -> None:
+def test_end_token_is_found_without_one_of_the_files(source: Path, out: Path, without: str) -> None:
     write_checkpoint(source, tiny_falcon())
     (source / without).unlink()
     convert(source, out)
@@ -282,7 +280,7 @@ def test_tokenizer_encodes_as_before(source: Path, out: Path) -> None:
     assert after.decode(after.encode(text)) == text
 
 
-def test_nothing_in_the_result_has_a_loader_run_code(source: Path, out: Path) -> None:
+def test_nothing_in_the_result_makes_a_loader_run_code(source: Path, out: Path) -> None:
     sentinel = source.parent / "ran"
     write_checkpoint(source, tiny_falcon(), config=old_config(tiny_falcon()))
     code = f"open({str(sentinel)!r}, 'w')\nclass RWConfig: pass\nclass T: pass\n"
@@ -575,10 +573,10 @@ def test_damaged_safetensors_are_refused(source: Path, out: Path, change: str) -
     end = 8 + int.from_bytes(data[:8], "little")
     header = damaged_header(change, json.loads(data[8:end]))
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
-    assert "/source/model.safetensors is not a whole" in refusal(source, out)
+    assert "/source/model.safetensors is not a valid" in refusal(source, out)
 
 
-def test_pointer_of_git_lfs_is_told_from_weights(source: Path, out: Path) -> None:
+def test_git_lfs_pointer_is_refused_as_weights(source: Path, out: Path) -> None:
     write_checkpoint(source, tiny_falcon())
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (source / "pytorch_model.bin").write_text(pointer)
@@ -641,7 +639,7 @@ def test_shards_that_disagree_with_their_index_are_refused(source: Path, out: Pa
     del moved[lost]
     save_file(moved, shards[1], {"format": "pt"})
     message = refusal(source, out)
-    assert f"extra: in {shards[0].name}, in no file by the index" in message
+    assert f"extra: in {shards[0].name}, but the index says no file" in message
     assert "transformer.ln_f.bias: in " in message
     assert f"{lost}: in the index, but in no file" in message
 
@@ -652,14 +650,14 @@ def test_shards_without_an_index_are_refused(source: Path, out: Path) -> None:
     assert "model.safetensors.index.json" in refusal(source, out)
 
 
-def test_adapter_folder_is_told_from_a_model(source: Path, out: Path) -> None:
+def test_adapter_folder_is_not_taken_for_a_model(source: Path, out: Path) -> None:
     source.mkdir()
     (source / "adapter_config.json").write_text("{}")
     assert "adapter" in refusal(source, out, ModelError)
     assert "no-such" in refusal(source.with_name("no-such"), out, ModelError)
 
 
-# --- a second time, and other accidents --------------------------------------------
+# --- a second conversion, interruptions, full disks ---------------------------------
 
 
 def test_second_conversion_says_so_and_writes_nothing(source: Path, out: Path) -> None:
@@ -674,7 +672,7 @@ def test_second_conversion_says_so_and_writes_nothing(source: Path, out: Path) -
     second = convert(source, out)
     assert second.already_there
     assert (second.num_parameters, second.nbytes) == (first.num_parameters, first.nbytes)
-    assert convert(source, out, dtype="float32").already_there  # the same thing in other words
+    assert convert(source, out, dtype="float32").already_there  # the source is float32 anyway
     assert written() == before
 
 
@@ -689,7 +687,9 @@ def test_second_conversion_does_not_read_the_weights(source: Path, out: Path) ->
 
 
 @pytest.mark.parametrize("other", ["source", "dtype", "trim_vocab", "tokenizer", "damaged"])
-def test_another_conversion_is_replaced_by_force_alone(source: Path, out: Path, other: str) -> None:
+def test_another_conversion_is_replaced_only_with_force(
+    source: Path, out: Path, other: str
+) -> None:
     write_checkpoint(source, tiny_falcon(vocab_size=400))
     convert(source, out)
     options: dict[str, Any] = {}
@@ -770,14 +770,14 @@ def test_interrupted_conversion_leaves_nothing(source: Path, out: Path) -> None:
     assert not out.parent.exists()
 
 
-def test_folder_that_came_meanwhile_is_not_overwritten(source: Path, out: Path) -> None:
+def test_folder_that_another_writer_made_first_is_not_overwritten(source: Path, out: Path) -> None:
     write_checkpoint(source, tiny_falcon())
 
     def come_first(done: int, total: int) -> None:
         out.mkdir(exist_ok=True)
         (out / "a.txt").write_text("the faster one")
 
-    with pytest.raises(StorageError, match="it exists already"):
+    with pytest.raises(StorageError, match="it already exists"):
         convert(source, out, progress=come_first)
     assert contents(out) == {"a.txt": b"the faster one"}
 
@@ -799,7 +799,7 @@ def test_killed_conversion_leaves_no_folder_and_the_next_one_succeeds(
     assert os.listdir(out.parent) == ["out"]
 
 
-def test_progress_reaches_the_whole(source: Path, out: Path) -> None:
+def test_progress_reaches_the_total(source: Path, out: Path) -> None:
     write_checkpoint(source, tiny_falcon())
     calls: list[tuple[int, int]] = []
     result = convert(source, out, progress=lambda done, total: calls.append((done, total)))
@@ -818,7 +818,7 @@ def test_full_disk_is_noticed_before_anything_is_written(
     assert not out.parent.exists()
 
 
-def test_folder_that_cannot_be_written_is_one_message(source: Path, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written_is_a_storage_error(source: Path, tmp_path: Path) -> None:
     write_checkpoint(source, tiny_falcon())
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"Cannot write .*file/out"):
@@ -851,7 +851,7 @@ def test_memory_holds_only_pieces_of_a_tensor(source: Path, out: Path, dtype: st
     state = dict(model.state_dict())
     rows = 400_000  # 0.1 GB
     state["transformer.word_embeddings.weight"] = torch.zeros(rows, 64)
-    state["lm_head.weight"] = torch.zeros(rows, 64)  # apart, so that the two are compared
+    state["lm_head.weight"] = torch.zeros(rows, 64)  # not shared, so that the two are compared
     write_checkpoint(source, model, state=state, config=hub_config(model) | {"vocab_size": rows})
     tracemalloc.start()
     try:

@@ -1,4 +1,4 @@
-"""The base that comes with the package: whole, equal to transformers, and known by its name."""
+"""The shipped base: complete, equal to transformers, and found by its name."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from interviewmate_mlx.data.prompts import encode_question
 from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.errors import ModelError
 
-MOST_BYTES = 20_000_000
+MAX_BYTES = 20_000_000
 QUESTION = "What is overfitting?"
 
 
@@ -40,7 +40,7 @@ def mini() -> Path:
 
 @pytest.fixture(scope="module")
 def reference(mini):
-    """transformers' own, from the folder as it lies."""
+    """The model of transformers, loaded from the shipped folder."""
     return AutoModelForCausalLM.from_pretrained(mini, dtype=torch.float32).eval()
 
 
@@ -52,12 +52,12 @@ def prompts(mini) -> list[list[int]]:
     return [encode_question(tokenizer, row.messages[0].content) for row in rows]
 
 
-def test_folder_is_what_its_checksums_say_and_small_enough(mini):
+def test_folder_matches_its_checksums_and_is_small_enough(mini):
     lines = (mini / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
     files = {path.name: path for path in mini.iterdir() if path.name != "SHA256SUMS"}
     assert {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in files.items()} == sums
-    assert sum(path.stat().st_size for path in files.values()) <= MOST_BYTES
+    assert sum(path.stat().st_size for path in files.values()) <= MAX_BYTES
     assert {path.suffix for path in files.values()} == {".json", ".jinja", ".md", ".safetensors"}
 
 
@@ -68,7 +68,7 @@ def test_weights_are_bfloat16_and_the_tied_head_is_stored_once(mini):
     assert sum(array.size for array in weights.values()) > 1_000_000
 
 
-def test_card_tells_figures_sources_and_limits(mini):
+def test_card_has_figures_sources_and_limits(mini):
     card = (mini / "README.md").read_text(encoding="utf-8")
     for what in (
         "held-out loss",
@@ -103,7 +103,7 @@ def test_greedy_text_equals_transformers(mini, reference, prompts):
         assert got == expected
 
 
-def test_tokenizer_is_the_same_to_transformers(mini):
+def test_tokenizer_equals_that_of_transformers(mini):
     theirs, ours = AutoTokenizer.from_pretrained(mini), Base.open(mini).tokenizer
     config = json.loads((mini / "config.json").read_text(encoding="utf-8"))
     assert len(theirs) == config["vocab_size"]
@@ -114,10 +114,12 @@ def test_tokenizer_is_the_same_to_transformers(mini):
         assert theirs.decode(theirs.encode(text)) == text
 
 
-# The name, in each command that takes a base.
+# `mini` as a name, in each command that takes a base.
 
 
-def test_mini_is_a_name_and_a_folder_of_that_name_a_path(mini, tiny_base, tmp_path, monkeypatch):
+def test_mini_is_a_name_even_if_there_is_a_folder_of_that_name(
+    mini, tiny_base, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_base, "mini")
     assert fetch_base("mini") == mini
@@ -148,7 +150,7 @@ def test_run_a_on_mini_lowers_the_loss_on_rows_it_has_not_seen(imate):
     assert said["best_valid_loss"] < said["base_valid_loss"]
 
 
-def test_adapter_on_mini_names_it_and_loads_wherever_the_package_is(
+def test_adapter_on_mini_names_it_and_loads_in_any_folder(
     imate, mini, reference, prompts, questions, tmp_path, monkeypatch
 ):
     shutil.copytree(mini, "mini")  # a folder of that name does not make it a path

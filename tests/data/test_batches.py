@@ -1,4 +1,4 @@
-"""Steps and microbatches: every row once, few widths, true positions."""
+"""Steps and microbatches: every row once, few widths, right positions."""
 
 import itertools
 
@@ -44,7 +44,7 @@ def test_order_follows_from_seed_and_epoch():
     assert epoch_steps(lengths, 4, seed=2, epoch=0) != order
 
 
-def test_rows_of_a_step_are_of_like_length():
+def test_rows_of_a_step_have_similar_lengths():
     lengths = np.random.default_rng(0).integers(60, 400, 211).tolist()
     steps = epoch_steps(lengths, 4, seed=1, epoch=0)
     longest = [max(lengths[row] for row in step) for step in steps]
@@ -54,7 +54,7 @@ def test_rows_of_a_step_are_of_like_length():
     )
     assert padded < 1.16 * sum(lengths)
     assert at_random > 1.4 * sum(lengths)
-    # and yet an epoch does not go from short to long
+    # An epoch does not go from short to long all the same.
     assert abs(np.corrcoef(range(len(longest)), longest)[0, 1]) < 0.3
 
 
@@ -99,7 +99,7 @@ def test_step_is_split_as_little_as_the_budget_allows(lengths, budget, sizes):
         assert width * len(group) <= budget or len(group) == 1
 
 
-def test_rows_by_width_are_all_of_them_and_need_one_width_each():
+def test_groups_by_width_hold_every_row_and_one_width_each():
     rows = [example(int(n)) for n in np.random.default_rng(0).integers(10, 200, 45)]
     groups = by_width(rows)
     assert sorted(map(id, itertools.chain(*groups))) == sorted(map(id, rows))

@@ -1,4 +1,4 @@
-"""Rows to tokens: the template, the mask, the cut."""
+"""Rows to tokens: the template, the loss mask, truncation."""
 
 import jinja2
 import numpy as np
@@ -30,7 +30,7 @@ def test_row_is_the_template_and_the_end_token(tokenizer):
     assert example.tokens[-1] == tokenizer.eos_token_id
 
 
-def test_loss_is_on_the_answer_and_the_end_token_alone(tokenizer):
+def test_loss_is_only_on_the_answer_and_the_end_token(tokenizer):
     example = encode_record(tokenizer, pair("Why?", "Because."), 512, "answer")
     learned = example.tokens[example.loss_mask]
     assert tokenizer.decode(learned) == " Because.<|endoftext|>"
@@ -43,7 +43,7 @@ def test_train_on_all_learns_every_token_but_the_first(tokenizer):
     assert example.loss_mask[1:].all()
 
 
-def test_prompt_for_generation_is_what_a_training_row_begins_with(tokenizer):
+def test_prompt_for_generation_is_the_start_of_a_training_row(tokenizer):
     example = encode_record(tokenizer, pair("Why  so?", "Because."), 512, "answer")
     prompt = encode_question(tokenizer, " Why  so?\n")
     assert example.tokens[: len(prompt)].tolist() == prompt
@@ -55,7 +55,7 @@ def test_mask_is_exact_where_the_tokenizer_would_merge_across_the_boundary(token
     prompt, completion = "the tr", "aining set"
     joint = tokenizer.encode(prompt + completion, add_special_tokens=False)
     apart = tokenizer.encode(prompt, add_special_tokens=False)
-    assert joint[: len(apart)] != apart  # the trap is there
+    assert joint[: len(apart)] != apart  # the tokenizer does merge across the boundary
     example = encode_record(
         tokenizer, Record("row", prompt=prompt, completion=completion), 99, "answer"
     )
@@ -98,7 +98,7 @@ def test_chat_template_renders_the_same_tokens(tokenizer):
     )
 
 
-def test_cut_answer_keeps_its_beginning_and_gets_no_end_token(tokenizer):
+def test_truncated_answer_keeps_its_beginning_and_gets_no_end_token(tokenizer):
     whole = encode_record(tokenizer, pair("Why?", "Because it is so."), 512, "answer")
     cut = encode_record(tokenizer, pair("Why?", "Because it is so."), len(whole) - 3, "answer")
     np.testing.assert_array_equal(cut.tokens, whole.tokens[:-3])
@@ -107,7 +107,7 @@ def test_cut_answer_keeps_its_beginning_and_gets_no_end_token(tokenizer):
     assert tokenizer.eos_token_id not in cut.tokens
 
 
-def test_rows_with_nothing_left_to_learn_are_set_apart(tokenizer):
+def test_rows_with_nothing_left_to_learn_are_returned_separately(tokenizer):
     records = [pair("Why?", "So."), pair("Why " * 50, "So.")]
     kept, dropped = encode_records(tokenizer, records, 32, "answer")
     assert [example.record for example in kept] == records[:1]

@@ -1,4 +1,4 @@
-"""Rows of every format, and every fault by its line."""
+"""Rows of every format, and every fault with its line."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_every_format_is_read(tmp_path, row, messages, prompt, completion):
     assert record.source == "rows.jsonl line 1"
 
 
-def test_labels_come_along(tmp_path):
+def test_labels_are_read(tmp_path):
     row = {
         "id": 7,
         "question": "Q",
@@ -68,9 +68,9 @@ FAULTS = [
     (b"[" * 100_000, "nested too deeply|not JSON"),
     ({}, r"got the keys \(none\), expected 'question' and 'answer'"),
     ({"questoin": "Q", "answer": "A"}, "got the keys 'questoin', 'answer'"),
-    ({"question": "Q", "answer": "  "}, "answer: got an empty text"),
-    ({"question": 3, "answer": "A"}, "question: got 3, expected a text"),
-    ({"question": "Q", "answer": None}, "answer: got nothing, expected a text"),
+    ({"question": "Q", "answer": "  "}, "answer: got an empty string"),
+    ({"question": 3, "answer": "A"}, "question: got 3, expected a string"),
+    ({"question": "Q", "answer": None}, "answer: got nothing, expected a string"),
     (b'{"question": "Q", "answer": "\\ud800"}', "answer: got half a surrogate pair"),
     ({"messages": []}, r"roles \(none\), expected user and assistant"),
     ({"messages": "hi"}, "messages: expected a list"),
@@ -107,7 +107,7 @@ def test_scan_gives_the_readable_rows_and_the_faults(tmp_path):
     assert [fault.split(":")[0] for fault in faults] == ["line 2"]
 
 
-def test_keys_that_look_like_no_label_are_ignored(tmp_path):
+def test_keys_that_do_not_look_like_a_label_are_ignored(tmp_path):
     row = {"question": "Q", "answer": "A", "source": "s", "level": 1, "tags": [], "split": "x"}
     assert len(read_records(write(tmp_path / "rows.jsonl", [row]))) == 1
 
@@ -157,7 +157,7 @@ def test_folder_is_read_by_split_and_its_faults_by_file(tmp_path):
         ("broken.json", b"[", "not JSON"),
     ],
 )
-def test_file_that_holds_no_rows_is_refused(tmp_path, name, content, message):
+def test_file_without_rows_is_refused(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):

@@ -1,4 +1,4 @@
-"""Files that torch.save wrote, against what torch reads; and files that it never would."""
+"""Files that torch.save wrote, compared with what torch reads; and files that it never writes."""
 
 import io
 import operator
@@ -41,7 +41,7 @@ def read_bytes(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 
 def torch_bytes(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """The naive reference: torch loads it all."""
+    """The naive reference: torch loads everything."""
     return state_bytes(torch.load(path, weights_only=True))
 
 
@@ -155,10 +155,10 @@ class Call:
         return self.call
 
     def __call__(self) -> None:
-        """Only so that pickle takes a call for the function of another."""
+        """Makes it callable: pickle then accepts a `Call` as the function of another one."""
 
 
-class Pickler(pickle._Pickler):  # the one in Python: it can be made to write anything
+class Pickler(pickle._Pickler):  # the pickler in pure Python can be made to write anything
     def persistent_id(self, value: object) -> object:
         return value.value if isinstance(value, Id) else None
 
@@ -197,14 +197,14 @@ def write_archive(
 
 
 def refusal(path: Path) -> str:
-    """The message, without the path: that bears the test's name."""
+    """The message, without the path, because the path contains the test's name."""
     with pytest.raises(WeightsError) as caught:
         read_torch_file(path)
     assert str(path) in str(caught.value)
     return str(caught.value).replace(str(path), "")
 
 
-def test_the_archive_of_these_tests_is_one_that_torch_reads(path: Path) -> None:
+def test_torch_reads_the_archives_of_these_tests(path: Path) -> None:
     write_archive(path, pickled({"a": view(offset=3, shape=(2, 3), strides=(3, 1))}))
     assert read_bytes(path)["a"] == ("float32", (2, 3), NUMBERS[12:36])
     assert read_bytes(path) == torch_bytes(path)
@@ -243,7 +243,7 @@ def test_a_pickle_that_calls_anything_is_refused_and_runs_nothing(
     assert not sentinel.exists()
 
 
-def test_the_evil_pickles_would_run_in_python(tmp_path: Path) -> None:
+def test_the_evil_pickles_run_code_in_python(tmp_path: Path) -> None:
     for name in ("os.system", "eval", "top level", "subprocess"):
         sentinel = tmp_path / name.replace(" ", "-")
         pickle.loads(pickled(evil_values(sentinel)[name]))
@@ -274,7 +274,7 @@ def test_the_refusal_names_what_the_pickle_names(path: Path) -> None:
         "no end": b"\x80\x02}",
         "nothing": b"",
         "text": b"<!DOCTYPE html>",
-        "key that is no text": b"\x80\x02}K\x01K\x02s.",
+        "key that is not a string": b"\x80\x02}K\x01K\x02s.",
         "odd number of items": b"\x80\x02}(X\x01\0\0\0au.",
         "text longer than the file": b"\x80\x02X\xff\xff\xff\x7fabc.",
         "nested protocol 0": b"(dp0\nS'a'\np1\nI1\ns.",
@@ -282,7 +282,7 @@ def test_the_refusal_names_what_the_pickle_names(path: Path) -> None:
     }.items(),
     ids=lambda item: item[0],
 )
-def test_an_instruction_out_of_place_is_refused(path: Path, program: tuple[str, bytes]) -> None:
+def test_an_unexpected_instruction_is_refused(path: Path, program: tuple[str, bytes]) -> None:
     write_archive(path, program[1])
     refusal(path)
 
@@ -309,7 +309,7 @@ def test_a_large_memo_number_costs_no_memory(path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_storage_of_another_description_is_refused(path: Path, identity: Any) -> None:
+def test_a_storage_with_an_unexpected_description_is_refused(path: Path, identity: Any) -> None:
     rebuilt = Call(_rebuild_tensor_v2, Id(*identity), 0, (2,), (1,), False, OrderedDict())
     write_archive(path, pickled({"a": rebuilt}))
     assert "storage" in refusal(path)
@@ -351,7 +351,9 @@ def test_a_storage_longer_than_the_file_is_refused(path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_tensor_that_leaves_its_storage_is_refused(path: Path, numbers: dict[str, Any]) -> None:
+def test_a_tensor_that_does_not_fit_its_storage_is_refused(
+    path: Path, numbers: dict[str, Any]
+) -> None:
     write_archive(path, pickled({"a": view(), "b": view(**numbers)}))
     refusal(path)
 
@@ -376,7 +378,7 @@ def test_all_faulty_tensors_are_listed(path: Path) -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_is_no_flat_state_dict_is_refused(path: Path, value: object, says: str) -> None:
+def test_anything_but_a_flat_state_dict_is_refused(path: Path, value: object, says: str) -> None:
     write_archive(path, pickled(value))
     assert says in refusal(path)
 
@@ -412,17 +414,17 @@ def test_an_archive_without_a_pickle_is_refused(path: Path) -> None:
     assert "data.pkl" in refusal(path)
 
 
-def test_the_older_format_is_refused_with_the_way_to_save_it_again(path: Path) -> None:
+def test_the_older_format_is_refused_with_working_code_to_save_it_again(path: Path) -> None:
     state = torch.nn.Linear(3, 2).state_dict()
     torch.save(state, path, _use_new_zipfile_serialization=False)
     message = refusal(path)
     line = next(line for line in message.splitlines() if "torch.save" in line)
-    code = line[line.index("torch.save") :].split(". Else")[0]
+    code = line[line.index("torch.save") :].split(". Otherwise")[0]
     exec(code.replace(path.name, str(path)), {"torch": torch})
     assert read_bytes(path) == state_bytes(state)
 
 
-def test_a_file_cut_short_anywhere_is_refused(path: Path) -> None:
+def test_a_file_truncated_anywhere_is_refused(path: Path) -> None:
     torch.save({"a": torch.randn(50), "b": torch.randn(3, 4)}, path)
     whole = path.read_bytes()
     for length in range(0, len(whole), 13):
@@ -430,7 +432,7 @@ def test_a_file_cut_short_anywhere_is_refused(path: Path) -> None:
         refusal(path)
 
 
-def test_a_damaged_file_is_read_or_refused_and_nothing_else(path: Path) -> None:
+def test_a_damaged_file_is_either_read_or_refused(path: Path) -> None:
     torch.save(torch.nn.Linear(3, 2).state_dict(), path)
     whole = path.read_bytes()
     random = np.random.default_rng(0)

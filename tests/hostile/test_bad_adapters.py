@@ -60,7 +60,7 @@ def poison(value: float) -> Callable[[dict[str, Any]], object]:
 
 
 EXPORT = "export IN --out copy"
-SAID = f"IN/{CONFIG} holds what is not supported"
+SAID = f"IN/{CONFIG} has settings that are not supported"
 ADAPTERS = [
     # the folder
     bad("no config", lambda f: (f / CONFIG).unlink(), f"No adapter in IN: it has no {CONFIG}"),
@@ -80,12 +80,12 @@ ADAPTERS = [
         lambda f: [(f / CONFIG).unlink(), (f / CONFIG).mkdir()],
         f"Cannot read IN/{CONFIG}: Is a directory",
     ),
-    bad("config elsewhere", link(CONFIG, "/etc/hostname"), f"{CONFIG}: leads to /etc/hostname"),
+    bad("config elsewhere", link(CONFIG, "/etc/hostname"), f"{CONFIG}: links to /etc/hostname"),
     bad("weights elsewhere", link(WEIGHTS, "../x"), f"IN has no {WEIGHTS}"),
     bad(
         "card elsewhere",
         link("README.md", "/etc/passwd"),
-        "README.md: leads to /etc/passwd, expected a file in the folder",
+        "README.md: links to /etc/passwd, expected a file in the folder",
         words=EXPORT,
     ),
     # its config
@@ -97,7 +97,7 @@ ADAPTERS = [
         f"IN/{CONFIG} is not JSON: 'utf-8'",
     ),
     bad("deep config", write(CONFIG, b"[" * 99_999), "nested too deeply"),
-    bad("config of 2 MB", write(CONFIG, b" " * (2 << 20)), "got more than 1 MB"),
+    bad("config of 2 MB", write(CONFIG, b" " * (2 << 20)), "larger than 1 MB"),
     bad("5000 digits", write(CONFIG, b'{"r":' + b"9" * 5000 + b"}"), "limit (4300 digits)"),
     bad("another kind", write(CONFIG, b'{"peft_type": "IA3"}'), "peft_type: got 'IA3', expected"),
     config("rank of a text", SAID, "r: got '8', expected a whole number", r="8"),
@@ -136,7 +136,7 @@ ADAPTERS = [
     config(
         "other targets",
         "transformer.h.0.mlp.dense_h_to_4h.lora_A.weight: got nothing, expected (2, 64)",
-        f"{KEY}: got it, expected no such key",
+        f"{KEY}: unexpected key",
         target_modules=["dense_h_to_4h"],
     ),
     tensors("of another base", lambda t: t.update({FULL: np.ones((2, 99), "f4")}), "(2, 99), exp"),
@@ -144,13 +144,13 @@ ADAPTERS = [
     tensors(
         "a surplus key",
         lambda t: t.update(evil=np.ones(3, "f4")),
-        "evil: got it, expected no such key",
+        "evil: unexpected key",
     ),
     tensors(
         "keys that match nothing",
         lambda t: [t.update({name.lower(): t.pop(name)}) for name in list(t)],
         f"{KEY}: got nothing",
-        f"{KEY.lower()}: got it, expected no such key",
+        f"{KEY.lower()}: unexpected key",
     ),
     tensors(
         "with the prefix and without",
@@ -163,7 +163,7 @@ ADAPTERS = [
     tensors("NaN, pushed", poison(np.nan), "holds NaN", KEY, words="export IN --push me/x"),
     tensors("integers", lambda t: t.update({FULL: np.ones((2, 64), "i4")}), "got int32, expected"),
     bad("half the weights", lambda f: os.truncate(f / WEIGHTS, 900), f"IN/{WEIGHTS} is damaged"),
-    bad("no bytes", write(WEIGHTS, b""), "would be 0 bytes of 0"),
+    bad("no bytes", write(WEIGHTS, b""), "claims 0 bytes in a file of 0"),
     bad("header of 2**62", write(WEIGHTS, b"\xff" * 7 + b"\x3f{}"), "is damaged: ", "expected"),
     bad(
         "offsets beyond the file",
@@ -238,7 +238,7 @@ def test_push_sends_nothing_that_a_link_leads_to(tmp_path, adapter):
             lambda _: None,
             "export ADAPTER --push me/coach",
             "AdapterError",
-            ("README.md: leads to /etc/passwd",),
+            ("README.md: links to /etc/passwd",),
         ),
         root,
         {"ADAPTER": folder},

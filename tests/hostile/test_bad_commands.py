@@ -43,7 +43,9 @@ COMMANDS = [
     mistake(
         "a base that is not there", "generate x --model here/nor/there", "ModelError", "No model at"
     ),
-    mistake("a home of nobody", "generate x --model '~nobody7/x'", "ConfigError", "no such user's"),
+    mistake(
+        "a home of nobody", "generate x --model '~nobody7/x'", "ConfigError", "no home folder here"
+    ),
     mistake(
         "a base of control characters", "generate x --model 'a\x1b[2Jb'", "ModelError", "\\x1b"
     ),
@@ -96,18 +98,22 @@ BOMBS = [
         sparse("run.toml", 100),
         "train --run IN/run.toml",
         "ConfigError",
-        ("more than 64 kB",),
+        ("larger than 64 kB",),
     ),
     Bad(
-        "rows", sparse("a.jsonl", 100), "data check IN/a.jsonl", "DataError", ("more than 256 MB",)
+        "rows",
+        sparse("a.jsonl", 100),
+        "data check IN/a.jsonl",
+        "DataError",
+        ("larger than 256 MB",),
     ),
-    Bad("config", sparse("config.json", 100), "convert IN", "ModelError", ("more than 64 MB",)),
+    Bad("config", sparse("config.json", 100), "convert IN", "ModelError", ("larger than 64 MB",)),
     Bad(
         "adapter",
         sparse_folder("adapter_config.json", "adapter_model.safetensors"),
         "export IN --out copy",
         "AdapterError",
-        ("more than 1 MB",),
+        ("larger than 1 MB",),
     ),
 ]
 

@@ -281,7 +281,7 @@ TORCH = [
         "axes without end",
         pickled(fuzzing.STATE.replace(b"K\x02\x85K\x01\x85", b"(" + b"K\x01" * 99 + b"tq\1h\1")),
         "WeightsError",
-        "calls torch._utils._rebuild_tensor_v2 as torch.save never does",
+        "calls torch._utils._rebuild_tensor_v2 in a way that torch.save never does",
     ),
     source(
         "storage in a parent folder",
@@ -293,7 +293,7 @@ TORCH = [
         "training checkpoint",
         pickled(b"\x80\x02}(X\x05\0\0\0epochK\x03X\x05\0\0\0model}u."),
         "WeightsError",
-        "it is no flat state dict",
+        "it is not a flat state dict",
         "epoch: int",
     ),
     source("list of tensors", pickled(b"\x80\x02]."), "WeightsError", "got a list, expected a st"),
@@ -303,7 +303,7 @@ TORCH = [
         "WeightsError",
         "its numbers are not little-endian",
     ),
-    source("too few tensors", pickled(fuzzing.STATE), "WeightsError", "expected at most 1, as"),
+    source("too few tensors", pickled(fuzzing.STATE), "WeightsError", "expected at most 1, the"),
 ]
 
 FOLDERS = [
@@ -391,7 +391,7 @@ FOLDERS = [
         "dtypes that differ",
         tensors(lambda t: t.update({QKV: t[QKV].astype(np.float16)})),
         "WeightsError",
-        f"{QKV}: got float16, expected float32 as the embedding is",
+        f"{QKV}: got float16, expected float32 like the embedding",
     ),
     source(
         "head that differs",
@@ -411,14 +411,14 @@ FOLDERS = [
         "pointer of Git LFS",
         write(WEIGHTS, "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
         "WeightsError",
-        "is only a pointer of Git LFS",
+        "is only a Git LFS pointer",
     ),
     # a header that lies
-    source("empty file", first_bytes(0), "WeightsError", "would be 0 bytes of 0"),
-    source("half a length", first_bytes(5), "WeightsError", "bytes of 5"),
-    source("half a header", first_bytes(100), "WeightsError", "bytes of 100"),
+    source("empty file", first_bytes(0), "WeightsError", "claims 0 bytes in a file of 0"),
+    source("half a length", first_bytes(5), "WeightsError", "bytes in a file of 5"),
+    source("half a header", first_bytes(100), "WeightsError", "bytes in a file of 100"),
     source("half the numbers", first_bytes(50_000), "WeightsError", "got 50000 bytes, expected"),
-    source("header of 2**63", length(2**63), "WeightsError", "would be 9223372036854775808 bytes"),
+    source("header of 2**63", length(2**63), "WeightsError", "claims 9223372036854775808 bytes"),
     source("header of nothing", length(0), "WeightsError", "bad header: Expecting value"),
     source("header too short", length(10), "WeightsError", "bad header: "),
     source(
@@ -485,7 +485,7 @@ FOLDERS = [
         "offsets beyond the file",
         header(lambda h: h[QKV].update(data_offsets=[1 << 40, (1 << 40) + 49152])),
         "WeightsError",
-        "model.safetensors is not a whole safetensors file: got",
+        "model.safetensors is not a valid safetensors file: got",
     ),
     source(
         "tensors that overlap",
@@ -534,13 +534,13 @@ FOLDERS = [
         "index that names too little",
         shards({"weight_map": {EMBEDDING: "model-1-of-1.safetensors"}}, "model-1-of-1.safetensors"),
         "WeightsError",
-        f"{QKV}: in model-1-of-1.safetensors, in no file by the index",
+        f"{QKV}: in model-1-of-1.safetensors, but the index says no file",
     ),
     # links
     source(
-        "weights elsewhere", link_out(WEIGHTS), "ModelError", f"{WEIGHTS}: leads to", "expected"
+        "weights elsewhere", link_out(WEIGHTS), "ModelError", f"{WEIGHTS}: links to", "expected"
     ),
-    source("merges elsewhere", link_out("merges.txt"), "ModelError", "merges.txt: leads to"),
+    source("merges elsewhere", link_out("merges.txt"), "ModelError", "merges.txt: links to"),
     source(
         "config of the system", link_out("config.json", "/etc/passwd"), "ModelError", "/etc/pas"
     ),
@@ -548,8 +548,8 @@ FOLDERS = [
         "link above",
         link_out("tokenizer.json", "../secret"),
         "ModelError",
-        "tokenizer.json: leads to",
-        "put copies of those files in their place",
+        "tokenizer.json: links to",
+        "replace the links by copies of them",
     ),
     source(
         "link to itself", link_out("config.json", "config.json"), "ModelError", "no config.json"
@@ -624,9 +624,9 @@ BASES = [
         "offsets beyond the file",
         header(lambda h: h[QKV].update(data_offsets=[1 << 40, (1 << 40) + 49152])),
         "WeightsError",
-        "is not a whole safetensors file",
+        "is not a valid safetensors file",
     ),
-    base("weights elsewhere", link_out(WEIGHTS), "ModelError", f"{WEIGHTS}: leads to"),
+    base("weights elsewhere", link_out(WEIGHTS), "ModelError", f"{WEIGHTS}: links to"),
     base("weights are a folder", replaced_by_folder(WEIGHTS), "WeightsError", "Is a directory"),
     base(
         "quantisation of nothing",
@@ -657,7 +657,7 @@ BASES = [
             "normalizer", value={"type": "Precompiled", "precompiled_charsmap": "AAAA"}
         ),
         "ModelError",
-        "normalizer: got a Precompiled one, expected none",
+        "normalizer: got Precompiled, expected another kind",
     ),
     base(
         "id beyond the embedding",

@@ -33,7 +33,7 @@ RUNS = [
     toml("date for a seed", "[train]\nseed = 2024-01-01", "train.seed: got datetime.date", WHOLE),
     toml("text for a rate", '[train]\nlearning_rate = "1e-4"', got("'1e-4'", NUMBER)),
     toml("bool for a rate", "[train]\nlearning_rate = false", got("False", NUMBER)),
-    toml("number for a base", "[model]\nbase = 7", "model.base: " + got("7", "a text")),
+    toml("number for a base", "[model]\nbase = 7", "model.base: " + got("7", "a string")),
     toml("number for a bool", "[lora]\nrslora = 1", "lora.rslora: " + got("1", "true or false")),
     toml("number in targets", "[lora]\ntargets = [1]", got("[1]", "a list of names")),
     toml("no targets", "[lora]\ntargets = []", got("[]", "a list of names")),
@@ -95,7 +95,7 @@ RUNS = [
     toml("UTF-16", "[lora]".encode("utf-16"), "is not UTF-8 at byte 0"),
     toml("surrogate", b'[model]\nbase = "\xed\xa0\x80"', "is not UTF-8 at byte 16"),
     toml("zeros", bytes(100), "is not TOML", "at line 1, column 1"),
-    toml("too large", b"#" * (1 << 17), "got more than 64 kB, expected at most that"),
+    toml("too large", b"#" * (1 << 17), "it is larger than 64 kB"),
     Bad(
         "folder for a run",
         lambda folder: (folder / "run.toml").mkdir(),
@@ -126,7 +126,7 @@ RUNS = [
         "lora.rank: got 0",
     ),
     override(
-        "no such run", "--run D", "No run 'D': expected A, B, C, mini, or a .toml file's path"
+        "no such run", "--run D", "No run 'D': expected A, B, C, mini, or the path of a .toml file"
     ),
     override("a path of 5000 letters", f"--run {'a' * 5000}.toml", "File name too long"),
 ]

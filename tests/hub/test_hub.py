@@ -1,4 +1,4 @@
-"""Pulling and pushing, against a Hub on loopback; the cache is compared with the library's own."""
+"""Pull and push against a local Hub server; the cache is compared with the library's own."""
 
 import contextlib
 import errno
@@ -27,7 +27,7 @@ from interviewmate_mlx.hub import cache as hub_cache
 from interviewmate_mlx.hub.pull import PulledFolder, pull, pull_dataset
 from interviewmate_mlx.hub.push import push
 
-# The library's own, where it uploads without Xet.
+# The library's own warning, where it uploads without Xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 FALCON = "tiiuae/falcon-rw-1b"
@@ -79,7 +79,7 @@ def falcon(write: Write) -> Path:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., HubServer]]:
-    """Start a Hub that the library of this process talks to, with an empty cache; no pauses."""
+    """Start a Hub server for this process, with an empty cache and no pauses between attempts."""
     monkeypatch.setattr(hub_cache, "_PAUSES_S", (0.0, 0.0))
     with contextlib.ExitStack() as stack:
 
@@ -136,13 +136,13 @@ def test_pull_takes_the_shards_that_the_index_names_and_no_others(serve, write, 
 @pytest.mark.parametrize(
     ("index", "said"),
     [
-        ('{"weight_map": {"a": "gone.bin"}}', "gone.bin is not there"),
-        ('{"weight_map": {"a": "sub/x.bin"}}', "sub/x.bin is not there"),
+        ('{"weight_map": {"a": "gone.bin"}}', "gone.bin is missing"),
+        ('{"weight_map": {"a": "sub/x.bin"}}', "sub/x.bin is missing"),
         ('{"weight_map": [1]}', "it is not an index"),
         ("not JSON", "it is not an index"),
     ],
 )
-def test_pull_refuses_a_faulty_index(serve, write, index, said):
+def test_pull_refuses_a_wrong_index(serve, write, index, said):
     folder = write("repo", "config.json", "sub/x.bin")
     (folder / "pytorch_model.bin.index.json").write_text(index)
     serve({FALCON: folder})
@@ -237,7 +237,7 @@ def test_a_disk_without_links_gets_the_files_themselves(serve, falcon, monkeypat
     assert pull(FALCON) == pulled
 
 
-def test_progress_counts_every_byte_that_is_fetched_and_ends_at_the_whole(serve, falcon, capfd):
+def test_progress_counts_every_downloaded_byte_and_ends_at_the_total(serve, falcon, capfd):
     serve({FALCON: falcon})
     calls = []
     pull(FALCON, progress=lambda *numbers: calls.append(numbers))
@@ -249,21 +249,21 @@ def test_progress_counts_every_byte_that_is_fetched_and_ends_at_the_whole(serve,
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_empty_file_is_pulled_and_given_up_like_others(serve, write):
+def test_an_empty_file_is_pulled_and_retried_like_others(serve, write):
     hub = serve(
         {FALCON: write("repo", "config.json", "merges.txt", "model.safetensors", merges=b"")}
     )
     hub.fail(503, "merges.txt", times=3)
-    with pytest.raises(HubError, match=r"has failed \(503\)"):
+    with pytest.raises(HubError, match=r" failed \(503\)"):
         pull(FALCON)
     assert (pull(FALCON).path / "merges.txt").read_bytes() == b""
 
 
-# cut connections
+# interrupted connections
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-def test_a_cut_download_goes_on_by_range_and_its_bytes_are_right(serve, falcon, reset):
+def test_an_interrupted_download_resumes_by_range_with_the_right_bytes(serve, falcon, reset):
     hub = serve({FALCON: falcon})
     hub.cut("pytorch_model.bin", after=100_000, reset=reset)
     pulled = pull(FALCON)
@@ -271,7 +271,7 @@ def test_a_cut_download_goes_on_by_range_and_its_bytes_are_right(serve, falcon, 
     assert (pulled.path / "pytorch_model.bin").read_bytes() == WEIGHTS
 
 
-def test_a_download_cut_many_times_goes_on_as_long_as_each_attempt_brings_bytes(serve, falcon):
+def test_a_download_interrupted_many_times_goes_on_while_each_attempt_fetches_bytes(serve, falcon):
     hub = serve({FALCON: falcon})
     hub.cut("pytorch_model.bin", after=20_000, times=14)
     pulled = pull(FALCON)
@@ -283,7 +283,7 @@ def test_what_arrived_before_a_failed_run_is_kept_for_the_next_one(serve, falcon
     hub = serve({FALCON: falcon})
     hub.cut("pytorch_model.bin", after=100_000)
     hub.cut("pytorch_model.bin", after=0, times=2)
-    with pytest.raises(HubError, match=r"100\.0 kB of 300\.0 kB are here, and kept"):
+    with pytest.raises(HubError, match=r"100\.0 kB of 300\.0 kB have arrived and are kept"):
         pull(FALCON)
     assert weight_requests(hub) == [None, "bytes=100000-", "bytes=100000-"]
     hub.requests.clear()
@@ -295,7 +295,7 @@ def test_what_arrived_before_a_failed_run_is_kept_for_the_next_one(serve, falcon
     assert not list((pulled.path.parents[1] / "blobs").glob("*.incomplete"))
 
 
-def test_a_killed_download_is_taken_up_by_the_next_process(serve, falcon):
+def test_a_killed_download_is_resumed_by_the_next_process(serve, falcon):
     hub = serve({FALCON: falcon})
     script = (
         "import os\n"
@@ -343,7 +343,7 @@ def test_two_pulls_at_once_fetch_each_file_once(serve, falcon):
     assert len(weight_requests(hub)) == 1
 
 
-# who may read
+# access
 
 
 def test_the_token_reaches_the_hub_and_never_the_storage_of_another_origin(
@@ -362,29 +362,29 @@ def test_a_missing_or_private_model_says_how_to_log_in(serve, falcon):
         with pytest.raises(HubError) as caught:
             pull(name)
         assert str(caught.value) == (
-            f"There is no model {name} that is open to all (401).\n"
+            f"There is no public model {name} (401).\n"
             "Check the spelling; if it is private, run `hf auth login`, or set HF_TOKEN."
         )
 
 
-def test_a_missing_model_for_a_user_says_that_the_token_may_not_see_it(serve, monkeypatch):
+def test_a_missing_model_for_a_user_says_that_the_token_may_have_no_access(serve, monkeypatch):
     serve()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(HubError) as caught:
         pull(FALCON)
     assert str(caught.value) == (
-        f"There is no model {FALCON} or your token may not see it (404).\nCheck the spelling."
+        f"There is no model {FALCON}, or your token has no access to it (404).\nCheck the spelling."
     )
 
 
-def test_a_refused_token_is_said_to_be_refused(serve, falcon, monkeypatch):
+def test_a_refused_token_is_reported_as_refused(serve, falcon, monkeypatch):
     hub = serve({FALCON: falcon})
     monkeypatch.setenv("HF_TOKEN", "hf_OutOfDate0123456789")
     with pytest.raises(HubError) as caught:
         pull(FALCON)
     assert str(caught.value) == (
         "The Hub refuses your token (401): it is mistyped, expired or revoked.\n"
-        f"Make one at {hub.endpoint}/settings/tokens and run `hf auth login`, or set HF_TOKEN."
+        f"Create one at {hub.endpoint}/settings/tokens and run `hf auth login`, or set HF_TOKEN."
     )
 
 
@@ -397,7 +397,7 @@ def test_a_gated_model_says_where_to_ask(serve, falcon, monkeypatch, token):
         pull(FALCON)
     then = "" if token else ", then run `hf auth login`, or set HF_TOKEN"
     assert str(caught.value) == (
-        f"The model {FALCON} is gated: its owners grant access.\n"
+        f"The model {FALCON} is gated: its owners must give access.\n"
         f"Ask for it at {hub.endpoint}/{FALCON}{then}."
     )
 
@@ -408,7 +408,7 @@ def test_a_missing_revision_is_named(serve, falcon):
         pull(FALCON, "refs/pr/99")
     assert str(caught.value) == (
         f"The model {FALCON} has no revision 'refs/pr/99'.\n"
-        f"See {hub.endpoint}/{FALCON}/tree/main for those it has."
+        f"Choose one of those at {hub.endpoint}/{FALCON}/tree/main."
     )
 
 
@@ -427,38 +427,38 @@ def test_an_impossible_name_is_refused_without_a_request(serve, name):
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        (403, r"Your token may not open the model .* \(403\): it lacks the right to read it"),
-        (404, r"There is no model .* that is open to all \(404\)"),
+        (403, r"Your token has no permission to read the model .* \(403\)"),
+        (404, r"There is no public model .* \(404\)"),
         (429, r"too many requests from here \(429\)"),
-        (500, r"The Hub at 127.0.0.1 has failed \(500\)"),
-        (503, r"The Hub at 127.0.0.1 has failed \(503\)"),
-        (418, r"127.0.0.1 does not accept this for the model .* \(418\): Short and stout"),
+        (500, r"The Hub at 127.0.0.1 failed \(500\)"),
+        (503, r"The Hub at 127.0.0.1 failed \(503\)"),
+        (418, r"127.0.0.1 rejects the request for the model .* \(418\): Short and stout"),
     ],
 )
-def test_an_answer_that_refuses_is_told_at_once(serve, falcon, path, status, said):
+def test_a_refusing_response_is_reported_at_once(serve, falcon, path, status, said):
     hub = serve({FALCON: falcon})
     hub.fail(status, path, message="Short and stout")
-    start = time.monotonic()
     with pytest.raises(HubError, match=said):
         pull(FALCON)
-    assert time.monotonic() - start < 3
+    is_retried = path == "/resolve/" and (status == 429 or status >= 500)
+    assert len(hub.lines(path)) == (3 if is_retried else 1)
 
 
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        (403, r"does not accept this for the model .* \(403\): Signature expired"),
-        (500, r"has failed \(500\)"),
+        (403, r"rejects the request for the model .* \(403\): Signature expired"),
+        (500, r"failed \(500\)"),
     ],
 )
-def test_a_storage_that_refuses_is_not_taken_for_a_matter_of_tokens(serve, falcon, status, said):
+def test_a_storage_that_refuses_is_not_reported_as_a_token_problem(serve, falcon, status, said):
     hub = serve({FALCON: falcon})
     hub.fail(status, "GET /storage/", message="Signature expired")
     with pytest.raises(HubError, match=f"^127.0.0.1 {said}|^The Hub at 127.0.0.1 {said}"):
         pull(FALCON)
 
 
-def test_a_hub_that_fails_in_passing_does_not_stop_a_download(serve, falcon):
+def test_a_hub_that_fails_briefly_does_not_stop_a_download(serve, falcon):
     hub = serve({FALCON: falcon})
     hub.fail(503, "GET /storage/", times=2)
     assert names_in(pull(FALCON).path) == NEEDED
@@ -469,17 +469,15 @@ def test_a_pull_without_network_says_so_at_once(serve, monkeypatch, tmp_path):
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
         point_library_at(endpoint, monkeypatch, tmp_path / "home")
-        start = time.monotonic()
         with pytest.raises(HubError) as caught:
             pull(FALCON)
-    assert time.monotonic() - start < 3
     assert str(caught.value) == (
         f"Cannot reach {endpoint}.\nCheck the network and HF_ENDPOINT, and run it again."
     )
 
 
 def test_a_hub_that_never_answers_is_given_up(serve, monkeypatch, tmp_path):
-    monkeypatch.setattr("interviewmate_mlx.hub.pull.ANSWER_WITHIN_S", 0.2)
+    monkeypatch.setattr("interviewmate_mlx.hub.pull.REQUEST_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         point_library_at(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch, tmp_path)
         with pytest.raises(HubError, match=r"does not answer\.\nCheck the network"):
@@ -493,17 +491,17 @@ def test_a_hub_that_never_answers_is_given_up(serve, monkeypatch, tmp_path):
         ("http://[::1", "HF_ENDPOINT is not an address"),
     ],
 )
-def test_an_endpoint_that_is_no_address_is_named(monkeypatch, tmp_path, endpoint, said):
+def test_an_endpoint_that_is_not_an_address_is_named(monkeypatch, tmp_path, endpoint, said):
     point_library_at(endpoint, monkeypatch, tmp_path)
     with pytest.raises(HubError, match=said):
         pull(FALCON)
 
 
-def test_a_page_that_is_no_hub_is_said_to_be_none(serve, falcon, monkeypatch):
+def test_a_page_that_is_not_a_hub_is_reported_as_such(serve, falcon, monkeypatch):
     hub = serve({FALCON: falcon})
     portal = httpx2.Response(200, html="<p>Log in", request=httpx2.Request("GET", hub.endpoint))
     monkeypatch.setattr(httpx2.Client, "get", lambda *_, **__: portal)
-    with pytest.raises(HubError, match="answers, but not as a Hub does"):
+    with pytest.raises(HubError, match="answers, but not like a Hub"):
         pull(FALCON)
 
 
@@ -523,11 +521,11 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(serve, f
     assert len(hub.requests) == 1
 
 
-def test_what_is_kept_of_a_cut_download_needs_no_disk_again(serve, falcon, monkeypatch):
+def test_a_kept_partial_download_needs_no_disk_space_again(serve, falcon, monkeypatch):
     hub = serve({FALCON: falcon})
     hub.cut("pytorch_model.bin", after=250_000)
     hub.cut("pytorch_model.bin", after=0, times=2)
-    with pytest.raises(HubError, match="and kept"):
+    with pytest.raises(HubError, match="and are kept"):
         pull(FALCON)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 0, 50_000))
@@ -544,7 +542,7 @@ def test_a_disk_that_fills_up_keeps_what_has_arrived(serve, falcon, monkeypatch)
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(hub_cache, "_append", append_then_fill)
-    with pytest.raises(HubError, match="is full; what has arrived is kept"):
+    with pytest.raises(HubError, match=r"is full\. What has arrived is kept"):
         pull(FALCON)
     monkeypatch.setattr(hub_cache, "_append", append)
     assert names_in(pull(FALCON).path) == NEEDED
@@ -553,7 +551,7 @@ def test_a_disk_that_fills_up_keeps_what_has_arrived(serve, falcon, monkeypatch)
 def test_a_cache_that_cannot_be_written_is_named(serve, falcon, tmp_path):
     serve({FALCON: falcon})
     (tmp_path / "home").write_text("a file")
-    with pytest.raises(HubError, match=r"home.*: Not a directory\.\nCheck who may use it, or set"):
+    with pytest.raises(HubError, match=r"home.*: Not a directory\.\nCheck its permissions, or"):
         pull(FALCON)
 
 
@@ -561,7 +559,7 @@ def test_a_cache_that_cannot_be_written_is_named(serve, falcon, tmp_path):
 
 
 @pytest.mark.parametrize("down", [True, False], ids=["no network", "failing"])
-def test_a_pulled_model_serves_without_the_hub_with_a_word_about_it(serve, falcon, caplog, down):
+def test_a_pulled_model_is_used_without_the_hub_with_a_warning(serve, falcon, caplog, down):
     hub = serve({FALCON: falcon})
     pulled = pull(FALCON)
     if down:
@@ -570,7 +568,7 @@ def test_a_pulled_model_serves_without_the_hub_with_a_word_about_it(serve, falco
         hub.fail(503, "/api/")
     with caplog.at_level(logging.WARNING):
         assert pull(FALCON) == pulled
-    reason = f"Cannot reach {hub.endpoint}." if down else "The Hub at 127.0.0.1 has failed (503)."
+    reason = f"Cannot reach {hub.endpoint}." if down else "The Hub at 127.0.0.1 failed (503)."
     assert caplog.messages == [f"{reason}\nUsing commit {pulled.revision[:8]} from the cache."]
 
 
@@ -578,11 +576,11 @@ def test_a_model_that_is_gone_from_the_hub_is_not_taken_from_the_cache(serve, fa
     hub = serve({FALCON: falcon})
     pull(FALCON)
     del hub.repos[FALCON]
-    with pytest.raises(HubError, match="There is no model"):
+    with pytest.raises(HubError, match="There is no public model"):
         pull(FALCON)
 
 
-def test_offline_a_complete_copy_serves_by_branch_and_by_commit(serve, falcon, monkeypatch):
+def test_offline_a_complete_copy_is_used_by_branch_and_by_commit(serve, falcon, monkeypatch):
     hub = serve({FALCON: falcon})
     pulled = pull(FALCON)
     hub.requests.clear()
@@ -594,19 +592,21 @@ def test_offline_a_complete_copy_serves_by_branch_and_by_commit(serve, falcon, m
 
 
 @pytest.mark.parametrize("missing", ["pytorch_model.bin", "config.json"])
-def test_offline_an_incomplete_copy_does_not_serve(serve, falcon, monkeypatch, missing):
+def test_offline_an_incomplete_copy_is_not_used(serve, falcon, monkeypatch, missing):
     serve({FALCON: falcon})
     (pull(FALCON).path / missing).unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError) as caught:
         pull(FALCON)
     assert str(caught.value) == (
-        f"HF_HUB_OFFLINE is set: no way to the model {FALCON}.\n"
-        "Unset it to pull it: the cache does not hold all of it."
+        f"HF_HUB_OFFLINE is set: cannot reach the model {FALCON}.\n"
+        "Unset it to download the files that the cache lacks."
     )
 
 
-def test_the_environment_alone_leads_a_new_process_to_hub_and_cache(serve, falcon, monkeypatch):
+def test_environment_variables_alone_lead_a_new_process_to_hub_and_cache(
+    serve, falcon, monkeypatch
+):
     hub = serve({FALCON: falcon}, private=(FALCON,))
     script = f"from interviewmate_mlx.hub.pull import pull; print(pull({FALCON!r}).path)"
 
@@ -661,9 +661,9 @@ def test_pull_dataset_refuses_a_set_without_a_train_file_and_names_what_there_is
     assert "load_dataset('owner/questions')['train'].to_json('train.jsonl')" in str(caught.value)
 
 
-def test_a_missing_data_set_is_said_to_be_a_data_set(serve):
+def test_a_missing_data_set_is_called_a_data_set(serve):
     serve()
-    with pytest.raises(HubError, match="There is no data set owner/questions that is open to all"):
+    with pytest.raises(HubError, match="There is no public data set owner/questions"):
         pull_dataset("owner/questions")
 
 
@@ -678,7 +678,7 @@ def adapter(write: Write) -> Path:
     return folder
 
 
-def test_push_makes_the_repository_and_uploads_what_users_expect(
+def test_push_creates_the_repository_and_uploads_the_files_of_an_adapter(
     serve, adapter, monkeypatch, capfd
 ):
     hub = serve()
@@ -741,11 +741,13 @@ def test_push_offline_says_what_to_unset(serve, adapter, monkeypatch):
 @pytest.mark.parametrize(
     ("token", "said"),
     [
-        (READ_TOKEN, rf"may not open the model {USER}/coach \(403\): it lacks the right to write"),
+        (READ_TOKEN, rf"has no permission to write to the model {USER}/coach \(403\)"),
         ("hf_OutOfDate0123456789", r"The Hub refuses your token \(401\)"),
     ],
 )
-def test_push_with_a_token_that_may_not_write_says_so(serve, adapter, monkeypatch, token, said):
+def test_push_with_a_token_without_write_permission_says_so(
+    serve, adapter, monkeypatch, token, said
+):
     hub = serve()
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(HubError, match=said):
@@ -756,12 +758,12 @@ def test_push_with_a_token_that_may_not_write_says_so(serve, adapter, monkeypatc
 @pytest.mark.parametrize(
     ("status", "path", "said"),
     [
-        (500, "/api/repos/create", "has failed .500."),
-        (400, "/commit/", "does not accept this for the model .* .400.: Short and stout"),
-        (400, "PUT /storage/", "does not accept this for the model .* .400.: Short and stout"),
+        (500, "/api/repos/create", " failed .500."),
+        (400, "/commit/", "rejects the request for the model .* .400.: Short and stout"),
+        (400, "PUT /storage/", "rejects the request for the model .* .400.: Short and stout"),
     ],
 )
-def test_a_push_that_the_hub_refuses_is_told(serve, adapter, monkeypatch, status, path, said):
+def test_a_push_that_the_hub_refuses_is_reported(serve, adapter, monkeypatch, status, path, said):
     hub = serve()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.fail(status, path, message="Short and stout")
