@@ -61,7 +61,7 @@ def check_out(out: Path, resume: bool, replace: bool = False) -> None:
             )
         clear_leftovers(out / FOLDER / PATTERN)
         return
-    clear_leftovers(out / RUN_FILE)
+    clear_leftovers(out / "*")
     if all(path.name == LOCK_FILE for path in out.iterdir()):
         return
     if not replace:
