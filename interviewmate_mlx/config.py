@@ -5,6 +5,7 @@ The defaults are defined here and nowhere else. They are those of Run A.
 
 import difflib
 import math
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -47,6 +48,10 @@ def _is_name(value: str) -> bool:
     return bool(value.strip()) and is_utf8(value)
 
 
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """[model]"""
@@ -60,10 +65,11 @@ class ModelConfig:
 class LoraConfig:
     """[lora]"""
 
-    rank: int = _at_least(8, 1)
-    alpha: float = _above_zero(16.0)
+    rank: int = _at_least(8, 1)  # of the two matrices that stand for a layer's change
+    alpha: float = _above_zero(16.0)  # their product is scaled by alpha / rank
+    # share of a layer's inputs that the LoRA does not see, drawn anew each step
     dropout: float = _option(0.05, lambda v: 0 <= v < 1, "from 0 to below 1")
-    targets: tuple[str, ...] = ("query_key_value",)
+    targets: tuple[str, ...] = ("query_key_value",)  # layers that get one, in every block
     rslora: bool = False  # scale by alpha / sqrt(rank)
 
 
@@ -80,19 +86,27 @@ class DataConfig:
 class TrainConfig:
     """[train]"""
 
-    epochs: int = _at_least(3, 1)
-    batch_size: int = _at_least(1, 1)
-    grad_accumulation: int = _at_least(4, 1)
-    learning_rate: float = _above_zero(2e-4)
-    schedule: str = _one_of("linear", "cosine", "constant")
+    epochs: float = _above_zero(3.0)  # times over the training rows; 0.5 is half of them once
+    max_steps: int = _at_least(0, 0)  # the run ends there at the latest; 0: where epochs end
+    batch_size: int = _at_least(1, 1)  # rows; only its product with grad_accumulation counts
+    grad_accumulation: int = _at_least(4, 1)  # batches in one step
+    learning_rate: float = _above_zero(2e-4)  # after the warmup
+    schedule: str = _one_of("linear", "cosine", "constant")  # from there to 0, or level
     warmup_ratio: float = _option(0.03, lambda v: 0 <= v <= 1, "from 0 to 1")  # share of the steps
-    weight_decay: float = _at_least(0.0, 0)
+    weight_decay: float = _at_least(0.0, 0)  # AdamW's, of LoRA A and B
     max_grad_norm: float = _at_least(1.0, 0)  # 0: no clipping
     save_every: int = _at_least(50, 0)  # steps; 0: only when validating
     keep_checkpoints: int = _at_least(2, 1)  # how many of the newest; each holds the best adapter
     gradient_checkpointing: bool = False  # less memory, for one more forward pass a step
     memory_gb: float = _at_least(0.0, 0)  # that training may use; 0: what the machine can give
+    # of LoRA's first values, the order of the rows, and dropout
     seed: int = _option(42, lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the whole run."""
+        # Rounded: 0.1 * 30 is a little more than 3.
+        steps = max(1, math.ceil(round(self.epochs * steps_per_epoch, 6)))
+        return min(steps, self.max_steps or steps)
 
     @property
     def effective_batch(self) -> int:
@@ -110,7 +124,7 @@ class ValidateConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run, and the name of its adapter folder.
+    """A whole run. `name` is a key above the tables; by default it is the file's name.
 
     Raises:
         ConfigError: values are out of range. All of them are named.
@@ -164,15 +178,24 @@ def load_run(run: str, overrides: Iterable[str] = ()) -> RunConfig:
             keys and values are named.
     """
     name, text = _find_run(run)
-    tables = _parse_toml(run, text)
-    faults: list[str] = []
-    for override in overrides:
-        _apply_override(tables, override, faults)
-    return _from_tables(name, tables, faults, where=run)
+    return _from_tables(name, _parse_toml(run, text), overrides, where=run)
+
+
+def override_run(run: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """A copy of a run with single keys overridden, as by `load_run`.
+
+    Raises:
+        ConfigError: as for `load_run`.
+    """
+    return _from_tables(run.name, asdict(run), overrides, where=run.name)
 
 
 def parse_run(name: str, text: str) -> RunConfig:
     """Parse a run from what `to_toml` returned.
+
+    Args:
+        name: of a run that has none in its text.
+        text: TOML.
 
     Raises:
         ConfigError: as for `load_run`.
@@ -182,7 +205,7 @@ def parse_run(name: str, text: str) -> RunConfig:
 
 def to_toml(run: RunConfig) -> str:
     """The run as TOML. `load_run` reads it back to an equal run."""
-    lines = [f"# {_escape(run.name)}, every key resolved"]
+    lines = ["# Every key of the run, with its value", f"name = {_toml(run.name)}"]
     for table in _TABLES:
         lines += ["", f"[{table}]"]
         lines += [f"{key} = {_toml(value)}" for key, value in asdict(getattr(run, table)).items()]
@@ -222,7 +245,8 @@ def _find_run(run: str) -> tuple[str, str]:
             f"Give a .toml file that you may read, or {', '.join(shipped_runs())}."
         ) from error
     try:
-        return path.stem, data.decode("utf-8-sig")
+        name = os.fsencode(path.stem).decode(errors="replace")  # TOML holds no other
+        return name, data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{run} is not UTF-8 at byte {error.start}.\nSave it as UTF-8."
@@ -263,10 +287,20 @@ def _apply_override(tables: dict[str, Any], override: str, faults: list[str]) ->
         content[name] = value
 
 
-def _from_tables(name: str, tables: dict[str, Any], faults: list[str], where: str) -> RunConfig:
+def _from_tables(
+    name: str, tables: dict[str, Any], overrides: Iterable[str], where: str
+) -> RunConfig:
+    faults: list[str] = []
+    for override in overrides:
+        _apply_override(tables, override, faults)
     parts = {}
     for table, content in tables.items():
-        if not isinstance(content, dict):
+        if table == "name":
+            name = content
+            if not _is_file_name(name):
+                shown = brief(name, _MAX_SHOWN_CHARS)
+                faults.append(f"name: got {shown}, expected a name without /")
+        elif not isinstance(content, dict):
             owners = [f"[{t}]" for t, kind in _TABLES.items() if table in get_type_hints(kind)]
             expected = f"it in {' or '.join(owners)}" if owners else "a table"
             faults.append(f"{table}: got {brief(content, _MAX_SHOWN_CHARS)}, expected {expected}")

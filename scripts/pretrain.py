@@ -48,6 +48,7 @@ from interviewmate_mlx.training.task import choose_executor
 
 # What may differ when a run goes on: it changes speed, or the card, but not the weights.
 FREE = ("text", "then", "out", "resume", "sources", "save_minutes", "microbatch")
+RECIPE_FILE = "recipe.json"
 PLAIN_LINE_STEPS = 20
 SAMPLE_ROWS = 32  # of the held-out ones, at each checkpoint: a trend for little time
 
@@ -132,7 +133,7 @@ def keep_recipe(args: argparse.Namespace, work: Path) -> None:
         raise TrainingError(f"{args.out} exists already.\nRemove it, or choose another --out.")
     if checkpoints(work) and not args.resume:
         raise TrainingError(f"{work} holds a run.\nGo on with --resume, or remove it.")
-    path = work / "recipe.json"
+    path = work / RECIPE_FILE
     began = read_json(path) if path.is_file() else recipe
     if changed := [name for name, value in recipe.items() if began.get(name) != value]:
         raise TrainingError(
@@ -182,7 +183,7 @@ def train(
     """Train to the last step or until `stop`, from the newest checkpoint if there is one."""
     step = Step(model, optimizer, args.max_grad_norm, executor)
     loss_of = total_loss(model, executor)
-    state = State()
+    state = State((work / RECIPE_FILE).read_text(encoding="utf-8"))
     if found := load_newest(work):
         restore(found, model, optimizer)
         state = found.state

@@ -17,7 +17,9 @@ from hub_server import TOKEN, USER, HubServer
 from interviewmate_mlx import __version__
 from interviewmate_mlx.base.convert import convert
 from interviewmate_mlx.cli import main
+from interviewmate_mlx.cli.options import chosen_run
 from interviewmate_mlx.coach import generate
+from interviewmate_mlx.config import RunConfig, load_run
 from interviewmate_mlx.data.prompts import encode_question
 
 SHOWN: dict[str, str] = {}  # an option -> the test that shows its effect
@@ -203,6 +205,56 @@ def test_train_takes_overrides(imate, small):
     assert {min(array.shape) for array in weights.values()} == {3}
 
 
+KEY_OPTIONS = {  # what users type often, and the key that it is
+    "--data": ("data.path", "my rows/a=b"),
+    "--epochs": ("train.epochs", "0.5"),
+    "--lr": ("train.learning_rate", "1e-3"),
+    "--max-steps": ("train.max_steps", "7"),
+    "--seed": ("train.seed", "5"),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "bench"])
+@pytest.mark.parametrize("option", KEY_OPTIONS)
+def test_short_option_is_its_set(command, option):
+    key, value = KEY_OPTIONS[option]
+
+    def run_of(*words: str) -> RunConfig:
+        found = main.get_command(click.Context(main), command)
+        return chosen_run(found.make_context(command, list(words)))
+
+    run = run_of(option, value)
+    assert run == run_of("--set", f"{key}={value}") == load_run("A", [f"{key}={value}"])
+    assert run != load_run("A")
+    with pytest.raises(click.UsageError, match=f"{option} is --set {key}: give one of them"):
+        run_of(option, value, "--set", f"{key}={value}")
+
+
+for _command in ("train", "bench"):
+    for _option in KEY_OPTIONS:
+        shows(f"{_command} {_option}")(test_short_option_is_its_set)
+
+
+@shows("train --dry-run")
+def test_dry_run_says_what_it_will_take_and_writes_nothing(imate, small):
+    result = imate("train", *small, "--dry-run")
+    assert result.stdout.splitlines()[:2] == [
+        "12 rows to train on, 4 to validate on",
+        "3 steps, 3 an epoch",
+    ]
+    assert re.search(r"\nabout \S+ kB of disk for checkpoints\n", result.stdout)
+    last = result.stdout.splitlines()[-1]
+    assert re.fullmatch(
+        r"about \d+s of training and \d+s for 2 validations, at \d+ tokens/s "
+        r"\(measured over 2 steps\)",
+        last,
+    )
+    facts = json.loads(imate("train", *small, "--dry-run", "--json").stdout)
+    assert (facts["total_steps"], facts["num_validations"]) == (3, 2)
+    assert facts["training_s"] > 0
+    assert list(Path().iterdir()) == []
+
+
 @shows("train --model")
 def test_train_takes_another_base(imate, small, other_base):
     imate("train", *small, "--model", other_base)
@@ -235,6 +287,9 @@ def test_train_goes_on_with_resume(imate, small, signal_after):
     # The folder knows its run.
     imate("train", "--out", "again", "--resume")
     assert Path("again", name).read_bytes() == Path("adapters/run_A", name).read_bytes()
+    longer = imate("train", "--out", "again", "--resume", "--epochs", 5)
+    assert "changed on purpose: train.epochs 4.0 -> 5.0; the learning rate" in longer.stderr
+    assert read_json(Path("again/summary.json"))["steps"] == 15
 
 
 @shows("train --force")

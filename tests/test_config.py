@@ -13,6 +13,7 @@ from interviewmate_mlx.config import (
     TrainConfig,
     ValidateConfig,
     load_run,
+    override_run,
     parse_run,
     shipped,
     shipped_runs,
@@ -130,6 +131,7 @@ def test_every_key_of_a_file_is_read(write_run):
         train_on = "all"
         [train]
         epochs = 5
+        max_steps = 11
         batch_size = 2
         grad_accumulation = 3
         learning_rate = 1
@@ -153,7 +155,7 @@ def test_every_key_of_a_file_is_read(write_run):
         model=ModelConfig("models/mine", "bfloat16"),
         lora=LoraConfig(16, 32.0, 0.0, ("dense", "query_key_value"), True),
         data=DataConfig("rows", 128, "all"),
-        train=TrainConfig(5, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, True, 6.5, 0),
+        train=TrainConfig(5.0, 11, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, True, 6.5, 0),
         validate=ValidateConfig(10, 2),
     )
     defaults = RunConfig()
@@ -205,7 +207,7 @@ def test_file_that_cannot_be_parsed_is_refused_with_the_place(write_run, content
     ("content", "said"),
     [
         ("[lora]\nrnak = 8", "unknown key lora.rnak; did you mean lora.rank?"),
-        ("[train]\nlr = 1", "unknown key train.lr; expected one of epochs, batch_size, grad_ac"),
+        ("[train]\nlr = 1", "unknown key train.lr; expected one of epochs, max_steps, batch"),
         ("[lorra]\nrank = 8", "unknown table [lorra]; did you mean lora?"),
         ("[optimizer]\nx = 8", "unknown table [optimizer]; expected one of model, lora, data,"),
         ("lora = 8", "lora: got 8, expected a table"),
@@ -256,7 +258,9 @@ RANGES = [
     ("data.path", "x", "\udcff", "a name or a path, in Unicode"),
     ("model.base", "x", "", "a name or a path, in Unicode"),
     ("model.dtype", "float16", "fp16", "one of auto, float32, bfloat16, float16"),
-    ("train.epochs", "1", "0", "at least 1"),
+    ("train.epochs", "0.01", "0", "above 0"),
+    ("train.epochs", "1e6", "inf", "above 0"),
+    ("train.max_steps", "0", "-1", "at least 0"),
     ("train.batch_size", "1", "0", "at least 1"),
     ("train.grad_accumulation", "1", "0", "at least 1"),
     ("train.learning_rate", "1e-9", "-1e-9", "above 0"),
@@ -301,7 +305,7 @@ def test_all_faults_are_named_at_once(write_run):
         "  train.seed: got 1.5, expected a whole number",
         "  lora.rank: got 0, expected at least 1",
         "  data.train_on: got 'x', expected one of answer, all",
-        "  train.epochs: got 0, expected at least 1",
+        "  train.epochs: got 0.0, expected above 0",
     ]
 
 
@@ -406,11 +410,44 @@ def test_number_comes_back_exactly(number):
 
 def test_toml_names_every_key_so_that_later_defaults_change_nothing():
     text = to_toml(RunConfig())
-    assert text.startswith("# custom, every key resolved\n\n[model]\nbase = ")
+    assert text.startswith(
+        '# Every key of the run, with its value\nname = "custom"\n\n[model]\nbase = '
+    )
     for table in ("model", "lora", "data", "train", "validate"):
         body = text.split(f"[{table}]\n")[1].split("\n\n")[0]
         keys = [line.split(" = ")[0] for line in body.splitlines()]
         assert keys == list(asdict(getattr(RunConfig(), table)))
+
+
+def test_name_is_a_key_of_the_run_or_else_the_file_s(write_run):
+    assert load_run(write_run("[lora]\nrank = 3\n")).name == "mine"
+    path = write_run('name = "weekend"\n[lora]\nrank = 3\n')
+    assert load_run(path).name == "weekend"
+    assert parse_run("folder", to_toml(load_run(path))).name == "weekend"
+
+
+@pytest.mark.parametrize("name", ["''", "'a/b'", "'/'", "'..'", "'.'", "3", "[]"])
+def test_name_that_is_no_file_s_is_refused(write_run, name):
+    assert "\n  name: got " in refusal(write_run(f"name = {name}\n"))
+
+
+def test_overriding_a_run_is_as_loading_it_with_overrides():
+    overrides = ["lora.rank=3", "train.epochs=0.5"]
+    assert override_run(load_run("B"), overrides) == load_run("B", overrides)
+    with pytest.raises(ConfigError, match=r"The run run_B is not valid:\n  lora.rank: got 0"):
+        override_run(load_run("B"), ["lora.rank=0"])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "steps"),
+    [(3, 0, 159), (0.5, 0, 27), (0.1, 0, 6), (1e-9, 0, 1), (3, 20, 20), (1, 100, 53), (2.0, 1, 1)],
+)
+def test_steps_are_those_of_the_epochs_or_fewer(epochs, max_steps, steps):
+    assert TrainConfig(epochs=epochs, max_steps=max_steps).total_steps(53) == steps
+
+
+def test_part_of_an_epoch_is_counted_exactly():
+    assert TrainConfig(epochs=0.1).total_steps(30) == 3  # in floats 0.1 * 30 is more than 3
 
 
 def test_key_outside_its_table_is_refused_with_the_table(tmp_path):

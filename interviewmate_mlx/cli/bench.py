@@ -6,32 +6,28 @@ from dataclasses import asdict
 import click
 
 from interviewmate_mlx.cli.options import (
+    chosen_run,
     json_option,
-    load_named_run,
     make_console,
-    model_option,
     prepared,
-    run_option,
-    set_option,
+    run_options,
 )
 
 
 @click.command("bench")
-@run_option
-@set_option
-@model_option
+@run_options
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True)
 @click.option(
     "--warmup", type=click.IntRange(0), default=3, show_default=True, help="Steps not timed."
 )
 @json_option
+@click.pass_context
 def command(
-    run_name: str,
-    overrides: tuple[str, ...],
-    model: str | None,
+    ctx: click.Context,
     steps: int,
     warmup: int,
     as_json: bool,
+    **_: object,
 ) -> None:
     """Time some training steps of a run on this machine. Writes nothing.
 
@@ -42,7 +38,7 @@ def command(
         from interviewmate_mlx.results.bench import bench
         from interviewmate_mlx.results.terminal import bench_text, byte_bar
 
-        run = load_named_run(run_name, overrides, model)
+        run = chosen_run(ctx)
         console = make_console()
         console.print(f"timing {steps} steps after {warmup} to warm up")
         with byte_bar(f"fetching {run.model.base}", console) as progress:

@@ -5,12 +5,13 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from interviewmate_mlx.errors import redact_secrets
 
@@ -59,21 +60,55 @@ dtype_option = click.option(
     help="Of weights and activations; auto is float32 on a CPU, bfloat16 on a GPU.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
-run_option = click.option(
-    "--run",
-    "run_name",
-    default="A",
-    show_default=True,
-    metavar="A|B|C|mini|FILE",
-    help="A shipped run, or the path of a .toml file.",
-)
-set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override one key of the run, as in lora.rank=16. Can be given several times.",
-)
+_RUN = "run_name"  # the parameter, and in `Context.meta` the overrides of its keys
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _key_option(name: str, key: str, type_: Any, metavar: str, help_: str) -> Any:
+    """An option that is the same as `--set KEY=VALUE`."""
+
+    def store(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+        if value is not None:
+            given = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value
+            ctx.meta.setdefault(_RUN, {})[key] = (name, f"{key}={given}")
+
+    return click.option(
+        name, type=type_, metavar=metavar, callback=store, expose_value=False, help=help_
+    )
+
+
+_RUN_OPTIONS = [
+    click.option(
+        "--run",
+        _RUN,
+        default="A",
+        show_default=True,
+        metavar="A|B|C|mini|FILE",
+        help="A shipped run, or the path of a .toml file.",
+    ),
+    _key_option("--model", "model.base", str, "BASE", "mini (shipped), a folder or a Hub id."),
+    _key_option("--data", "data.path", str, "DATA", "A folder, a file, or a Hub data set."),
+    _key_option("--epochs", "train.epochs", float, "NUMBER", "Times over the rows; may be 0.5."),
+    _key_option(
+        "--max-steps", "train.max_steps", int, "STEPS", "The run ends there at the latest."
+    ),
+    _key_option("--lr", "train.learning_rate", float, "RATE", "The learning rate."),
+    _key_option("--seed", "train.seed", int, "SEED", "Of the first values, order, and dropout."),
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override any key of the run, as in lora.rank=16. Can be given several times.",
+    ),
+]
+
+
+def run_options(command: Command) -> Command:
+    """The options that make up a run; `chosen_run` gives it."""
+    for option in reversed(_RUN_OPTIONS):
+        command = option(command)
+    return command
 
 
 def harmless(text: str) -> str:
@@ -110,12 +145,29 @@ def make_console(file: Any = None) -> "Console":
     return Console(file=file, width=width, highlight=False, markup=False)
 
 
-def load_named_run(name: str, overrides: tuple[str, ...], model: str | None) -> "RunConfig":
-    """The run of `--run`, `--set` and `--model`."""
-    from interviewmate_mlx.config import load_run
+def chosen_run(ctx: click.Context, folder: Path | None = None) -> "RunConfig":
+    """The run of a command with `run_options`.
 
-    base = [] if model is None else [f"model.base={json.dumps(model, ensure_ascii=False)}"]
-    return load_run(name, [*overrides, *base])
+    Args:
+        ctx: of the command.
+        folder: of a run that goes on: it is that run, unless `--run` is given.
+
+    Raises:
+        UsageError: a key is given twice.
+        InterviewMateError: the run is not valid.
+    """
+    from interviewmate_mlx.config import load_run, override_run
+    from interviewmate_mlx.training.folder import read_run
+
+    words = list(ctx.params["overrides"])
+    sets = {word.partition("=")[0].strip() for word in words}
+    for key, (option, override) in ctx.meta.get(_RUN, {}).items():
+        if key in sets:
+            raise click.UsageError(f"{option} is --set {key}: give one of them.", ctx)
+        words.append(override)
+    if folder and ctx.get_parameter_source(_RUN) == ParameterSource.DEFAULT:
+        return override_run(read_run(folder), words)
+    return load_run(ctx.params[_RUN], words)
 
 
 def load_tokenizer(base: str) -> "TokenizerWrapper":

@@ -6,88 +6,110 @@ import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from interviewmate_mlx.cli.main import INTERRUPTED
 from interviewmate_mlx.cli.options import (
     UserPath,
+    chosen_run,
     json_option,
-    load_named_run,
     make_console,
-    model_option,
     prepared,
-    run_option,
-    set_option,
+    run_options,
 )
 from interviewmate_mlx.cli.signals import StopOnSignal
 
+if TYPE_CHECKING:
+    from interviewmate_mlx.config import RunConfig
+
 
 @click.command("train")
-@run_option
-@set_option
-@model_option
-@click.option("--out", type=UserPath(), help="Adapter folder; adapters/run_A.")
+@run_options
+@click.option("--out", type=UserPath(), help="Adapter folder; by default adapters/NAME.")
 @click.option(
     "--resume",
     is_flag=True,
     help="Go on with the run in the adapter folder; --resume --out FOLDER is enough.",
 )
 @click.option("--force", is_flag=True, help="Replace the run in the adapter folder.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything, time some steps, write nothing, and stop."
+)
 @json_option
 @click.pass_context
 def command(
     ctx: click.Context,
-    run_name: str,
-    overrides: tuple[str, ...],
-    model: str | None,
     out: Path | None,
     resume: bool,
     force: bool,
+    dry_run: bool,
     as_json: bool,
+    **_: object,
 ) -> None:
     """Train a run's LoRA adapter and write it as a PEFT folder.
 
     Ctrl-C ends the step, saves, and says how to go on.
 
     \b
-    Example: imate-mlx train --run A --set data.path=my_questions --out adapters/mine
+    Example: imate-mlx train --run A --data my_questions --out adapters/mine
     """
     if resume and force:
         raise click.UsageError("--resume goes on with a run, --force replaces it: choose one.")
     with prepared():
-        from interviewmate_mlx.results.terminal import byte_bar, show, summary_table
-        from interviewmate_mlx.training.events import Finished, Started
-        from interviewmate_mlx.training.folder import read_run
-        from interviewmate_mlx.training.loop import train
+        run = chosen_run(ctx, out if resume else None)
+        do = _rehearse if dry_run else _train
+        do(ctx, run, out or Path("adapters") / run.name, resume, force, as_json)
 
-        named = ctx.get_parameter_source("run_name") != ParameterSource.DEFAULT
-        if resume and out and not (named or overrides or model):
-            run = read_run(out)
-        else:
-            run = load_named_run(run_name, overrides, model)
-        out = out or Path("adapters") / run.name
-        console, stop, finished = make_console(), StopOnSignal(), None
-        with byte_bar(f"fetching {run.model.base}", console) as progress, ExitStack() as stack:
-            events = train(
-                run,
-                out,
-                resume=resume,
-                replace=force,
-                stop=lambda: stop.wanted,
-                progress=progress,
-            )
-            for event in show(events, console):
-                if isinstance(event, Started):  # until then there is nothing to save
-                    stack.enter_context(stop)
-                if isinstance(event, Finished):
-                    finished = event
-        assert finished
-        if finished.interrupted:
-            console.print(f"interrupted after step {finished.step}; everything is saved.")
-            console.print(f"Go on with: {_resume_command()}", soft_wrap=True)
-            ctx.exit(INTERRUPTED)
+
+def _rehearse(
+    ctx: click.Context, run: "RunConfig", out: Path, resume: bool, force: bool, as_json: bool
+) -> None:
+    from interviewmate_mlx.results.dry_run import rehearse
+    from interviewmate_mlx.results.terminal import byte_bar, forecast_text, show_start
+    from interviewmate_mlx.training.events import Started
+
+    console, forecast = make_console(), None
+    facts: dict[str, Any] = {}
+    with byte_bar(f"fetching {run.model.base}", console) as progress:
+        for event in rehearse(run, out, resume=resume, replace=force, progress=progress):
+            facts |= asdict(event)
+            if isinstance(event, Started):
+                show_start(event, make_console(sys.stderr if as_json else sys.stdout))
+                console.print("timing some steps")
+            else:
+                forecast = event
+    click.echo(json.dumps(facts) if as_json else forecast_text(forecast))
+
+
+def _train(
+    ctx: click.Context, run: "RunConfig", out: Path, resume: bool, force: bool, as_json: bool
+) -> None:
+    from interviewmate_mlx.results.terminal import byte_bar, show, summary_table
+    from interviewmate_mlx.training.events import Finished, Started
+    from interviewmate_mlx.training.loop import train
+
+    console, stop, finished = make_console(), StopOnSignal(), None
+    with byte_bar(f"fetching {run.model.base}", console) as progress, ExitStack() as stack:
+        events = train(
+            run,
+            out,
+            resume=resume,
+            replace=force,
+            stop=lambda: stop.wanted,
+            progress=progress,
+        )
+        for event in show(events, console):
+            if isinstance(event, Started):  # until then there is nothing to save
+                stack.enter_context(stop)
+            if isinstance(event, Finished):
+                finished = event
+    assert finished
+    if finished.interrupted:
+        console.print(f"interrupted after step {finished.step}; everything is saved.")
+        console.print(f"Go on with: {_resume_command()}", soft_wrap=True)
+        ctx.exit(INTERRUPTED)
     if as_json:
         click.echo(json.dumps({**asdict(finished.summary), "adapter": str(out)}))
     else:

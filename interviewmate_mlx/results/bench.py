@@ -43,7 +43,7 @@ class BenchResult:
     peak_gb: float
     products_share: float  # of the time, if the needed matrix products ran at the BLAS's own speed
     products_gflops: float  # that speed, measured after the steps
-    whole_run_s: float  # all epochs at this speed, without validation
+    whole_run_s: float  # all steps at this speed, without validation
     seed_samples_per_s: float | None  # the report this project comes from, on a Mac of its own
     slowdowns: list[str]  # what made it slower than the machine could be
 
@@ -102,7 +102,7 @@ def bench(
         peak_gb=peak_bytes / 1e9,
         products_share=products_s / seconds,
         products_gflops=gflops,
-        whole_run_s=run.train.epochs * len(task.rows.train) * seconds / rows,
+        whole_run_s=task.total_steps / task.steps_per_epoch * len(task.rows.train) * seconds / rows,
         seed_samples_per_s=SEED_SAMPLES_PER_S.get(run.name),
         slowdowns=slowdowns,
     )

@@ -23,6 +23,7 @@ from interviewmate_mlx.data.check import DataReport
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.files import Progress as ByteProgress
 from interviewmate_mlx.results.bench import BenchResult
+from interviewmate_mlx.results.dry_run import Forecast
 from interviewmate_mlx.training.events import (
     Event,
     Finished,
@@ -53,7 +54,7 @@ def show(events: Iterator[Event], console: Console) -> Iterator[Event]:
         for event in events:
             if isinstance(event, Started):
                 total = event.total_steps
-                _print_start(event, console)
+                show_start(event, console)
                 bar.update(task, total=total, completed=event.step, visible=True)
             elif isinstance(event, Stepped):
                 so_far.add(event)
@@ -91,6 +92,37 @@ def byte_bar(description: str, console: Console) -> Iterator[ByteProgress]:
         yield update
 
 
+def show_start(event: Started, console: Console) -> None:
+    """What is known before the first step."""
+    rows, steps = count(event.num_train_rows, "row"), count(event.total_steps, "step")
+    console.print(f"{rows} to train on, {event.num_valid_rows} to validate on")
+    console.print(f"{steps}, {event.steps_per_epoch} an epoch")
+    console.print(f"about {_about(event.peak_bytes)} of memory at the peak")
+    console.print(f"about {_about(event.disk_bytes)} of disk for checkpoints")
+    if event.num_truncated_rows:
+        console.print(f"truncated to data.max_length: {count(event.num_truncated_rows, 'row')}")
+    if event.num_dropped_rows:
+        console.print(f"dropped, nothing left to learn: {count(event.num_dropped_rows, 'row')}")
+    for note in event.notes:
+        console.print(note, soft_wrap=True)
+    if event.step:
+        console.print(f"going on after step {event.step}")
+
+
+def forecast_text(forecast: Forecast | None) -> str:
+    """How long a run will take."""
+    if not forecast:
+        return "nothing left to do: all steps are done"
+    parts = [f"{_duration(forecast.training_s)} of training"]
+    if forecast.num_validations:
+        validations = count(forecast.num_validations, "validation")
+        parts.append(f"{_duration(forecast.validation_s)} for {validations}")
+    return (
+        f"about {' and '.join(parts)}, at {forecast.tokens_per_s:.0f} tokens/s "
+        f"(measured over {count(forecast.timed_steps, 'step')})"
+    )
+
+
 def summary_table(summary: Summary) -> Table:
     """The closing table of a run."""
     title = f"{summary.run} on {summary.base}"
@@ -107,9 +139,8 @@ def summary_table(summary: Summary) -> Table:
             ("validation loss, base", f"{summary.base_valid_loss:.4f}"),
             ("validation loss, best", f"{summary.best_valid_loss:.4f} (step {summary.best_step})"),
         ]
-    minutes, seconds = divmod(round(summary.training_s), 60)
     rows += [
-        ("training time", f"{minutes}m {seconds:02d}s"),
+        ("training time", _duration(summary.training_s)),
         ("samples/s", f"{summary.samples_per_s:.3f}"),
         ("tokens/s", f"{summary.tokens_per_s:.0f}"),
         (
@@ -211,25 +242,17 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _print_start(event: Started, console: Console) -> None:
-    rows, steps = count(event.num_train_rows, "row"), count(event.total_steps, "step")
-    console.print(f"{rows} to train on, {event.num_valid_rows} to validate on")
-    console.print(f"{steps}, {event.steps_per_epoch} an epoch")
-    memory = filesize.decimal(_two_digits(event.peak_bytes), precision=0)
-    console.print(f"about {memory} of memory at the peak")
-    if event.num_truncated_rows:
-        console.print(f"truncated to data.max_length: {count(event.num_truncated_rows, 'row')}")
-    if event.num_dropped_rows:
-        console.print(f"dropped, nothing left to learn: {count(event.num_dropped_rows, 'row')}")
-    for note in event.notes:
-        console.print(note, soft_wrap=True)
-    if event.step:
-        console.print(f"going on after step {event.step}")
+def _about(num_bytes: int) -> str:
+    """Bytes in two digits: an estimate is not known to more."""
+    return filesize.decimal(round(num_bytes, 2 - len(str(num_bytes))), precision=0)
 
 
-def _two_digits(number: int) -> int:
-    """A number rounded to two digits: an estimate is not known to more."""
-    return round(number, 2 - len(str(number)))
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
 
 
 class _Speed:

@@ -33,6 +33,7 @@ PATTERN = "step-*.safetensors"
 class State:
     """Where a run stands after `step` updates."""
 
+    run: str  # TOML, every key resolved
     step: int = 0
     best_step: int = 0
     best_loss: float | None = None  # validation loss at best_step

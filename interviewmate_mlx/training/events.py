@@ -17,7 +17,8 @@ class Started:
     num_trainable: int
     num_parameters: int
     peak_bytes: int  # of memory that it will take, estimated
-    notes: tuple[str, ...] = ()  # what to know of a run that goes on
+    disk_bytes: int  # that its checkpoints will take
+    notes: tuple[str, ...] = ()  # what else to know: options without effect, what has changed
 
 
 @dataclass(frozen=True)

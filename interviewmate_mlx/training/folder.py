@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from interviewmate_mlx.adapter.card import write_card
 from interviewmate_mlx.adapter.config import AdapterConfig
@@ -17,6 +18,17 @@ from interviewmate_mlx.training.checkpoint import FOLDER, PATTERN, checkpoints
 from interviewmate_mlx.training.events import Summary
 
 RUN_FILE = "run.toml"
+_LENGTH = {"train.epochs", "train.max_steps"}
+# What a run that goes on may be given anew. Base and data must be the same by their content.
+_CHANGEABLE = (
+    "model.base",
+    "data.path",
+    *sorted(_LENGTH),
+    "train.save_every",
+    "train.keep_checkpoints",
+    "validate.every",
+    "validate.early_stop_patience",
+)
 
 
 @contextmanager
@@ -91,7 +103,7 @@ def clear(out: Path) -> None:
 
 
 def read_run(out: Path) -> RunConfig:
-    """The run that began in a folder, by the folder's name.
+    """The run that began in a folder.
 
     Raises:
         TrainingError: the folder holds no `run.toml`, or it is damaged.
@@ -109,27 +121,46 @@ def read_run(out: Path) -> RunConfig:
         ) from error
 
 
-def check_same_run(run: RunConfig, out: Path) -> None:
-    """Refuse to go on with other settings than those the run began with.
+def check_same_run(run: RunConfig, began: RunConfig, out: Path) -> None:
+    """Refuse to go on with settings that would make another run of it.
 
     Raises:
-        TrainingError: keys that differ from `out/run.toml`, all of them.
+        TrainingError: keys that differ and may not, all of them.
     """
-    began = read_run(out)
-    tables = {"got": asdict(run), "expected": asdict(began)}
     faults = [
-        f"{table}.{key}: got {value!r}, expected {tables['expected'][table][key]!r}"
-        for table, keys in tables["got"].items()
-        if isinstance(keys, dict)
-        for key, value in keys.items()
-        if value != tables["expected"][table][key]
+        f"{key}: got {got!r}, expected {expected!r}"
+        for key, got, expected in _differences(run, began)
+        if key not in _CHANGEABLE
     ]
     if faults:
         raise TrainingError(
             f"{out} began as another run:\n{list_faults(faults)}\n"
-            "Resume it with its own values, or train again into another folder.",
+            f"Resume it with its own values, or train again into another folder.\n"
+            f"What may change: {', '.join(_CHANGEABLE)}.",
             "out",
         )
+
+
+def changed_settings(run: RunConfig, began: RunConfig) -> list[str]:
+    """Say which settings are not those of the last checkpoint."""
+    changes = [f"{key} {was!r} -> {now!r}" for key, now, was in _differences(run, began)]
+    if not changes:
+        return []
+    follows = _LENGTH & {key for key, *_ in _differences(run, began)}
+    schedule = "; the learning rate follows the new number of steps" if follows else ""
+    return [f"changed on purpose: {', '.join(changes)}{schedule}"]
+
+
+def _differences(run: RunConfig, began: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Keys, and their values in both, where two runs differ; names are no difference."""
+    ours, theirs = asdict(run), asdict(began)
+    return [
+        (f"{table}.{key}", value, theirs[table][key])
+        for table, keys in ours.items()
+        if table != "name"
+        for key, value in keys.items()
+        if value != theirs[table][key]
+    ]
 
 
 def write_run(run: RunConfig, out: Path) -> None:

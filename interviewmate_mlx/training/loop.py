@@ -10,6 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +19,7 @@ import mlx.optimizers as optim
 
 from interviewmate_mlx import backend
 from interviewmate_mlx.adapter.folder import adapter_weights, save_adapter
-from interviewmate_mlx.config import RunConfig
+from interviewmate_mlx.config import RunConfig, parse_run, to_toml
 from interviewmate_mlx.data.batches import by_width, collate, epoch_steps
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.errors import TrainingError
@@ -36,10 +37,12 @@ from interviewmate_mlx.training.checkpoint import (
 from interviewmate_mlx.training.events import Event, Finished, Stepped, Validated
 from interviewmate_mlx.training.folder import (
     adapter_config,
+    changed_settings,
     check_out,
     check_same_run,
     clear,
     lock_run,
+    read_run,
     write_run,
     write_run_card,
 )
@@ -84,17 +87,30 @@ def train(
         InterviewMateError: the run cannot start or go on. What was saved stays.
     """
     out = Path(out or Path("adapters") / run.name)
-    with lock_run(out):
-        check_out(out, resume, replace)
-        saved = None
-        if resume:
-            check_same_run(run, out)
-            saved = load_newest(out)
-        task = prepare(run, out, saved.state if saved else None, progress)
+    with opened(run, out, resume, replace, progress) as (task, saved):
         if replace and not resume:
             clear(out)
         with backend.memory_limits(), task.executor.opened():
             yield from run_task(task, out, saved, stop)
+
+
+@contextmanager
+def opened(
+    run: RunConfig, out: Path, resume: bool, replace: bool, progress: Progress | None
+) -> Iterator[tuple[Task, Saved | None]]:
+    """Lock a run's folder and check all that a run needs; what is there stays. See `train`.
+
+    Yields:
+        The run, ready to begin or go on, and, to go on, what was saved.
+    """
+    with lock_run(out):
+        check_out(out, resume, replace)
+        saved = load_newest(out) if resume else None
+        if resume:
+            began = parse_run(out.name, saved.state.run) if saved else read_run(out)
+            check_same_run(run, began, out)
+            run = dataclasses.replace(run, name=began.name)
+        yield prepare(run, out, saved.state if saved else None, progress), saved
 
 
 def run_task(
@@ -106,21 +122,25 @@ def run_task(
     step = Step(model, optimizer, run.train.max_grad_norm, task.executor)
     loss_of = total_loss(model, task.executor)
     state = State(
-        token_budget=task.memory.token_budget, fingerprint=task.fingerprint, versions=versions()
+        to_toml(run),
+        token_budget=task.memory.token_budget,
+        fingerprint=task.fingerprint,
+        versions=versions(),
     )
     best: dict[str, mx.array] = {}
     notes: list[str] = []
     if saved:
-        notes = set_aside(saved.damaged) + changed_versions(saved.state.versions)
+        began = parse_run(run.name, saved.state.run)
+        notes = set_aside(saved.damaged)
+        notes += changed_settings(run, began) + changed_versions(saved.state.versions)
         best = restore(saved, model, optimizer)
-        state = dataclasses.replace(saved.state, versions=versions())
+        state = dataclasses.replace(saved.state, run=state.run, versions=state.versions)
         # What a save does after its checkpoint: the run may have been killed before that.
         prune(out, run.train.keep_checkpoints)
         save_adapter(
             out, best or adapter_weights(model), adapter_config(run), task.base.weights_hash
         )
-    else:
-        write_run(run, out)
+    write_run(run, out)
     notes += start_metrics(out, state.step)
     started = task.describe(state.step, notes)
     yield started

@@ -1,6 +1,7 @@
 """A run with all that it works on, loaded and checked before the first step."""
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class Task:
 
     @property
     def total_steps(self) -> int:
-        return self.run.train.epochs * self.steps_per_epoch
+        return self.run.train.total_steps(self.steps_per_epoch)
 
     def describe(self, step: int, notes: list[str]) -> Started:
         """What is known before the first step, or before going on after `step`."""
@@ -75,6 +76,7 @@ class Task:
             num_trainable=num_trainable,
             num_parameters=num_parameters,
             peak_bytes=self.memory.peak_bytes,
+            disk_bytes=checkpoint_bytes(self.run, self.model),
             notes=(*notes, *idle_options(self.run, self.rows)),
         )
 
@@ -106,7 +108,7 @@ def prepare(
     model = checks.run(build_model, run, base)
     checks.run(check_disk, run, model, out)
     rows = checks.run(encode_rows, run, splits, base)
-    checks.run(check_effect, run, rows)
+    checks.run(check_steps, run, rows, state)
     fingerprint = checks.run(hash_inputs, base, rows)
     checks.run(check_unchanged, fingerprint, state)
     memory = checks.run(plan, run, model, rows, state)
@@ -218,14 +220,21 @@ def check_unchanged(fingerprint: dict[str, str], state: State | None) -> None:
         )
 
 
-def check_effect(run: RunConfig, rows: Rows) -> None:
-    """Refuse a run that cannot change anything.
+def check_steps(run: RunConfig, rows: Rows, state: State | None) -> None:
+    """Refuse a run that cannot change anything, or that would end before where it stands.
 
     Raises:
-        TrainingError: the learning rate of every step is 0.
+        TrainingError: the learning rate of every step is 0, or more steps are done than the
+            run has.
     """
     settings = run.train
-    total_steps = settings.epochs * steps_per_epoch(len(rows.train), settings.effective_batch)
+    total_steps = settings.total_steps(steps_per_epoch(len(rows.train), settings.effective_batch))
+    if state and state.step > total_steps:
+        raise TrainingError(
+            f"The run has done {state.step} steps, and would have only {total_steps} with "
+            f"train.epochs {settings.epochs:g} and train.max_steps {settings.max_steps}.\n"
+            "Give it no fewer than it has done."
+        )
     rates = (
         learning_rate_at(
             step, total_steps, settings.learning_rate, settings.schedule, settings.warmup_ratio
@@ -234,18 +243,25 @@ def check_effect(run: RunConfig, rows: Rows) -> None:
     )
     if not any(rates):
         raise TrainingError(
-            f"The learning rate is 0 in all {total_steps} steps of the run: the warmup starts at 0 "
-            f"(train.warmup_ratio: {settings.warmup_ratio:g}).\n"
+            f"The learning rate is 0 in all steps of the run (it has {total_steps}): the warmup "
+            f"starts at 0 (train.warmup_ratio: {settings.warmup_ratio:g}).\n"
             "Train more epochs or rows, or set train.warmup_ratio to 0."
         )
 
 
 def idle_options(run: RunConfig, rows: Rows) -> list[str]:
     """Say which options of a run can have no effect."""
-    steps = run.train.epochs * steps_per_epoch(len(rows.train), run.train.effective_batch)
-    every = run.validate.every or steps_per_epoch(len(rows.train), run.train.effective_batch)
-    patience, num_validations = run.validate.early_stop_patience, -(-steps // every)
+    settings = run.train
+    an_epoch = steps_per_epoch(len(rows.train), settings.effective_batch)
+    total_steps = settings.total_steps(an_epoch)
+    patience = run.validate.early_stop_patience
+    num_validations = math.ceil(total_steps / (run.validate.every or an_epoch))
     said = []
+    if settings.max_steps > total_steps:
+        said.append(
+            f"train.max_steps has no effect: got {settings.max_steps}, and the run has only "
+            f"{total_steps} steps"
+        )
     if not rows.valid:
         chosen = [name for name, value in asdict(run.validate).items() if value]
         said += [f"validate.{name} has no effect: there are no validation rows" for name in chosen]
@@ -266,10 +282,16 @@ def check_disk(run: RunConfig, model: Model, out: Path | None) -> None:
     if out:
         with scratch_file(out / "checkpoint") as temporary:
             save_tensors(temporary, {"nothing": mx.zeros(1)}, {})
-        # Each holds the adapter, two moments and the best adapter, float32 each; one more than
-        # is kept exists while it is written.
-        num_checkpoints = run.train.keep_checkpoints + 1
-        check_free_space(out, 4 * 4 * count_parameters(model)[0] * num_checkpoints)
+        check_free_space(out, checkpoint_bytes(run, model))
+
+
+def checkpoint_bytes(run: RunConfig, model: Model) -> int:
+    """Bytes that a run's checkpoints take on the disk.
+
+    Each holds the adapter, two moments and the best adapter, float32 each; one more than is
+    kept exists while it is written.
+    """
+    return 4 * 4 * count_parameters(model)[0] * (run.train.keep_checkpoints + 1)
 
 
 def plan(run: RunConfig, model: Model, rows: Rows, state: State | None) -> MemoryPlan:

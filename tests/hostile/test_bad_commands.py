@@ -19,7 +19,11 @@ def mistake(name: str, words: str, error: str, *says: str) -> Bad:
 
 USAGE = [
     usage("train --run A B", "Got unexpected extra argument (B)"),
-    usage("train --epochs 3", "No such option '--epochs'"),
+    usage("train --epoch 3", "No such option '--epoch'", "--epochs"),
+    usage("train --iters 3", "No such option '--iters'"),
+    usage("train --epochs three", "'three' is not a valid float"),
+    usage("train --seed 1.5", "'1.5' is not a valid integer"),
+    usage("train --lr 1 --set train.learning_rate=2", "--lr is --set train.learning_rate"),
     usage("train --resume --force", "choose one"),
     usage("generate x --max-tokens 1e3", "'1e3' is not a valid integer"),
     usage("generate x --max-tokens 99999999999999999999x", "is not a valid integer"),

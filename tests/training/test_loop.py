@@ -20,6 +20,7 @@ from interviewmate_mlx.errors import BackendError, DataError, StorageError, Trai
 from interviewmate_mlx.training import checkpoint, loop, task
 from interviewmate_mlx.training.checkpoint import checkpoints
 from interviewmate_mlx.training.events import Finished, Started, Stepped, Validated
+from interviewmate_mlx.training.folder import read_run
 from interviewmate_mlx.training.loop import train
 from interviewmate_mlx.training.metrics import read_metrics
 from interviewmate_mlx.training.step import total_loss
@@ -289,7 +290,7 @@ def test_run_that_cannot_change_anything_is_refused(run, tmp_path, questions):
     rows = (questions / "train.jsonl").read_text().splitlines()[0]
     (tmp_path / "one.jsonl").write_text(rows + "\n")
     run = run.replace(data={"path": str(tmp_path / "one.jsonl")}, train={"epochs": 1})
-    with pytest.raises(TrainingError, match=r"The learning rate is 0 in all 1 steps .*warmup"):
+    with pytest.raises(TrainingError, match=r"The learning rate is 0 in all .*has 1\).*warmup"):
         next(train(run, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     finish(run.replace(train={"warmup_ratio": 0}), tmp_path / "out")
@@ -305,6 +306,19 @@ def test_options_that_can_have_no_effect_are_said(run, tmp_path, questions):
     alone = run.replace(data={"path": str(questions / "train.jsonl")}, validate={"every": 2})
     started = next(train(alone, tmp_path / "two"))
     assert started.notes == ("validate.every has no effect: there are no validation rows",)
+
+
+def test_part_of_an_epoch_and_a_step_limit_end_the_run(run, tmp_path):
+    events = finish(run.replace(train={"epochs": 0.5}), tmp_path / "half")
+    assert [event.step for event in events if isinstance(event, Stepped)] == [1, 2]
+    assert [event.step for event in events if isinstance(event, Validated)] == [0, 2]
+    assert events[-1].summary.epochs == pytest.approx(2 / 3)
+    events = finish(run.replace(train={"max_steps": 4}), tmp_path / "four")
+    rates = [event.learning_rate for event in events if isinstance(event, Stepped)]
+    assert len(rates) == 4
+    assert rates[-1] < rates[1] / 2  # the schedule falls over those four
+    started = next(train(run.replace(train={"max_steps": 10}), tmp_path / "ten"))
+    assert started.notes == ("train.max_steps has no effect: got 10, and the run has only 9 steps",)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS refuses such names itself")
@@ -360,6 +374,68 @@ def test_changed_run_or_data_cannot_be_resumed(run, tmp_path, questions):
         file.write_text(file.read_text().replace("loss", "cost"))
     with pytest.raises(TrainingError, match="changed since: data"):
         next(train(run, tmp_path / "moved", resume=True))
+
+
+# What a person may have put into run.toml, and what is said of it.
+EDITS = {
+    ("rank = 8", "rank = 16"): "lora.rank: got 16, expected 8",
+    ("rslora = false", "rslora = true"): "lora.rslora: got True, expected False",
+    (
+        '"query_key_value"',
+        '"dense"',
+    ): r"lora.targets: got \('dense',\), expected \('query_key_value'",
+    ("learning_rate = 0.01", "learning_rate = 0.02"): "learning_rate: got 0.02, expected 0.01",
+    (
+        "epochs = 3.0",
+        "epochs = 0.5",
+    ): "has done . steps, and would have only 2 with train.epochs 0.5",
+    ("max_steps = 0", "max_steps = 2"): "has done . steps, and would have only 2 .*max_steps 2",
+}
+
+
+@pytest.mark.parametrize(("edit", "said"), EDITS.items())
+def test_edited_run_is_refused_by_key_and_nothing_changes(run, tmp_path, edit, said):
+    out = tmp_path / "out"
+    finish(run, out, stop=lambda: last_step(out) >= 3)
+    text = (out / "run.toml").read_text()
+    assert text.count(edit[0]) == 1
+    (out / "run.toml").write_text(text.replace(*edit))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(TrainingError, match=said):
+        next(train(read_run(out), out, resume=True))
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_what_may_change_on_purpose_is_said_and_kept(run, tmp_path, questions):
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    finish(run, out, stop=lambda: last_step(out) >= 3)
+    shutil.copytree(questions, moved)
+    longer = run.replace(
+        data={"path": str(moved)},
+        train={"epochs": 4, "save_every": 1, "keep_checkpoints": 3},
+        validate={"every": 2, "early_stop_patience": 5},
+    )
+    events = finish(longer, out, resume=True)
+    (note,) = events[0].notes
+    assert note == (
+        f"changed on purpose: data.path {str(questions)!r} -> {str(moved)!r}, train.epochs 3.0 -> "
+        "4.0, train.save_every 50 -> 1, train.keep_checkpoints 2 -> 3, validate.every 0 -> 2, "
+        "validate.early_stop_patience 0 -> 5; the learning rate follows the new number of steps"
+    )
+    assert (events[0].total_steps, events[-1].step) == (12, 12)
+    assert read_run(out) == longer
+    assert len(checkpoints(out)) == 3
+    # The last checkpoint has the new values: from here on they are the run's own.
+    assert next(train(longer, out, resume=True)).notes == ()
+
+
+def test_name_stays_the_run_s_own(run, tmp_path):
+    out = tmp_path / "elsewhere"
+    finish(run, out, stop=lambda: True)
+    renamed = replace(read_run(out), name="another")
+    summary = finish(renamed, out, resume=True)[-1].summary
+    assert (summary.run, read_run(out).name) == ("run_A", "run_A")
+    assert (out / "README.md").read_text().count("run_A")
 
 
 def test_changed_base_cannot_be_resumed(run, tmp_path):
