@@ -2,8 +2,7 @@
 
 Import it before MLX, as every folder of this package does. MLX's Linux CPU wheel
 contains the reference BLAS, which multiplies float32 matrices at about 2 GFLOP/s. An
-optimised BLAS that is loaded first, with its symbols global, takes its place at 50
-to 170.
+optimised BLAS that MLX finds first takes its place at 50 to 170; torch and numpy keep theirs.
 """
 
 import ctypes
@@ -25,10 +24,13 @@ from pathlib import Path
 import psutil
 
 from interviewmate_mlx import __version__
+from interviewmate_mlx.elf import load_group
 from interviewmate_mlx.errors import BackendError
 
 BLAS_VARIABLE = "INTERVIEWMATE_BLAS"
 DEVICE_VARIABLE = "INTERVIEWMATE_DEVICE"
+# For tests and bug reports: `gpu` computes on a CPU as on a GPU, in bfloat16.
+PATH_VARIABLE = "INTERVIEWMATE_PATH"
 KERNEL_VARIABLE = "OPENBLAS_CORETYPE"  # OpenBLAS's own: it forces the kernels of a processor
 
 # Metal: a wired limit of the whole recommended working set is unstable.
@@ -39,6 +41,7 @@ _MAX_STREAMS = 4
 # Share of the memory that training may plan with; the rest is the system's and the user's.
 _MEMORY_SHARE = 0.75
 
+_MLX_PACKAGES = ("mlx", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")  # one of them has libmlx.so
 _MLX_CAME_FIRST = "mlx.core" in sys.modules
 
 # For a process of its own: load a library, multiply ones by ones, and compare.
@@ -70,13 +73,16 @@ class Blas:
 
 
 def _load_blas() -> Blas | None:
-    """Load the first BLAS that works, its symbols global; None if there is none to load.
+    """Load the first BLAS that works, and MLX behind it; None if there is none to load.
 
     Raises:
         BackendError: the variable names a library that cannot be used.
     """
     if sys.platform != "linux" or _MLX_CAME_FIRST:
         return None  # macOS has Accelerate; a loaded MLX has its BLAS already
+    libmlx = [path for name in _MLX_PACKAGES for path in _installed(name, "libmlx.so")]
+    if not libmlx:
+        return None
     for blas in _candidates():
         is_named = blas.path == os.environ.get(BLAS_VARIABLE)
         # A library can end the process by an illegal instruction. Those of the extra choose their
@@ -84,8 +90,7 @@ def _load_blas() -> Blas | None:
         fault = _try_blas(blas) if is_named or KERNEL_VARIABLE in os.environ else ""
         if not fault:
             try:
-                for path in (*blas.needs, blas.path):
-                    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+                load_group([*blas.needs, blas.path, *libmlx])
                 return blas
             except OSError as error:
                 fault = str(error)
@@ -162,10 +167,11 @@ class Machine:
     """What this process runs on."""
 
     device: str  # cpu, metal or cuda
+    path: str  # cpu or gpu: the way of computing that suits it
     device_name: str
     dtype: str  # the default for weights and activations
     blas: str | None  # where the CPU's matrix products come from
-    cpu_streams: int  # microbatches side by side on a CPU; 0 where MLX's device is a GPU
+    cpu_streams: int  # microbatches side by side; 0 on the path of a GPU
     memory_bytes: int  # what training may plan with
     mlx_version: str
 
@@ -181,15 +187,17 @@ def machine() -> Machine:
     """
     _choose_device()
     device = _device()
+    path = "cpu" if device == "cpu" and os.environ.get(PATH_VARIABLE) != "gpu" else "gpu"
     info = mx.device_info()
     total = int(info.get("max_recommended_working_set_size", 0)) or int(info.get("total_memory", 0))
     total = total or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(
         device=device,
+        path=path,
         device_name=str(info.get("device_name", platform.machine())),
-        dtype="float32" if device == "cpu" else "bfloat16",
+        dtype="float32" if path == "cpu" else "bfloat16",
         blas="Accelerate" if sys.platform == "darwin" else BLAS.path if BLAS else None,
-        cpu_streams=_num_streams() if device == "cpu" else 0,
+        cpu_streams=_num_streams() if path == "cpu" else 0,
         memory_bytes=int(total * _MEMORY_SHARE),
         mlx_version=metadata.version("mlx"),
     )
@@ -230,6 +238,47 @@ def _device() -> str:
     if mx.default_device() == mx.cpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def fused_attention_multiple(head_dim: int, dtype: mx.Dtype) -> int:
+    """The row lengths for which MLX's causal attention trains without keeping its scores.
+
+    Args:
+        head_dim: of queries, keys and values.
+        dtype: of theirs.
+
+    Returns:
+        Lengths must be a multiple of this; 0 if there are none.
+    """
+    if _device() == "cpu":
+        return int(machine().path == "gpu")  # computed by parts, to the same result
+    return _probe_fused_attention(head_dim, dtype)
+
+
+@cache
+def _probe_fused_attention(head_dim: int, dtype: mx.Dtype) -> int:
+    """Ask the device: with its scores kept, a small example takes more memory than they have."""
+    heads, longest = 4, 4096
+    for multiple in (1, 128):  # Metal, cuDNN
+        length = longest - (multiple == 1)
+        shape = (1, heads, length, head_dim)
+        inputs = [mx.random.normal(shape).astype(dtype) for _ in range(3)]
+        slopes = mx.grad(_sum_of_attention, argnums=(0, 1, 2))
+        mx.eval(inputs)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(slopes(*inputs))
+        taken = mx.get_peak_memory() - before
+        mx.reset_peak_memory()
+        if taken < heads * length * length * dtype.size:
+            return multiple
+    return 0
+
+
+def _sum_of_attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    return mx.fast.scaled_dot_product_attention(
+        queries, keys, values, scale=1.0, mask="causal"
+    ).sum()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -102,6 +103,30 @@ def test_products_streams_and_threads_work_with_each_library(name):
     assert error < 200 * 2**-24 * 16  # 200 products, each rounded; numbers of at most 16
     assert threads == [4, 2, 1]
     assert losses[:3] == pytest.approx(losses[3:], rel=1e-4)
+
+
+@LINUX
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_library_serves_mlx_and_nobody_else(name):
+    """The system's loader says who found what where. OpenBLAS crashed torch's small products."""
+    if not LIBRARIES[name]:
+        pytest.skip("not in the cpu extra of this machine")
+    script = """
+        from interviewmate_mlx import backend
+        import mlx.core as mx, torch
+        mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))
+        for dtype in (torch.float32, torch.float64):
+            ones = torch.ones(2, 2, 8, 64, dtype=dtype)
+            assert (ones @ ones.transpose(-1, -2) == 64).all()
+        """
+    done = run(script, INTERVIEWMATE_BLAS=LIBRARIES[name][0], LD_DEBUG="bindings")
+    assert done.returncode == 0, done.stderr[-2000:]
+    library = os.path.basename(LIBRARIES[name][0])
+    found = re.findall(r"binding file (\S+) \[\d+\] to (\S+) .*symbol `(\w*gemm\w*)'", done.stderr)
+    served = {os.path.basename(user) for user, where, _ in found if where.endswith(library)}
+    assert "libmlx.so" in served
+    assert not any("torch" in user or "numpy" in user for user in served)
+    assert all(where.endswith(library) for user, where, _ in found if user.endswith("libmlx.so"))
 
 
 @LINUX

@@ -23,7 +23,7 @@ CHECKOUT = FOLDER.parent
 
 # From the bottom up. A file imports from floors below its own, and from its own folder.
 FLOORS = [
-    {"errors"},
+    {"errors", "elf"},
     {"files"},
     {"config", "backend"},
     {"formats"},

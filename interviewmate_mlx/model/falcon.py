@@ -124,8 +124,9 @@ def alibi_mask(
         dtype: of the queries.
 
     Returns:
-        (B, H, L, K) or (1, H, L, K) of `dtype`; the lowest finite number where
-        a query may not look.
+        (B, H, L, K) or (1, H, L, K) of `dtype`; a very low number where a query may not
+        look. It is half of the lowest: kernels multiply it by log2(e), and a row of -inf alone,
+        as left padding has it, would become NaN.
     """
 
     def bias(positions: mx.array) -> mx.array:
@@ -135,7 +136,7 @@ def alibi_mask(
     relative = (bias(key_positions)[:, :, None, :] - bias(query_positions)[..., None]) * scale
     keys, queries = key_positions[:, None, None, :], query_positions[:, None, :, None]
     visible = (keys <= queries) & (keys >= 0)
-    return mx.where(visible, relative, mx.finfo(dtype).min).astype(dtype)
+    return mx.where(visible, relative, mx.finfo(dtype).min / 2).astype(dtype)
 
 
 class Attention(nn.Module):
@@ -150,7 +151,7 @@ class Attention(nn.Module):
         self.dense = nn.Linear(args.hidden_size, args.hidden_size, bias=args.bias)
         self.attend: Any = scaled_dot_product_attention
 
-    def __call__(self, x: mx.array, mask: mx.array, cache: Any = None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Any, cache: Any = None) -> mx.array:
         B, L, C = x.shape
         qkv = self.query_key_value(x).reshape(B, L, self.num_heads, 3, self.head_dim)
         # One split instead of three slices: its gradient is a single concatenation.
@@ -208,7 +209,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(args.hidden_size, eps=args.layer_norm_epsilon)
         self.mlp = MLP(args)
 
-    def __call__(self, x: mx.array, mask: mx.array, cache: Any = None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Any, cache: Any = None) -> mx.array:
         x = x + self.self_attention(self.input_layernorm(x), mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -223,6 +224,7 @@ class Transformer(nn.Module):
         self.word_embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
         self.h = [Block(args) for _ in range(args.num_hidden_layers)]
         self.ln_f = nn.LayerNorm(args.hidden_size, eps=args.layer_norm_epsilon)
+        self.make_mask: Any = alibi_mask  # where there is no cache
 
     def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Token ids (B, L) int32 -> the last hidden states (B, L, C), normalised."""
@@ -235,7 +237,8 @@ class Transformer(nn.Module):
         first, num_cached = _cache_position(caches[0])
         query_positions = first[:, None] + mx.arange(x.shape[1])
         key_positions = first[:, None] + mx.arange(-num_cached, x.shape[1])
-        mask = alibi_mask(
+        make_mask = alibi_mask if cache else self.make_mask
+        mask = make_mask(
             alibi_slopes(self.num_heads), query_positions, key_positions, self.scale, x.dtype
         )
         states = []
@@ -245,6 +248,11 @@ class Transformer(nn.Module):
         return states
 
 
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """(..., V) of any float dtype and (...) int32 -> nats, (...) float32."""
+    return nn.losses.cross_entropy(logits.astype(mx.float32), targets)
+
+
 class Model(nn.Module):
     """Falcon-RW with its head, which shares the embedding's matrix unless the config unties it."""
 
@@ -252,7 +260,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.model_type = args.model_type
-        self.cross_entropy: Any = nn.losses.cross_entropy
+        self.cross_entropy: Any = cross_entropy
         self.transformer = Transformer(args)
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)

@@ -17,7 +17,7 @@ from interviewmate_mlx.model.lora import Dropout
 class _CheckpointedBlock(Block):
     """A block that keeps nothing but its input for the backward pass."""
 
-    def __call__(self, x: mx.array, mask: mx.array, cache: Any = None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Any, cache: Any = None) -> mx.array:
         if not self.training or cache is not None:
             return super().__call__(x, mask, cache)
         dropouts = [m for m in self.modules() if isinstance(m, Dropout) and m.draws]

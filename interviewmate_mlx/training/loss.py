@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+
+from interviewmate_mlx.model.falcon import cross_entropy as falcon_cross_entropy
 
 # Logits that exist at once, in float32: 50,304 classes take 103 MB of them for 512 tokens.
 CHUNK_ELEMENTS = 512 * 50_304
@@ -17,7 +18,7 @@ def masked_cross_entropy(
     logits: mx.array,
     targets: mx.array,
     mask: mx.array,
-    cross_entropy: CrossEntropy = nn.losses.cross_entropy,
+    cross_entropy: CrossEntropy = falcon_cross_entropy,
 ) -> tuple[mx.array, mx.array]:
     """Sum of cross-entropy over the tokens that count, and their number.
 
@@ -25,16 +26,16 @@ def masked_cross_entropy(
     gradient of one large batch.
 
     Args:
-        logits: (..., V), any float dtype; summed in float32.
+        logits: (..., V), any float dtype.
         targets: (...) int32 token ids.
         mask: (...) bool, true on the tokens that count.
-        cross_entropy: (..., V) float32 and (...) int32 -> (...) float32.
+        cross_entropy: (..., V) and (...) int32 -> (...) float32, summed in float32.
 
     Returns:
         loss_sum: () float32, nats.
         num_tokens: () int32.
     """
-    losses = cross_entropy(logits.astype(mx.float32), targets)
+    losses = cross_entropy(logits, targets)
     return mx.where(mask, losses, 0).sum(), mask.sum()
 
 
@@ -44,7 +45,7 @@ def chunked_cross_entropy(
     targets: mx.array,
     mask: mx.array,
     chunk: int,
-    cross_entropy: CrossEntropy = nn.losses.cross_entropy,
+    cross_entropy: CrossEntropy = falcon_cross_entropy,
 ) -> tuple[mx.array, mx.array]:
     """The loss sum of a frozen head and its gradient, with logits of `chunk` tokens at once.
 

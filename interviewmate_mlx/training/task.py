@@ -18,7 +18,12 @@ from interviewmate_mlx.files import Progress, check_free_space, scratch_file
 from interviewmate_mlx.formats.safetensors_file import save_tensors
 from interviewmate_mlx.hub.names import fetch_data
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
-from interviewmate_mlx.model.falcon import Model
+from interviewmate_mlx.model.falcon import Model, scaled_dot_product_attention
+from interviewmate_mlx.model.gpu_kernels import (
+    fused_width,
+    use_fused_attention,
+    use_fused_cross_entropy,
+)
 from interviewmate_mlx.model.lora import add_lora, count_parameters
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
 from interviewmate_mlx.training.checkpoint import State
@@ -154,12 +159,12 @@ def build_model(run: RunConfig, base: Base) -> Model:
         AdapterError: the LoRA does not fit the base.
         WeightsError: the weights do not fit the network.
     """
-    model = base.build(backend.resolve_dtype(run.model.dtype))
+    dtype = backend.resolve_dtype(run.model.dtype)
+    model = base.build(dtype)
     mx.random.seed(run.train.seed)
     lora = run.lora
     add_lora(model, lora.targets, lora.rank, lora.alpha, lora.dropout, rslora=lora.rslora)
-    if takes_cpu_kernels(run):
-        use_cpu_kernels(model)
+    choose_kernels(model, dtype)
     if run.train.gradient_checkpointing:
         use_gradient_checkpointing(model)
     return model
@@ -177,10 +182,23 @@ def memory_for(run: RunConfig) -> int:
     return min(given, int(run.train.memory_gb * 1e9)) if run.train.memory_gb else given
 
 
-def takes_cpu_kernels(run: RunConfig) -> bool:
-    """Whether a run computes with `model.cpu_kernels`, which are for float32 alone."""
-    is_float32 = backend.resolve_dtype(run.model.dtype) == mx.float32
-    return backend.machine().device == "cpu" and is_float32
+def choose_kernels(model: Model, dtype: mx.Dtype) -> None:
+    """Let a model train with the kernels that are fastest here, in place."""
+    here = backend.machine()
+    if here.path == "cpu":
+        if dtype == mx.float32:
+            use_cpu_kernels(model)
+        return
+    width = fused_width(model)
+    if width and (multiple := backend.fused_attention_multiple(width, dtype)):
+        use_fused_attention(model, multiple)
+    if here.device != "cpu":  # there MLX would add up in the dtype of the logits
+        use_fused_cross_entropy(model)
+
+
+def keeps_scores(model: Model) -> bool:
+    """Whether attention keeps its scores for the backward pass."""
+    return model.layers[0].self_attention.attend is scaled_dot_product_attention
 
 
 def versions() -> dict[str, str]:
@@ -305,7 +323,7 @@ def plan(run: RunConfig, model: Model, rows: Rows, state: State | None) -> Memor
         rows.all,
         run.train.effective_batch,
         itemsize=backend.resolve_dtype(run.model.dtype).size,
-        keeps_scores=not takes_cpu_kernels(run),
+        keeps_scores=keeps_scores(model),
         gradient_checkpointing=run.train.gradient_checkpointing,
         memory_bytes=memory_for(run),
         executor=choose_executor(),

@@ -69,8 +69,11 @@ def test_layer_norm_and_its_derivatives_are_the_exact_one_s(shape, mean):
     inputs, cotangents = list(map(mx.array, arrays)), [mx.array(cotangent.astype(np.float32))]
     (out,), slopes = mx.compile(lambda *a: mx.vjp(ours, list(a[:3]), [a[3]]))(*inputs, *cotangents)
     expected = [exact.detach().numpy(), *(double.grad.numpy() for double in doubles)]
+    # A sum of C numbers, in whatever order, errs by about sqrt(C) roundings; the root of the
+    # variance halves that. Sixteen more for all else.
+    allowed = (math.sqrt(shape[-1]) / 2 + 16) * 2**-24
     for one, other in zip([out, *slopes], expected, strict=True):
-        np.testing.assert_allclose(np.array(one), other, atol=1e-6 * np.abs(other).max(), rtol=0)
+        np.testing.assert_allclose(np.array(one), other, atol=allowed * np.abs(other).max(), rtol=0)
 
 
 @pytest.mark.parametrize("x", [math.nan, math.inf])

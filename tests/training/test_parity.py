@@ -14,6 +14,7 @@ from interviewmate_mlx.data.batches import collate, epoch_steps, split_step
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
+from interviewmate_mlx.model.gpu_kernels import use_fused_attention
 from interviewmate_mlx.model.lora import add_lora
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
@@ -82,11 +83,14 @@ def train_in_torch(model, steps, schedule, peak) -> list[float]:
         [use_cpu_kernels],
         [use_gradient_checkpointing],
         [use_cpu_kernels, use_gradient_checkpointing],
+        [use_fused_attention],
+        [use_fused_attention, use_gradient_checkpointing],
     ],
-    ids=["mlx", "cpu_kernels", "recompute", "both"],
+    ids=["mlx", "cpu", "recompute", "cpu_recompute", "gpu", "gpu_recompute"],
 )
 def test_fifty_updates_equal_peft_s(schedule, reference_schedule, targets, paths):
-    base = tiny_falcon(heads=6, head_dim=8, layers=2)
+    heads, head_dim = (2, 64) if use_fused_attention in paths else (6, 8)
+    base = tiny_falcon(heads, head_dim, layers=2)
     model = our_model(base)
     lora = LoraConfig(
         r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"

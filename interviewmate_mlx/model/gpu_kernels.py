@@ -1,0 +1,119 @@
+"""Attention and cross-entropy through the fused kernels that MLX has for a GPU.
+
+Fused attention with a backward pass takes no mask but the causal one, and ALiBi adds
+slope * (j - i) to the score of query i and key j. That is a product of two vectors of
+length two, so two more dimensions of each head carry it:
+
+    query  [q, 1, -a_i]     key  [k, a_j, 1]     value  [v, 0, 0]     a = slope * position
+
+Their product is q . k + a_j - a_i, summed in float32. Without it the scores, H * L numbers a
+token and layer, would be kept for the backward pass.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx_lm.models.base import scaled_dot_product_attention
+
+from interviewmate_mlx.model.falcon import Model
+
+# The head sizes that this works for, and the next one that MLX's kernels know.
+_WIDENED = {64: 72}
+
+
+class AlibiTerms(NamedTuple):
+    """What is added to padded queries and keys, (1, H, L, D) each. 0 but for two dimensions."""
+
+    queries: mx.array
+    keys: mx.array
+
+
+def alibi_terms(
+    slopes: mx.array,
+    query_positions: mx.array,
+    key_positions: mx.array,
+    scale: float,
+    dtype: mx.Dtype,
+    *,
+    head_dim: int,
+    multiple: int,
+) -> AlibiTerms:
+    """ALiBi for `attention`, in place of `falcon.alibi_mask`, whose rounding it has.
+
+    Args:
+        slopes: (H,) bfloat16.
+        query_positions: (1, L) int32: 0 to L - 1.
+        key_positions: the same.
+        scale: unused; attention scales these terms as it does the scores.
+        dtype: of the queries.
+        head_dim: of the queries.
+        multiple: that the length of a row is padded to.
+    """
+    length = -(-query_positions.shape[1] // multiple) * multiple
+    positions = mx.arange(length).astype(mx.bfloat16)
+    terms = (slopes[:, None] * positions)[None, :, :, None].astype(dtype)
+    ones = mx.ones_like(terms)
+    left, right = [(0, 0)] * 3, _WIDENED[head_dim] - head_dim - 2
+    pad = partial(mx.pad, pad_width=[*left, (head_dim, right)])
+    return AlibiTerms(
+        pad(mx.concatenate([ones, -terms], axis=-1)), pad(mx.concatenate([terms, ones], axis=-1))
+    )
+
+
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    cache: Any = None,
+    scale: float,
+    mask: mx.array | AlibiTerms,
+) -> mx.array:
+    """Causal attention with ALiBi.
+
+    Args:
+        queries, keys, values: (B, H, L, D), (B, H, K, D) twice.
+        cache: for mlx-lm's function.
+        scale: of the scores.
+        mask: from `alibi_terms`, for rows that begin at position 0; or a mask of scores.
+
+    Returns:
+        (B, H, L, D).
+    """
+    if isinstance(mask, mx.array):
+        return scaled_dot_product_attention(
+            queries, keys, values, cache=cache, scale=scale, mask=mask
+        )
+    length, head_dim = queries.shape[-2:]
+    longest, width = mask.queries.shape[-2:]
+    # Keys beyond the row come after all of its queries, which do not see them.
+    ends = [(0, 0), (0, 0), (0, longest - length), (0, width - head_dim)]
+    queries, keys, values = (mx.pad(part, ends) for part in (queries, keys, values))
+    out = mx.fast.scaled_dot_product_attention(
+        queries + mask.queries, keys + mask.keys, values, scale=scale, mask="causal"
+    )
+    return out[..., :length, :head_dim]
+
+
+def fused_width(model: Model) -> int:
+    """How wide a model's heads become for `attention`; 0 if it is not for their size."""
+    return _WIDENED.get(model.layers[0].self_attention.head_dim, 0)
+
+
+def use_fused_attention(model: Model, multiple: int = 1) -> None:
+    """Let a model's attention without a cache go through `attention`, in place.
+
+    Args:
+        model: with a `fused_width`.
+        multiple: of the row lengths that the kernels take.
+    """
+    head_dim = model.layers[0].self_attention.head_dim
+    model.transformer.make_mask = partial(alibi_terms, head_dim=head_dim, multiple=multiple)
+    for block in model.layers:
+        block.self_attention.attend = attention
+
+
+def use_fused_cross_entropy(model: Model) -> None:
+    """Let a model's loss be taken from logits in its own dtype; summed in float32, in place."""
+    model.cross_entropy = mx.fast.cross_entropy

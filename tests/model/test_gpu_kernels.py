@@ -1,0 +1,215 @@
+"""The attention and the loss of a GPU, computed by parts on a CPU: the same numbers.
+
+On a machine with a GPU the same tests meet its fused kernels.
+"""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from checkpoints import our_model, tiny_falcon
+from mlx_lm.models.cache import BatchKVCache, KVCache
+
+from interviewmate_mlx import backend
+from interviewmate_mlx.model import falcon
+from interviewmate_mlx.model.falcon import alibi_mask, alibi_slopes
+from interviewmate_mlx.model.gpu_kernels import (
+    alibi_terms,
+    attention,
+    fused_width,
+    use_fused_attention,
+    use_fused_cross_entropy,
+)
+from interviewmate_mlx.training.loss import masked_cross_entropy
+
+HEAD_DIM, SCALE = 64, 1 / 8
+LENGTHS = [(1, 1), (8, 1), (9, 128), (128, 128), (225, 1), (300, 128)]
+
+
+def terms(heads: int, length: int, dtype: mx.Dtype, multiple: int):
+    positions = mx.arange(length)[None]
+    return alibi_terms(
+        alibi_slopes(heads),
+        positions,
+        positions,
+        SCALE,
+        dtype,
+        head_dim=HEAD_DIM,
+        multiple=multiple,
+    )
+
+
+def naive(q, k, v, bias):
+    """In float64, by torch: (B, H, L, D) thrice, and ALiBi's term of each position (H, L)."""
+    length = q.shape[-2]
+    scores = (q @ k.transpose(-1, -2) + bias[:, None, :] - bias[:, :, None]) * SCALE
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    return torch.softmax(scores.masked_fill(hidden, -math.inf), -1) @ v
+
+
+def rounded_bias(heads: int, length: int) -> torch.Tensor:
+    """slope * position, each and their product rounded to bfloat16, as the reference has it."""
+    slopes = torch.tensor(np.array(alibi_slopes(heads).astype(mx.float32))).bfloat16()
+    return (slopes[:, None] * torch.arange(length).bfloat16()).double()
+
+
+@pytest.mark.parametrize(("length", "multiple"), LENGTHS)
+@pytest.mark.parametrize("heads", [2, 6])
+def test_attention_and_its_derivatives_are_the_naive_one_s(heads, length, multiple):
+    rng = np.random.default_rng(length)
+    arrays = [rng.normal(size=(2, heads, length, HEAD_DIM)).astype(np.float32) for _ in range(4)]
+    doubles = [torch.tensor(a.astype(np.float64), requires_grad=True) for a in arrays[:3]]
+    bias = rounded_bias(heads, length)
+    exact = naive(*doubles, bias)
+    exact.backward(torch.tensor(arrays[3]).double())
+
+    def ours(q, k, v):
+        return attention(q, k, v, scale=SCALE, mask=terms(heads, length, mx.float32, multiple))
+
+    inputs = list(map(mx.array, arrays))
+    (out,), slopes = mx.compile(lambda *a: mx.vjp(ours, list(a[:3]), [a[3]]))(*inputs)
+    # A score is a sum of D + 2 products, each rounded to 2**-24 of the largest partial sum.
+    largest = SCALE * (2 * bias.max().item() + 5 * math.sqrt(HEAD_DIM))
+    of_score = math.sqrt(HEAD_DIM + 2) * 2**-24 * largest
+    # A probability is off by its score's error, and the sums over keys by some roundings more.
+    allowed = 4 * (of_score + math.sqrt(length) * 2**-24)
+    expected = [exact.detach().numpy(), *(double.grad.numpy() for double in doubles)]
+    for one, other in zip([out, *slopes], expected, strict=True):
+        size = max(1.0, np.abs(other).max())
+        np.testing.assert_allclose(np.array(one), other, atol=allowed * size, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize(("length", "multiple"), LENGTHS)
+def test_in_half_precision_it_errs_no_more_than_with_a_mask(dtype, length, multiple):
+    rng = np.random.default_rng(length)
+    heads, positions = 6, mx.arange(length)[None]
+    q, k, v = (
+        mx.array(rng.normal(size=(2, heads, length, HEAD_DIM))).astype(dtype) for _ in range(3)
+    )
+    doubles = [torch.tensor(np.array(a.astype(mx.float32))).double() for a in (q, k, v)]
+    exact = naive(*doubles, rounded_bias(heads, length)).numpy()
+    mask = alibi_mask(alibi_slopes(heads), positions, positions, SCALE, dtype)
+    fused = attention(q, k, v, scale=SCALE, mask=terms(heads, length, dtype, multiple))
+    masked = attention(q, k, v, scale=SCALE, mask=mask)
+    errors = [np.abs(np.array(out.astype(mx.float32)) - exact) for out in (fused, masked)]
+    rounding = np.abs(exact).max() * float(mx.finfo(dtype).eps)
+    assert errors[0].max() < 1.5 * errors[1].max() + rounding
+    assert errors[0].mean() < 1.2 * errors[1].mean() + 0.1 * rounding
+
+
+def test_terms_are_exact_in_half_precision():
+    """They are bfloat16 numbers, and float16 holds those below 65,504."""
+    wide = terms(32, 2048, mx.float32, 1)
+    for dtype in (mx.bfloat16, mx.float16):
+        for one, other in zip(terms(32, 2048, dtype, 1), wide, strict=True):
+            assert mx.array_equal(one.astype(mx.float32), other)
+
+
+def fused(model: falcon.Model, multiple: int = 1) -> falcon.Model:
+    use_fused_attention(model, multiple)
+    return model
+
+
+@pytest.mark.parametrize(("heads", "layers", "length"), [(1, 1, 1), (2, 2, 40), (3, 2, 225)])
+@pytest.mark.parametrize("multiple", [1, 128])
+def test_logits_equal_the_reference_s(heads, layers, length, multiple):
+    reference = tiny_falcon(heads, HEAD_DIM, layers, seed=heads)
+    model = fused(our_model(reference), multiple)
+    ids = np.random.default_rng(0).integers(0, 384, (2, length))
+    with torch.no_grad():
+        expected = reference(torch.tensor(ids)).logits.numpy()
+    got = np.array(mx.compile(model)(mx.array(ids)))
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+
+
+def test_padding_on_the_right_changes_nothing():
+    model = fused(our_model(tiny_falcon(2, HEAD_DIM, 2)))
+    ids = np.random.default_rng(0).integers(0, 384, (1, 37))
+    padded = np.pad(ids, [(0, 0), (0, 11)])
+    one, other = (np.array(model(mx.array(rows))) for rows in (ids, padded))
+    np.testing.assert_allclose(one, other[:, :37], atol=1e-5, rtol=0)
+
+
+def test_with_a_cache_the_mask_is_used(monkeypatch):
+    model = our_model(tiny_falcon(2, HEAD_DIM, 2))
+    ids = mx.array(np.random.default_rng(0).integers(0, 384, (2, 12)))
+
+    def through_caches() -> np.ndarray:
+        plain = [KVCache() for _ in model.layers]
+        logits = [model(ids[:1, :7], plain), model(ids[:1, 7:], plain)]
+        padded = [BatchKVCache([0, 3]) for _ in model.layers]
+        return np.array(mx.concatenate([*logits, *mx.split(model(ids, padded), 2)], axis=1))
+
+    expected = through_caches()
+    use_fused_attention(model)
+    monkeypatch.setattr(model.transformer, "make_mask", None)
+    np.testing.assert_array_equal(through_caches(), expected)
+
+
+def test_other_head_sizes_are_left_alone():
+    assert fused_width(our_model(tiny_falcon(2, HEAD_DIM))) == 72
+    for head_dim in (16, 80, 128):
+        assert fused_width(our_model(tiny_falcon(2, head_dim, 1))) == 0
+
+
+# What kernels multiply scores by before they take powers of two.
+LOG2_E = math.log2(math.e)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_mask_stays_finite_in_every_kernel(dtype, head_dim):
+    """A row of -inf alone, as left padding would have it, becomes NaN and spoils what follows."""
+    positions = mx.arange(-5, 7)[None]
+    mask = alibi_mask(alibi_slopes(4), positions, positions, head_dim**-0.5, dtype)
+    assert mx.isfinite(mask * mx.array(LOG2_E, dtype)).all()
+    mx.random.seed(0)
+    q, k, v = (mx.random.normal((1, 4, 12, head_dim)).astype(dtype) for _ in range(3))
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5, mask=mask)
+    assert mx.isfinite(out).all()
+    # The lowest probability that a visible key can have is above that of a hidden one.
+    hidden = mask.min().item()
+    assert math.exp(max(hidden / 2, -1000.0)) == 0.0
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_left_padded_rows_give_the_unpadded_row_s_logits(head_dim):
+    model = our_model(tiny_falcon(2, head_dim, 2))
+    ids = np.random.default_rng(0).integers(0, 384, (1, 9))
+    alone = np.array(model(mx.array(ids)))
+    batch = mx.array(np.concatenate([np.pad(ids, [(0, 0), (5, 0)]), np.zeros((1, 14), int)]))
+    cache = [BatchKVCache([5, 0]) for _ in model.layers]
+    padded = np.array(model(batch, cache))
+    assert np.isfinite(padded).all()
+    np.testing.assert_allclose(padded[:1, 5:], alone, atol=1e-4, rtol=0)
+
+
+def test_fused_cross_entropy_is_the_loss():
+    model = our_model(tiny_falcon(2, HEAD_DIM, 1))
+    logits = 5 * mx.random.normal((7, 384))
+    targets, mask = mx.random.randint(0, 384, (7,)), mx.arange(7) > 2
+    expected, count = masked_cross_entropy(logits, targets, mask, model.cross_entropy)
+    use_fused_cross_entropy(model)
+    got, same_count = masked_cross_entropy(logits, targets, mask, model.cross_entropy)
+    assert got.dtype == mx.float32
+    assert got.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert count.item() == same_count.item() == 4
+
+
+@pytest.mark.skipif(backend.machine().device == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_on_a_gpu_the_scores_are_not_kept(dtype):
+    assert backend.fused_attention_multiple(72, dtype) in (1, 128)
+
+
+def test_path_of_a_gpu_on_a_cpu(monkeypatch):
+    if backend.machine().device != "cpu":
+        pytest.skip("there is a GPU")
+    assert backend.fused_attention_multiple(72, mx.bfloat16) == 0
+    monkeypatch.setenv("INTERVIEWMATE_PATH", "gpu")
+    here = backend.machine()
+    assert (here.path, here.dtype, here.cpu_streams) == ("gpu", "bfloat16", 0)
+    assert backend.fused_attention_multiple(72, mx.bfloat16) == 1
