@@ -20,6 +20,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # matrices. Read when the library is loaded; the processes that tests start inherit it.
 for _name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+# Some GPUs multiply float32 with 11 significant bits, unless they are told not to.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from interviewmate_mlx import backend  # noqa: F401
 

@@ -136,6 +136,7 @@ def needed_products(
             inner=product[1],
             columns=product[0],
             seconds=_PRODUCT_SECONDS,
+            dtype=model.transformer.ln_f.weight.dtype,
         )
         for product in set(work)
     }

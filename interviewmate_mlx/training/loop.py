@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -147,11 +147,12 @@ def run_task(
     if state.step == 0 and task.rows.valid:
         loss, elapsed_s = validate(task, loss_of)
         yield record(out, Validated(0, loss, is_best=False, elapsed_s=elapsed_s))
-    first = state.step
+    has_left = False
     while not is_over(task, state):
         until = next_pause(task, state.step)
+        steps = run_steps(task, step, state.step, until, lambda: has_left or stop())
         try:
-            for event in run_steps(task, step, state.step, until, stop):
+            for event in steps:
                 state.step = event.step
                 yield record(out, event)
         except TrainingError as error:
@@ -161,8 +162,12 @@ def run_task(
             raise TrainingError(f"{error}\n{where}") from error
         except GeneratorExit:
             # Whoever iterated has left. The device may be a step ahead of the last event.
-            state.step = first + step.num_updates
-            if step.num_updates and step.is_healthy and not stop():
+            has_left = True
+            if not stop():
+                with suppress(TrainingError):  # what is not finite was not applied
+                    for event in steps:
+                        state.step = event.step
+                        record(out, event)
                 if task.rows.valid and is_validation(task, state.step):
                     record(out, judge(task, state, best, loss_of))
                 save(task, out, state, optimizer, best)

@@ -150,11 +150,6 @@ class Step:
         mx.async_eval(numbers, self._model.trainable_parameters())
         return numbers
 
-    @property
-    def is_healthy(self) -> bool:
-        """Whether all updates so far were finite, and so applied. Waits for the device."""
-        return bool(self._is_healthy.item())
-
     def _apply(
         self, sums: Any, learning_rate: mx.array, is_healthy: mx.array
     ) -> dict[str, mx.array]:

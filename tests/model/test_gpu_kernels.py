@@ -208,6 +208,7 @@ def test_on_a_gpu_the_scores_are_not_kept(dtype):
 def test_path_of_a_gpu_on_a_cpu(monkeypatch):
     if backend.machine().device != "cpu":
         pytest.skip("there is a GPU")
+    monkeypatch.delenv("INTERVIEWMATE_PATH", raising=False)
     assert backend.fused_attention_multiple(72, mx.bfloat16) == 0
     monkeypatch.setenv("INTERVIEWMATE_PATH", "gpu")
     here = backend.machine()

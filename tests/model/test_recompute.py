@@ -8,6 +8,7 @@ import pytest
 from checkpoints import tiny_falcon
 from mlx.utils import tree_flatten
 
+from interviewmate_mlx import backend
 from interviewmate_mlx.data.batches import collate
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
@@ -75,6 +76,10 @@ def test_paths_of_parameters_stay():
     assert [name for name, _ in tree_flatten(model.parameters())] == before
 
 
+@pytest.mark.skipif(
+    backend.machine().device == "cuda",
+    reason="a CUDA graph holds what its kernels need until all of them are done",
+)
 def test_less_is_kept():
     model, batch = lora_model(0.1, layers=8), microbatch(rows=4, length=200)
 

@@ -1,0 +1,73 @@
+"""Does a model repeat itself? The share of word pairs that came before in the same answer.
+
+    python scripts/fluency.py --model mini
+    python scripts/fluency.py --adapter adapters/mini --samples 2
+
+Of the first 80 words of the answers to the 46 test questions, drawn at temperature 0.7 and top-p
+0.9. The written answers' own share is printed beside it, then one line of JSON.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from interviewmate_mlx.coach.generate import Sampling, answer, load_coach
+from interviewmate_mlx.config import shipped
+from interviewmate_mlx.data.records import load_splits
+
+WORDS = 80
+# Some 80 words of mini's tokens.
+SAMPLING = {"max_tokens": 130, "temperature": 0.7, "top_p": 0.9}
+
+
+def repeated_bigrams(text: str) -> float:
+    """The share of the first 80 words' pairs of neighbours that came before among them."""
+    words = text.lower().split()[:WORDS]
+    pairs = list(itertools.pairwise(words))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def mean_share(texts: Iterable[str]) -> float:
+    return statistics.mean(map(repeated_bigrams, texts))
+
+
+def test_rows() -> Iterator[tuple[str, str]]:
+    """Questions that no run has seen, and their written answers."""
+    for record in load_splits(shipped("data/interview"))["test"]:
+        yield record.messages[0].content, record.messages[1].content
+
+
+def answers(model: Any, tokenizer: Any, samples: int = 1) -> list[str]:
+    """An answer to each test question, or several, each with a seed of its own."""
+    return [
+        answer(model, tokenizer, question, Sampling(**SAMPLING, seed=1000 * sample + number))
+        for sample in range(samples)
+        for number, (question, _) in enumerate(test_rows())
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="the base; by default the adapter's")
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--samples", type=int, default=1, help="answers to each question")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N of the answers")
+    args = parser.parse_args()
+    texts = answers(*load_coach(args.model, args.adapter), args.samples)
+    for (question, _), text in list(zip(test_rows(), texts, strict=False))[: args.show]:
+        print(f"{question}\n    {text}\n")
+    shares = {
+        "answers": mean_share(texts),
+        "written": mean_share(written for _, written in test_rows()),
+    }
+    for name, share in shares.items():
+        print(f"repeated word pairs, {name}: {share:.1%}")
+    print(json.dumps({**vars(args), "adapter": args.adapter and str(args.adapter), **shares}))
+
+
+if __name__ == "__main__":
+    main()
