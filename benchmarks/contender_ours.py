@@ -27,7 +27,7 @@ def main(job: Job) -> Result:
     inputs = {path: layer.lora_A.weight.shape[1] for path, layer in layers.items()}
     for path, start in lora_start(job.rank, inputs):
         layers[path].lora_A.weight = mx.array(start)
-    with backend.memory_limits(), task.executor.opened():
+    with task.memory_limits(), task.executor.opened():
         step = Step(task.model, adamw(), task.run.train.max_grad_norm, task.executor)
 
         def run(count: int) -> tuple[list[float], float]:

@@ -48,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
     here = backend.machine()
     try:
         base = make_base(options)
-        with tempfile.TemporaryDirectory() as folder, backend.memory_limits():
+        with tempfile.TemporaryDirectory() as folder:
             rows = write_rows(
                 Path(folder, "train.jsonl"), 2 * max(options.batches), max(options.lengths)
             )
@@ -122,7 +122,7 @@ def measure(options: argparse.Namespace, base: Path, rows: Path, length: int) ->
     except BackendError as error:
         print(f"{length} tokens a row: {error}", file=sys.stderr)
         return []
-    with backend.memory_limits(), task.executor.opened():
+    with task.memory_limits(), task.executor.opened():
         return [measure_batch(options, task, length, batch) for batch in options.batches]
 
 

@@ -35,7 +35,6 @@ KERNEL_VARIABLE = "OPENBLAS_CORETYPE"  # OpenBLAS's own: it forces the kernels o
 
 # Metal: a wired limit of the whole recommended working set is unstable.
 _WIRED_SHARE = 0.85
-_ALLOCATED_SHARE = 0.95
 # Microbatches side by side on a CPU: at most as many as a usual step has rows.
 _MAX_STREAMS = 4
 # Share of the memory that training may plan with; the rest is the system's and the user's.
@@ -189,7 +188,8 @@ def machine() -> Machine:
     device = _device()
     path = "cpu" if device == "cpu" and os.environ.get(PATH_VARIABLE) != "gpu" else "gpu"
     info = mx.device_info()
-    total = int(info.get("max_recommended_working_set_size", 0)) or int(info.get("total_memory", 0))
+    # Metal's, and on CUDA what other processes leave.
+    total = int(info.get("max_recommended_working_set_size", 0) or info.get("free_memory", 0))
     total = total or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(
         device=device,
@@ -296,21 +296,27 @@ def unchanged_file_limit() -> Iterator[None]:
 
 
 @contextmanager
-def memory_limits() -> Iterator[None]:
-    """Keep MLX within the device's memory while training, and restore its limits after.
+def memory_limits(memory_bytes: int, peak_bytes: int) -> Iterator[None]:
+    """Keep MLX within a plan while training on a GPU, and restore its limits after.
 
-    A GPU's allocations stay below what the device says it has; on a Mac most of it
-    is wired too, so that weights are not paged out.
+    Allocations wait when they would exceed the plan, buffers that were freed are kept for what
+    the peak leaves of it, and on a Mac what is expected stays in memory, weights included.
+
+    Args:
+        memory_bytes: that may be taken.
+        peak_bytes: that are expected at the most.
     """
-    device, info = _device(), mx.device_info()
-    size = int(info.get("max_recommended_working_set_size", 0) or info.get("total_memory", 0))
-    if device == "cpu" or not size:
+    if _device() == "cpu":
         yield
         return
     with ExitStack() as stack:
-        stack.callback(mx.set_memory_limit, mx.set_memory_limit(int(size * _ALLOCATED_SHARE)))
-        if device == "metal":
-            stack.callback(mx.set_wired_limit, mx.set_wired_limit(int(size * _WIRED_SHARE)))
+        stack.callback(mx.set_memory_limit, mx.set_memory_limit(memory_bytes))
+        cache = max(0, memory_bytes - peak_bytes)
+        stack.callback(mx.set_cache_limit, mx.set_cache_limit(cache))
+        if _device() == "metal":
+            most = int(mx.device_info()["max_recommended_working_set_size"])
+            wired = min(peak_bytes, int(most * _WIRED_SHARE))
+            stack.callback(mx.set_wired_limit, mx.set_wired_limit(wired))
         yield
 
 

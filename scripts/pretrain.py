@@ -33,7 +33,6 @@ from rich.console import Console
 from interviewmate_mlx.base.converted import write_json
 from interviewmate_mlx.errors import InterviewMateError, TrainingError
 from interviewmate_mlx.formats.json_file import read_json
-from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.training.checkpoint import (
     State,
@@ -44,7 +43,7 @@ from interviewmate_mlx.training.checkpoint import (
 )
 from interviewmate_mlx.training.optimizer import learning_rate_at
 from interviewmate_mlx.training.step import Executor, Step, total_loss
-from interviewmate_mlx.training.task import choose_executor
+from interviewmate_mlx.training.task import choose_executor, choose_kernels
 
 # What may differ when a run goes on: it changes speed, or the card, but not the weights.
 FREE = ("text", "then", "out", "resume", "sources", "save_minutes", "microbatch")
@@ -104,12 +103,12 @@ def pretrain(args: argparse.Namespace, console: Console, stop: Callable[[], bool
         [args.text, *([args.then] if args.then else [])], args.vocab, work, console
     )
     model, optimizer = build_model(args), Muon(args.vocab, args.weight_decay)
-    if backend.machine().device == "cpu":
-        use_cpu_kernels(model)
+    choose_kernels(model, mx.float32)
     num_parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
     console.print(f"{num_parameters:,} parameters, {len(texts[0].train):,} tokens to learn from")
     executor = choose_executor()
-    with backend.memory_limits(), executor.opened():
+    memory_bytes = backend.machine().memory_bytes
+    with backend.memory_limits(memory_bytes, memory_bytes // 2), executor.opened():
         state = train(args, work, texts, model, optimizer, executor, console, stop)
         if state.step < total_steps(args):
             console.print(f"interrupted after step {state.step}; --resume goes on")

@@ -59,7 +59,7 @@ def bench(
     """
     slowdowns = backend.slowdowns()
     task = prepare(run, progress=progress)
-    with backend.memory_limits(), task.executor.opened():
+    with task.memory_limits(), task.executor.opened():
         step = Step(task.model, adamw(), run.train.max_grad_norm, task.executor)
 
         def timed(first: int, last: int) -> tuple[list[Stepped], float]:

@@ -55,7 +55,7 @@ def rehearse(
         first = saved.state.step if saved else 0
         yield task.describe(first, [])
         if first < task.total_steps:
-            with backend.memory_limits(), task.executor.opened():
+            with task.memory_limits(), task.executor.opened():
                 yield forecast(task, first)
 
 

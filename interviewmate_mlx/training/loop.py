@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from interviewmate_mlx import backend
 from interviewmate_mlx.adapter.folder import adapter_weights, save_adapter
 from interviewmate_mlx.config import RunConfig, parse_run, to_toml
 from interviewmate_mlx.data.batches import by_width, collate, epoch_steps
@@ -90,7 +89,7 @@ def train(
     with opened(run, out, resume, replace, progress) as (task, saved):
         if replace and not resume:
             clear(out)
-        with backend.memory_limits(), task.executor.opened():
+        with task.memory_limits(), task.executor.opened():
             yield from run_task(task, out, saved, stop)
 
 
@@ -148,9 +147,13 @@ def run_task(
         loss, elapsed_s = validate(task, loss_of)
         yield record(out, Validated(0, loss, is_best=False, elapsed_s=elapsed_s))
     has_left = False
+
+    def is_stopping() -> bool:
+        return has_left or stop()
+
     while not is_over(task, state):
         until = next_pause(task, state.step)
-        steps = run_steps(task, step, state.step, until, lambda: has_left or stop())
+        steps = run_steps(task, step, state.step, until, is_stopping)
         try:
             for event in steps:
                 state.step = event.step

@@ -1,6 +1,6 @@
 """How much memory a step takes, and so how many tokens may share a microbatch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.nn as nn
@@ -9,17 +9,21 @@ from interviewmate_mlx.data.batches import padded_width
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.falcon import Model, ModelArgs
+from interviewmate_mlx.model.lora import lora_layers, shape_of
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.step import Executor
 
-# What a token takes at the peak, which is at the loss. A layer keeps for its backward pass the
-# norms or their inputs and the inputs of attention and GELU, in units of C; and the scores, H * L,
-# unless attention computes them again. On top come arrays that MLX has planned ahead: copies of
-# the last layers' scores and, V each, of the logits.
+# What a token takes on a CPU at the peak, which is at the loss. A layer keeps for its backward pass
+# the norms or their inputs and the inputs of attention and GELU, in units of C; and the scores,
+# H * L, unless attention computes them again. On top come arrays that MLX has planned ahead: copies
+# of the last layers' scores and, V each, of the logits.
 _KEPT_CHANNELS = 16
 _KEPT_SCORES = 3
 _PLANNED_SCORES = 11
 _PLANNED_LOGITS = 7
+# On a GPU, at the same peak: logits in the base's dtype, and in float32 they, their softmax and
+# their gradient, which is cast back.
+_GPU_LOGITS = 2, 3
 
 
 def weight_bytes(model: nn.Module, num_streams: int = 1) -> int:
@@ -34,7 +38,7 @@ def weight_bytes(model: nn.Module, num_streams: int = 1) -> int:
     return parameters + (3 + num_streams) * trained
 
 
-def bytes_per_token(
+def cpu_bytes_per_token(
     args: ModelArgs,
     width: int,
     itemsize: int,
@@ -42,11 +46,11 @@ def bytes_per_token(
     gradient_checkpointing: bool = False,
     num_streams: int = 1,
 ) -> int:
-    """Bytes that one padded token of a microbatch takes.
+    """Bytes that one padded token of a microbatch takes on a CPU.
 
     Fitted to the measured peaks of models of 4, 8 and 24 layers on a CPU, 64 to 1024
     tokens a row, one microbatch at a time: within 10 %. Streams that recompute
-    may take less. On a GPU it has not been measured.
+    may take less.
 
     Args:
         args: the model's shape.
@@ -67,17 +71,60 @@ def bytes_per_token(
     return int(floats * itemsize + logits * 4)  # which are float32
 
 
+def gpu_bytes_per_token(
+    model: Model,
+    width: int,
+    itemsize: int,
+    widened: int,
+    keeps_scores: bool,
+    gradient_checkpointing: bool = False,
+) -> int:
+    """Bytes that one padded token of a microbatch takes on a GPU: what is kept, and the logits.
+
+    A block keeps for its backward pass, in its own dtype: its input and that of its second norm,
+    the first norm's output and attention's, C numbers each; queries, keys and values, each as
+    wide as attention took them; and GELU's input, 4 C. A LoRA keeps its input in float32 and,
+    with dropout, what is left of that and a mask of bytes. What is not trained keeps nothing.
+
+    Measured in bfloat16 on a CPU, 128 and 384 tokens a row: within 10 % of a block's share.
+
+    Args:
+        model: with its LoRA.
+        width: tokens of a padded row.
+        itemsize: bytes of an activation.
+        widened: of a head in attention; its own size where that is not changed.
+        keeps_scores: whether attention keeps its scores, H numbers a token and key.
+        gradient_checkpointing: all blocks but one keep their input alone.
+    """
+    args, layers = model.args, model.args.num_hidden_layers
+    heads = args.num_attention_heads
+    of_lora = sum(
+        shape_of(layer.base_layer)[1] * (4 + (5 if layer.dropout.draws else 0))
+        for _, layer in lora_layers(model)
+    )
+    block = (8 * args.hidden_size + 3 * heads * widened) * itemsize + of_lora / layers
+    scores = heads * width * itemsize if keeps_scores else 0
+    block += scores
+    inputs = args.hidden_size * itemsize
+    kept = block + layers * inputs if gradient_checkpointing else layers * block
+    kept += _PLANNED_SCORES * scores
+    narrow, wide = _GPU_LOGITS
+    return int(kept + args.vocab_size * (narrow * itemsize + wide * 4))
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """What training may take of a machine's memory, and what it will.
 
     Attributes:
+        memory_bytes: that may be taken.
         row_width: padded tokens of the longest row.
         token_budget: padded tokens that there is room for at a time, over all streams.
         step_tokens: of them, those of the largest step.
         peak_bytes: expected at that step.
     """
 
+    memory_bytes: int
     row_width: int
     token_budget: int
     step_tokens: int
@@ -93,8 +140,7 @@ def plan_memory(
     model: Model,
     rows: Sequence[Example],
     effective_batch: int,
-    itemsize: int,
-    keeps_scores: bool,
+    bytes_per_token: Callable[[int, int], int],
     gradient_checkpointing: bool,
     memory_bytes: int,
     executor: Executor,
@@ -106,9 +152,8 @@ def plan_memory(
         model: with what is trained.
         rows: all that training and validation put through the model.
         effective_batch: rows of a step.
-        itemsize: bytes of an activation.
-        keeps_scores: as in `bytes_per_token`.
-        gradient_checkpointing: as in `bytes_per_token`.
+        bytes_per_token: of rows of a width, on a number of streams side by side.
+        gradient_checkpointing: whether that is done already.
         memory_bytes: what training may take.
         executor: of the machine, before it is limited to the plan.
         token_budget: of the run that goes on, which keeps its own; 0 for a new run.
@@ -118,8 +163,7 @@ def plan_memory(
     """
     weights = weight_bytes(model)
     width = padded_width(max(map(len, rows)) - 1)
-    shape = model.args, width, itemsize, keeps_scores, gradient_checkpointing
-    per_token = bytes_per_token(*shape)
+    per_token = bytes_per_token(width, 1)
     needed = weights + width * per_token
     if needed > memory_bytes:
         raise BackendError(
@@ -135,6 +179,6 @@ def plan_memory(
     sizes = sorted(padded_width(len(group[0]) - 1) * len(group) for group in groups)
     side_by_side = min(executor.num_streams, len(sizes))
     step_tokens = sum(sizes[-side_by_side:])
-    per_token = bytes_per_token(*shape, side_by_side)
+    per_token = bytes_per_token(width, side_by_side)
     peak_bytes = weight_bytes(model, side_by_side) + step_tokens * per_token
-    return MemoryPlan(width, budget, step_tokens, peak_bytes)
+    return MemoryPlan(memory_bytes, width, budget, step_tokens, peak_bytes)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +30,12 @@ from interviewmate_mlx.model.recompute import use_gradient_checkpointing
 from interviewmate_mlx.training.checkpoint import State
 from interviewmate_mlx.training.cpu_streams import CpuStreams
 from interviewmate_mlx.training.events import Started
-from interviewmate_mlx.training.memory import MemoryPlan, plan_memory
+from interviewmate_mlx.training.memory import (
+    MemoryPlan,
+    cpu_bytes_per_token,
+    gpu_bytes_per_token,
+    plan_memory,
+)
 from interviewmate_mlx.training.optimizer import learning_rate_at
 from interviewmate_mlx.training.step import Executor, OneStream
 
@@ -66,6 +72,10 @@ class Task:
     @property
     def total_steps(self) -> int:
         return self.run.train.total_steps(self.steps_per_epoch)
+
+    def memory_limits(self) -> AbstractContextManager[None]:
+        """Keep MLX within the plan."""
+        return backend.memory_limits(self.memory.memory_bytes, self.memory.peak_bytes)
 
     def describe(self, step: int, notes: list[str]) -> Started:
         """What is known before the first step, or before going on after `step`."""
@@ -196,11 +206,6 @@ def choose_kernels(model: Model, dtype: mx.Dtype) -> None:
         use_fused_cross_entropy(model)
 
 
-def keeps_scores(model: Model) -> bool:
-    """Whether attention keeps its scores for the backward pass."""
-    return model.layers[0].self_attention.attend is scaled_dot_product_attention
-
-
 def versions() -> dict[str, str]:
     """What a run's bytes depend on beside the run, its base and its data."""
     here = backend.machine()
@@ -318,13 +323,27 @@ def plan(run: RunConfig, model: Model, rows: Rows, state: State | None) -> Memor
     Raises:
         BackendError: not even the longest row fits.
     """
+    here, attention = backend.machine(), model.layers[0].self_attention
+    itemsize = backend.resolve_dtype(run.model.dtype).size
+    recomputes = run.train.gradient_checkpointing
+    is_unfused = attention.attend is scaled_dot_product_attention
+
+    def bytes_per_token(width: int, num_streams: int) -> int:
+        if here.path == "cpu":
+            return cpu_bytes_per_token(
+                model.args, width, itemsize, is_unfused, recomputes, num_streams
+            )
+        widened = attention.head_dim if is_unfused else fused_width(model)
+        # MLX's CPU backend computes fused attention by parts.
+        keeps_scores = is_unfused or here.device == "cpu"
+        return gpu_bytes_per_token(model, width, itemsize, widened, keeps_scores, recomputes)
+
     return plan_memory(
         model,
         rows.all,
         run.train.effective_batch,
-        itemsize=backend.resolve_dtype(run.model.dtype).size,
-        keeps_scores=keeps_scores(model),
-        gradient_checkpointing=run.train.gradient_checkpointing,
+        bytes_per_token,
+        gradient_checkpointing=recomputes,
         memory_bytes=memory_for(run),
         executor=choose_executor(),
         token_budget=state.token_budget if state else 0,

@@ -13,12 +13,19 @@ import sys
 from collections.abc import Iterator
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from interviewmate_mlx import backend
 from interviewmate_mlx.config import load_run
+from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.data.records import Record
+from interviewmate_mlx.model.falcon import Model, ModelArgs
+from interviewmate_mlx.model.lora import add_lora
 from interviewmate_mlx.training import loop
 from interviewmate_mlx.training.events import Started, Stepped
+from interviewmate_mlx.training.memory import gpu_bytes_per_token, plan_memory
+from interviewmate_mlx.training.step import OneStream
 
 STEPS = 2000
 
@@ -32,11 +39,16 @@ def resident_bytes() -> int:
 
 @pytest.mark.parametrize("words", [40, 160])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("num_streams", [0, 2])
+@pytest.mark.parametrize("num_streams", [0, 2, "gpu"])
 def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, checkpointing, num_streams):
     here = backend.machine()
-    if here.device != "cpu" or num_streams > here.cpu_streams:
-        pytest.skip("measured on MLX's CPU backend; streams need two cores and a known BLAS")
+    if here.device != "cpu":
+        pytest.skip("measured on MLX's CPU backend")
+    monkeypatch.setenv("INTERVIEWMATE_PATH", "gpu" if num_streams == "gpu" else "")
+    if num_streams == "gpu":
+        num_streams = 0
+    elif num_streams > backend.machine().cpu_streams:
+        pytest.skip("streams need two cores and a known BLAS")
     monkeypatch.setattr(backend, "_num_streams", lambda: num_streams)
     messages = [{"role": "user", "content": "Why?"}]
     messages.append({"role": "assistant", "content": "because it is learned " * (words // 4)})
@@ -56,6 +68,25 @@ def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, checkpointing, n
         assert 0.2 * started.peak_bytes < taken < 1.5 * started.peak_bytes
     else:
         assert taken == pytest.approx(started.peak_bytes, rel=0.15)
+
+
+def test_run_a_with_rows_of_512_tokens_fits_on_a_mac_of_8_gb():
+    """Its GPU may have 5.7 GB, of which training plans with three quarters."""
+    config = {"model_type": "falcon", "alibi": True, "bias": True, "multi_query": False}
+    config |= {"parallel_attn": False, "new_decoder_architecture": False, "vocab_size": 50304}
+    config |= {"hidden_size": 2048, "num_attention_heads": 32, "num_hidden_layers": 24}
+    model = Model(ModelArgs.from_dict(config))  # its arrays are never computed
+    model.set_dtype(mx.bfloat16)
+    add_lora(model, ["query_key_value"], 8, 16, 0.05)
+    ids = np.zeros(513, np.int32)
+    rows = [Example(Record("row"), ids, np.arange(513) > 40)] * 4
+
+    def bytes_per_token(width: int, num_streams: int) -> int:
+        return gpu_bytes_per_token(model, width, itemsize=2, widened=72, keeps_scores=False)
+
+    plan = plan_memory(model, rows, 4, bytes_per_token, False, int(0.75 * 5.7e9), OneStream())
+    assert plan.max_rows == 1
+    assert 3.5e9 < plan.peak_bytes < 4.1e9
 
 
 def test_memory_that_was_kept_goes_back_in_the_end():
