@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": "Answer an interview question.",
     "export": "Copy an adapter with its model card to a folder, to the Hub, or both.",
     "bench": "Time some training steps of a run on this machine. Writes nothing.",
+    "doctor": "Check that this machine computes rightly, and how fast; for bug reports.",
     "data": "Look at rows before training on them.",
 }
 # Options, by the name of the argument that an error gives.
