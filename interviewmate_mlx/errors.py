@@ -82,6 +82,12 @@ def brief(value: object, max_chars: int = 80) -> str:
     return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
 
 
+def one_line(error: BaseException, max_chars: int = 500) -> str:
+    """An error's text for a message, on one line, shortened if it is long."""
+    text = " ".join(str(error).split())
+    return f"{text[:max_chars]}{'...' if len(text) > max_chars else ''}"
+
+
 def list_faults(faults: Sequence[str], max_shown: int = 10) -> str:
     """Several faults of one kind, one indented line each; those above the limit are counted."""
     lines = [f"  {fault}" for fault in faults[:max_shown]]

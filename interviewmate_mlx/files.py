@@ -25,6 +25,36 @@ LOCK_FILE = ".lock"  # in a folder that a process uses; holds the process's id
 
 Progress = Callable[[int, int], None]  # called with bytes done and bytes in all
 
+# What macOS, Windows and Linux desktops leave in folders that somebody has looked at.
+_SYSTEM_FILES = (".ds_store", ".localized", "icon\r", "thumbs.db", "desktop.ini", ".directory")
+_APPLE_DOUBLE = "._"  # before a file's name: what macOS keeps beside it on other file systems
+
+
+def contents(folder: Path) -> list[Path]:
+    """What a folder holds, without the files that the system leaves in folders by itself.
+
+    Raises:
+        OSError: it is not a folder, or cannot be read.
+    """
+    return sorted(path for path in folder.iterdir() if not _is_system_file(path))
+
+
+def is_empty_folder(path: Path) -> bool:
+    """Whether a path is a folder that holds nothing, or only files that the system left there."""
+    return path.is_dir() and not contents(path)
+
+
+def _remove_system_files(folder: Path) -> None:
+    """Empty a folder that `is_empty_folder`: a folder can be renamed only to an empty one."""
+    if folder.exists():
+        for path in filter(_is_system_file, folder.iterdir()):
+            path.unlink()
+
+
+def _is_system_file(path: Path) -> bool:
+    is_known = path.name.lower() in _SYSTEM_FILES or path.name.startswith(_APPLE_DOUBLE)
+    return is_known and not path.is_dir()
+
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
     """Read a file of limited size: a file from a stranger could fill the memory.
@@ -117,8 +147,8 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     otherwise in two. A symbolic link is followed. Missing parents are created.
 
     Raises:
-        StorageError: `path` exists, is not an empty folder, and `replace` is false;
-            or the folder cannot be written to, or the disk is full.
+        StorageError: `path` exists, is not an empty folder (see `is_empty_folder`), and
+            `replace` is false; or the folder cannot be written to, or the disk is full.
     """
     path = Path(os.path.realpath(path))
     with _as_storage_error(path), _workspace(path) as workspace:
@@ -135,6 +165,7 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             _swap(temporary, path)
         else:
             _refuse_existing(path)
+            _remove_system_files(path)
             os.rename(temporary, path)
         _sync(path.parent)
 
@@ -229,7 +260,7 @@ def clear_leftovers(path: Path) -> None:
 
 
 def _refuse_existing(path: Path) -> None:
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.exists() and not is_empty_folder(path):
         raise FileExistsError(errno.EEXIST, "it already exists", str(path))
 
 

@@ -21,6 +21,7 @@ from interviewmate_mlx.cli.options import chosen_run
 from interviewmate_mlx.coach import generate
 from interviewmate_mlx.config import RunConfig, load_run
 from interviewmate_mlx.data.prompts import encode_question
+from interviewmate_mlx.results import doctor
 
 SHOWN: dict[str, str] = {}  # an option -> the test that shows its effect
 
@@ -418,6 +419,15 @@ def test_export_copies_the_adapter_without_checkpoints(imate, tiny_adapter):
         assert Path("copy", name).read_bytes() == (tiny_adapter / name).read_bytes()
 
 
+@shows("export --model")
+def test_export_names_the_base_otherwise(imate, tiny_adapter, tmp_path):
+    out = tmp_path / "copy"
+    said = imate("export", tiny_adapter, "--out", out, "--model", "someone/else").stderr
+    assert "the copy names its base someone/else, not " in said
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/else"
+
+
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the library's own
 @shows("export --push")
 def test_export_pushes_to_the_hub(imate, hub, tiny_adapter):
@@ -522,8 +532,18 @@ def test_data_check_refuses_rows_that_do_not_fit(imate, questions, tiny_base):
     words = ["data", "check", questions, "--max-length", 16]
     imate(*words, code=2)
     refusal = imate(*words, "--model", tiny_base, code=1).stderr
-    assert "train.jsonl line 1" in refusal
-    assert "16" in refusal
+    assert "train.jsonl: more than 16 tokens: 12 rows (lines 1, 2, 3, ...)" in refusal
+
+
+@shows("data check --all")
+def test_data_check_names_every_row(imate, questions, tiny_base):
+    words = ["data", "check", questions, "--model", tiny_base, "--max-length", 16]
+    refusal = imate(*words, "--all", code=1).stderr
+    # One fault in several rows is one line, with all of their numbers.
+    places = re.findall(r"train\.jsonl(?:: .* \(lines ([\d, ]+)\)| line (\d+): )", refusal)
+    numbers = [int(n) for several, one in places for n in (several or one).split(", ")]
+    assert sorted(numbers) == list(range(1, 13))
+    imate(*words, "--all", "--json", code=2)
 
 
 @shows("data check --json")
@@ -571,8 +591,10 @@ def test_data_split_says_what_it_added_updated_and_left(imate, split, rows_with_
     new = {"id": "new", "question": "What is new?", "answer": "This."}
     Path("more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*changed, new]))
     lines = imate("data", "split", "more.jsonl", "--out", "mine").stdout.splitlines()
-    assert lines[-1] == "1 rows added, 5 updated in their split, 7 left as they were"
-    counts = [re.fullmatch(r"mine/(\w+).jsonl: (\d+) rows, (\d) of them new", s) for s in lines[:3]]
+    assert lines[-1] == "1 row added, 5 updated in their split, 7 left as they were"
+    counts = [
+        re.fullmatch(r"mine/(\w+).jsonl: (\d+) rows?, (\d) of them new", s) for s in lines[:3]
+    ]
     assert [count[1] for count in counts] == ["train", "valid", "test"]
     assert (sum(int(count[2]) for count in counts), sum(int(c[3]) for c in counts)) == (13, 1)
     again = imate("data", "split", "more.jsonl", "--out", "mine").stdout.splitlines()
@@ -640,3 +662,26 @@ def test_data_preview_marks_what_is_trained_on(preview):
     assert counts(answer)[1] == answer.count("[") - 1
     assert counts(every)[1] == counts(every)[0] - 1 == every.count("[") - 1
     assert all("[<|endoftext|>]\n" in text for text in (answer, every))
+
+
+@pytest.fixture
+def few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`doctor` without what takes its time."""
+    chosen = {name: doctor.CHECKS[name] for name in ("GELU", "AdamW")}
+    monkeypatch.setattr(doctor, "CHECKS", chosen)
+    monkeypatch.setattr(doctor, "SPEEDS", {})
+
+
+@shows("doctor --dtype")
+def test_doctor_checks_in_the_dtypes_that_are_named(imate, few_checks):
+    said = imate("doctor", "--dtype", "float16", "--dtype", "bfloat16").stdout
+    assert re.search(r"^error of allowed +float16 +bfloat16$", said, re.MULTILINE)
+    assert re.search(r"^GELU +ok .* ok .*$", said, re.MULTILINE)
+
+
+@shows("doctor --json")
+def test_doctor_prints_json(imate, few_checks):
+    found = json.loads(imate("doctor", "--dtype", "float16", "--json").stdout)
+    assert found["passed"]
+    checks = [(check["name"], check["dtype"]) for check in found["checks"]]
+    assert checks == [("GELU", "float16"), ("AdamW", "")]

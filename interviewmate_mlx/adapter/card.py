@@ -1,13 +1,33 @@
 """Writes the model card of an adapter: the README.md that the Hub shows."""
 
+import json
+from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
 from interviewmate_mlx.adapter.config import AdapterConfig
+from interviewmate_mlx.data.prompts import QUESTION, Template
 from interviewmate_mlx.files import atomic_file
 
 CARD_FILE = "README.md"
+# By template: what the rows are, a prompt as in training, and what the reader must know of it.
+_ROWS = {
+    Template.QUESTIONS: "question-and-answer rows",
+    Template.VERBATIM: "verbatim rows, without a template",
+}
+_PROMPTS = {
+    Template.QUESTIONS: QUESTION.format("What is overfitting?"),
+    Template.VERBATIM: "Overfitting is",
+}
+_HOW_TO_ASK = {
+    Template.QUESTIONS: "Ask it with this template, `Question: ...` and `Answer:`: the adapter "
+    "was trained with it.",
+    Template.VERBATIM: "Give it the beginning of a text like those in its data, as it stands: the "
+    "adapter was trained without a template, and continues the text.",
+}
+_TITLE = "a LoRA adapter for {}"
+_LOAD = 'from_pretrained("{}")'
 
 
 def write_card(
@@ -20,6 +40,7 @@ def write_card(
     base_hub_id: str | None,
     base_folder: str,
     base_hint: str = "",
+    template: Template = Template.QUESTIONS,
 ) -> None:
     """Write the card of an adapter.
 
@@ -28,10 +49,11 @@ def write_card(
         name: of the run that trained it.
         config: the adapter's; the text names its `base`.
         facts: further rows of the card's table.
-        trained_on: a sentence about the training data.
+        trained_on: a sentence about the training data; `rows_in_words` says what the rows are.
         base_hub_id: for the card's header; None if the base is not on the Hub.
         base_folder: the folder or Hub id that transformers loads the base from.
         base_hint: how to get that folder, if that takes a step.
+        template: of the rows that the adapter was trained on.
 
     Raises:
         StorageError: it cannot be written.
@@ -49,7 +71,7 @@ def write_card(
 {header.to_yaml()}
 ---
 
-# {name}: a LoRA adapter for {config.base}
+# {name}: {_TITLE.format(config.base)}
 
 {trained_on} `run.toml` in this folder repeats the run.
 
@@ -63,15 +85,39 @@ def write_card(
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-{hint}base = AutoModelForCausalLM.from_pretrained("{base_folder}")
-tokenizer = AutoTokenizer.from_pretrained("{base_folder}")
+{hint}base = AutoModelForCausalLM.{_LOAD.format(base_folder)}
+tokenizer = AutoTokenizer.{_LOAD.format(base_folder)}
 model = PeftModel.from_pretrained(base, "PATH_OR_HUB_ID_OF_THIS_FOLDER")
-prompt = tokenizer("Question: What is overfitting?\\nAnswer:", return_tensors="pt")
+prompt = tokenizer({json.dumps(_PROMPTS[template])}, return_tensors="pt")
 answer = model.generate(**prompt, max_new_tokens=200, eos_token_id=tokenizer.eos_token_id)
 print(tokenizer.decode(answer[0]))
 ```
+
+{_HOW_TO_ASK[template]}
 
 This is a small model. It can be wrong and still sound sure. Check its answers before an interview.
 """
     with atomic_file(folder / CARD_FILE) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def rows_in_words(template: Template) -> str:
+    """What the rows that an adapter was trained on are, as in "trained on 12 ..."."""
+    return _ROWS[template]
+
+
+def rename_base(card: str, names: Collection[str], base: str) -> str:
+    """A card with another name of the base, in the places where `write_card` puts it.
+
+    Args:
+        card: what `write_card` wrote. In any other card nothing is found.
+        names: that the card may have.
+        base: the new name; a Hub id also goes to the card's header.
+    """
+    is_hub_id = base.count("/") == 1
+    for name in names:
+        for place, new in ((_TITLE, base), (_LOAD, base if is_hub_id else f"models/{base}")):
+            card = card.replace(f"{place.format(name)}\n", f"{place.format(new)}\n")
+    if is_hub_id and card.startswith("---\n") and "\nbase_model:" not in card:
+        card = card.replace("---\n", f"---\nbase_model: {base}\n", 1)
+    return card

@@ -17,13 +17,16 @@ from interviewmate_mlx.errors import AdapterError, brief, list_faults
 from interviewmate_mlx.files import read_bounded
 from interviewmate_mlx.formats.json_file import parse_json
 from interviewmate_mlx.formats.links import refuse_outside_links
-from interviewmate_mlx.model.lora import find_targets, linear_paths
+from interviewmate_mlx.model.lora import linear_paths
 
 CONFIG_FILE = "adapter_config.json"
+MERGE_HINT = "Merge that adapter with PEFT (merge_and_unload) and convert the merged model."
 _HINT = "Export the adapter again."
 _MAX_BYTES = 1 << 20
 _MAX_PATTERN_CHARS = 1000
 _MAX_REPEATS = 1000  # all counts in braces, multiplied: matching may expand them
+# Keys of an `adapter_config.json` of mlx-lm's own tuner, which holds its options.
+_MLX_LM_KEYS = {"fine_tune_type", "lora_parameters", "lora_layers", "num_layers"}
 _MAX_MATCHING_S = 5.0  # for all patterns and layers together; some patterns would take years
 
 # Keys of PEFT 0.21 that change the maths, with the values that do not.
@@ -31,12 +34,10 @@ _UNSUPPORTED: dict[str, Sequence[object]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "bias": ("none",),
-    "exclude_modules": (None, []),
     "fan_in_fan_out": (False,),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "kasa_config": (None,),
     "layer_replication": (None,),
-    "layers_to_transform": (None, []),
     "lora_bias": (False,),
     "modules_to_save": (None, []),
     "monteclora_config": (None,),
@@ -55,8 +56,10 @@ _OTHER_KEYS = {
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
+    "exclude_modules",
     "inference_mode",
     "layers_pattern",
+    "layers_to_transform",
     "loftq_config",
     "lora_alpha",
     "lora_dropout",
@@ -91,10 +94,13 @@ class AdapterConfig:
     rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    excluded: tuple[str, ...] | str = ()  # as `targets`; these layers are left as they are
+    layer_numbers: tuple[int, ...] | None = None  # of the layers with LoRA; None: of all
+    layers_patterns: tuple[str, ...] = ()  # before a layer's number in a path; (): any name
 
     def to_peft(self) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
-        return {
+        config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": self.base,
@@ -110,26 +116,32 @@ class AdapterConfig:
             "use_dora": False,
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
-            "layers_to_transform": None,
+            "layers_to_transform": self.layer_numbers,
             "modules_to_save": None,
         }
+        # Keys that PEFT has, too, but that few adapters need.
+        optional = {"exclude_modules": self.excluded, "layers_pattern": self.layers_patterns}
+        return config | {key: value for key, value in optional.items() if value}
 
     def layers(self, model: nn.Module) -> dict[str, tuple[int, float]]:
         """Rank and alpha of each layer of a model that the adapter changes, by path.
 
+        These are PEFT's own rules: `check_target_module_exists` in its tuners_utils.py. A
+        name that matches nothing is ignored if another one matches.
+
         Raises:
-            AdapterError: a target matches no linear layer, or matching takes too long.
+            AdapterError: no linear layer is left, or matching takes too long.
         """
         deadline = time.monotonic() + _MAX_MATCHING_S
-        if isinstance(self.targets, str):
-            paths = [p for p in linear_paths(model) if _matches(self.targets, p, deadline)]
-            if not paths:
-                raise AdapterError(
-                    f"target_modules {brief(self.targets)} matches no linear layer.\n"
-                    "Choose the base that the adapter was trained on."
-                )
-        else:
-            paths = find_targets(model, self.targets)
+        linears = linear_paths(model)
+        paths = [path for path in linears if self._changes(path, deadline)]
+        if not paths:
+            raise AdapterError(
+                f"The adapter matches no linear layer of this base:\n{self._rules_in_words()}\n"
+                f"This base has: {', '.join(sorted({p.rpartition('.')[2] for p in linears}))}.\n"
+                "Choose the base that the adapter was trained on.",
+                "base",
+            )
         return {
             path: (
                 _by_pattern(self.rank_pattern, path, self.rank, deadline),
@@ -137,6 +149,38 @@ class AdapterConfig:
             )
             for path in paths
         }
+
+    def _changes(self, path: str, deadline: float) -> bool:
+        if self.excluded and _is_named(self.excluded, path, deadline):
+            return False
+        if isinstance(self.targets, str) or path in self.targets:  # a whole path has no number
+            return _is_named(self.targets, path, deadline)
+        if not _is_named(self.targets, path, deadline):
+            return False
+        return (
+            self.layer_numbers is None or self._layer_number(path, deadline) in self.layer_numbers
+        )
+
+    def _layer_number(self, path: str, deadline: float) -> int | None:
+        """The number in a path: the first after one of the patterns, or after any name."""
+        before = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_patterns]
+        for pattern in before or [r".*?\.[^.]*"]:
+            found = _match(rf"{pattern}\.(?P<layer_number>\d+)\.", path, deadline, whole=False)
+            if found:
+                return int(found["layer_number"])
+        return None
+
+    def _rules_in_words(self) -> str:
+        rules = {
+            "target_modules": self.targets,
+            "exclude_modules": self.excluded,
+            "layers_to_transform": self.layer_numbers,
+            "layers_pattern": self.layers_patterns,
+        }
+        given = {key: value for key, value in rules.items() if value}
+        return list_faults(
+            [f"{k}: {brief(v if isinstance(v, str) else list(v))}" for k, v in given.items()]
+        )
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -153,11 +197,19 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise AdapterError(
             f"No adapter in {folder}: it has no {CONFIG_FILE}.\n"
-            "Give the folder that `imate-mlx train` or PEFT wrote."
+            "Give the folder of an adapter that was trained here or with PEFT.",
+            "adapter",
         ) from error
     except OSError as error:
         raise AdapterError(f"Cannot read {path}: {error.strerror}.\n{_HINT}") from error
     content = parse_json(path, data, AdapterError, _HINT)
+    if "peft_type" not in content and _MLX_LM_KEYS & content.keys():
+        raise AdapterError(
+            f"{folder} is an adapter of mlx-lm's own tuner: its {CONFIG_FILE} has "
+            f"{', '.join(sorted(_MLX_LM_KEYS & content.keys()))}. Only PEFT's format is read.\n"
+            "Merge it into its base with mlx_lm.fuse, and give the folder of the merged model as "
+            "the base."
+        )
     if content.get("peft_type") != "LORA":
         raise AdapterError(
             f"{path}: peft_type: got {brief(content.get('peft_type'))}, expected 'LORA'.\n"
@@ -170,9 +222,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if faults:
         raise AdapterError(
             f"{path} has settings that are not supported:\n{list_faults(faults, max_shown=20)}\n"
-            "Merge that adapter with PEFT (merge_and_unload) and convert the merged model."
+            f"{MERGE_HINT}"
         )
-    targets = config["target_modules"]
+    targets, excluded = config["target_modules"], config.get("exclude_modules") or ()
+    numbers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or ()
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     return AdapterConfig(
         base=config.get("base_model_name_or_path") or "",
@@ -183,7 +236,15 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         rslora=config["use_rslora"],
         rank_pattern={name: int(rank) for name, rank in ranks.items()},
         alpha_pattern={name: float(alpha) for name, alpha in alphas.items()},
+        excluded=excluded if isinstance(excluded, str) else tuple(excluded),
+        layer_numbers=tuple(_as_list(numbers)) or None,
+        layers_patterns=tuple(_as_list(patterns)),
     )
+
+
+def _as_list(value: Any) -> list[Any]:
+    """PEFT has one value or a list of them in some places; null is none."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _config_faults(config: dict[str, Any]) -> list[str]:
@@ -218,6 +279,7 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
         not targets or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets)
     ):
         faults.append(f"target_modules: got {brief(targets)}, expected names of linear layers")
+    faults += _layer_faults(config)
     for key, is_value, numbers in (
         ("rank_pattern", _is_rank, "whole numbers of at least 1"),
         ("alpha_pattern", _is_number, "finite numbers"),
@@ -230,19 +292,56 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
     return faults
 
 
+def _layer_faults(config: dict[str, Any]) -> list[str]:
+    """Faults of the keys that leave layers out."""
+    faults = []
+    excluded = config.get("exclude_modules") or []
+    if isinstance(excluded, str):
+        faults += _pattern_fault("exclude_modules", excluded, excluded)
+    elif not isinstance(excluded, list) or not all(isinstance(name, str) for name in excluded):
+        faults.append(f"exclude_modules: got {brief(excluded)}, expected names of layers")
+    numbers = config.get("layers_to_transform")
+    if not all(type(number) is int and number >= 0 for number in _as_list(numbers)):
+        faults.append(
+            f"layers_to_transform: got {brief(numbers)}, expected whole numbers of at least 0"
+        )
+    patterns = config.get("layers_pattern") or []
+    if not all(isinstance(pattern, str) for pattern in _as_list(patterns)):
+        faults.append(f"layers_pattern: got {brief(patterns)}, expected names")
+    else:
+        for pattern in _as_list(patterns):
+            faults += _pattern_fault("layers_pattern", pattern, rf"(?:^|.*?\.){pattern}\.(\d+)\.")
+    for key, value in (("layers_to_transform", _as_list(numbers)), ("layers_pattern", patterns)):
+        if value and isinstance(config.get("target_modules"), str):
+            faults.append(
+                f"{key}: got {brief(value)}, expected none beside one pattern in target_modules"
+            )
+    if patterns and not _as_list(numbers):
+        faults.append(f"layers_pattern: got {brief(patterns)}, expected layers_to_transform too")
+    return faults
+
+
+def _is_named(names: Sequence[str] | str, path: str, deadline: float) -> bool:
+    """Whether a path is, or ends in, one of the names, or matches the pattern as a whole."""
+    if isinstance(names, str):
+        return _match(names, path, deadline) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
 def _by_pattern(patterns: dict[str, Number], path: str, default: Number, deadline: float) -> Number:
     """The value of the first pattern that matches a path, or the default.
 
     PEFT's rule: a pattern is a regular expression for the end of a path.
     """
-    matching = (p for p in patterns if _matches(_at_end(p), path, deadline))
+    matching = (p for p in patterns if _match(_at_end(p), path, deadline))
     return next((patterns[pattern] for pattern in matching), default)
 
 
-def _matches(pattern: str, path: str, deadline: float) -> bool:
+def _match(pattern: str, path: str, deadline: float, whole: bool = True) -> Any:
+    """The match of a pattern with a path, or with its beginning; None if there is none."""
     try:
         remaining_s = max(deadline - time.monotonic(), 1e-3)
-        return regex.fullmatch(pattern, path, timeout=remaining_s) is not None
+        return (regex.fullmatch if whole else regex.match)(pattern, path, timeout=remaining_s)
     except (TimeoutError, regex.error) as error:
         raise AdapterError(
             f"The pattern {brief(pattern)} of the adapter cannot be matched with {path}: "

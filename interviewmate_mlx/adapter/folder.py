@@ -5,7 +5,9 @@ paths, so nothing is renamed or transposed in either direction.
 """
 
 import json
+import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +15,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from interviewmate_mlx.adapter.config import CONFIG_FILE, AdapterConfig, read_adapter_config
-from interviewmate_mlx.errors import AdapterError, WeightsError, list_faults
-from interviewmate_mlx.files import atomic_file, atomic_folder
+from interviewmate_mlx.adapter.card import CARD_FILE, rename_base
+from interviewmate_mlx.adapter.config import (
+    CONFIG_FILE,
+    MERGE_HINT,
+    AdapterConfig,
+    read_adapter_config,
+)
+from interviewmate_mlx.data.prompts import Template
+from interviewmate_mlx.errors import AdapterError, WeightsError, brief, list_faults
+from interviewmate_mlx.files import atomic_file, atomic_folder, is_empty_folder
 from interviewmate_mlx.formats.cast import FLOAT_DTYPES, cast
 from interviewmate_mlx.formats.links import refuse_outside_links
 from interviewmate_mlx.formats.safetensors_file import (
@@ -25,20 +34,32 @@ from interviewmate_mlx.formats.safetensors_file import (
     read_safetensors_header,
     save_tensors,
 )
-from interviewmate_mlx.model.lora import place_lora, shape_of
+from interviewmate_mlx.model.lora import linear_paths, place_lora, shape_of
 from interviewmate_mlx.model.tree import named_arrays
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_BASE_KEY = "base_weights"  # in the metadata of WEIGHTS_FILE
+RUN_FILE = "run.toml"
+_SUMMARY_FILE = "summary.json"
+# In the metadata of WEIGHTS_FILE.
+_BASE_KEY = "base_weights"
+_TEMPLATE_KEY = "template"
+_LORA_MATRICES = (".lora_A.weight", ".lora_B.weight")
+_HEAD = "lm_head"
+# PEFT merges such an adapter into a tied head and into the embedding with it: wrong answers.
+_TIED_HEAD_HINT = (
+    "Load the base with tie_word_embeddings=False and a copy of the embedding as its lm_head, "
+    "merge the adapter into that with PEFT (merge_and_unload), and convert the merged model. "
+    "The page docs/peft.md shows each line."
+)
 # The files to export or push. Checkpoints are only for the trainer.
 _FILES = (
     WEIGHTS_FILE,
     CONFIG_FILE,
-    "README.md",
-    "run.toml",
+    CARD_FILE,
+    RUN_FILE,
     "metrics.jsonl",
-    "summary.json",
+    _SUMMARY_FILE,
 )
 
 
@@ -51,6 +72,7 @@ class Adapter:
         config: its `adapter_config.json`.
         tensors: where each matrix lies, by parameter path.
         base_hash: `Base.weights_hash` of the base it was trained on; empty if unknown.
+        template: how it was asked in training.
         files: names of its files, without checkpoints.
     """
 
@@ -58,31 +80,38 @@ class Adapter:
     config: AdapterConfig
     tensors: dict[str, TensorEntry]
     base_hash: str
+    template: Template
     files: tuple[str, ...]
 
     @classmethod
-    def open(cls, folder: Path) -> "Adapter":
+    def open(cls, folder: Path | str) -> "Adapter":
         """Read and check a PEFT folder.
 
         Raises:
             AdapterError: it is not an adapter, is damaged or not supported, holds links
                 to files outside it, or has numbers that are not finite.
         """
+        folder = Path(folder)
         config = read_adapter_config(folder)
         header = _read_header(folder)
         tensors = _check_names(folder, header.tensors)
+        template = _read_template(folder, header.metadata)
         _check_finite(folder, tensors)
         files = tuple(name for name in _FILES if (folder / name).is_file())
         refuse_outside_links(folder, files, AdapterError)
-        return cls(folder, config, tensors, header.metadata.get(_BASE_KEY, ""), files)
+        base_hash = header.metadata.get(_BASE_KEY, "")
+        return cls(folder, config, tensors, base_hash, template, files)
 
     def apply(self, model: nn.Module) -> None:
         """Add the adapter to a base model, in place. Its matrices are float32, as in PEFT.
 
+        The model keeps the adapter's template: see `template_for`.
+
         Raises:
-            AdapterError: its keys or shapes do not fit the model. All of these are
-                named, and the model is unchanged.
+            AdapterError: it changes more than linear layers, or its keys or shapes do not
+                fit the model. All of these are named, and the model is unchanged.
         """
+        self._refuse_other_parts(model)
         layers = self.config.layers(model)
         self._compare(model, layers)
         place_lora(model, layers, self.config.dropout, rslora=self.config.rslora)
@@ -90,13 +119,15 @@ class Adapter:
         weights = [(name.removeprefix(PREFIX), a.astype(mx.float32)) for name, a in loaded.items()]
         model.load_weights(weights, strict=False)
         mx.eval(model.trainable_parameters())
+        model.template = self.template
 
-    def export(self, out: Path, replace: bool = False) -> Path:
+    def export(self, out: Path, replace: bool = False, base: str = "") -> Path:
         """Copy the adapter's files, without checkpoints, and return `out`.
 
         Args:
             out: the new folder; it may exist if it is empty.
             replace: `out` may also be an adapter that was exported before.
+            base: the base's name for the copy, in its config, card and run; "" keeps the name.
 
         Raises:
             AdapterError: `out` is or contains the adapter, or exists and may not be
@@ -112,12 +143,11 @@ class Adapter:
             )
         # Checkpoints may be the only copy of a run's state. A folder with them is not an export.
         is_export = (out / CONFIG_FILE).is_file() and not (out / "checkpoints").exists()
-        is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
         if is_export and not replace:
             raise AdapterError(
                 f"{out} already exists.\nReplace it, or choose another folder.", "replace", "out"
             )
-        if not is_export and not is_empty:
+        if out.exists() and not is_export and not is_empty_folder(out):
             raise AdapterError(
                 f"{out} exists and is not an exported adapter; nothing else is replaced:\n"
                 f"expected {CONFIG_FILE} in it, and no checkpoints.\nChoose another folder.",
@@ -126,7 +156,48 @@ class Adapter:
         with atomic_folder(out, replace=replace) as temporary:
             for name in self.files:
                 shutil.copyfile(self.folder / name, temporary / name)
+            if base:
+                self._rename_base(temporary, base)
         return out
+
+    def _rename_base(self, copy: Path, base: str) -> None:
+        """Write another name of the base into the files of a copy, where they name it."""
+        names = {self.config.base}
+        texts = {}
+        for name in self.files:
+            if name in (CONFIG_FILE, CARD_FILE, RUN_FILE, _SUMMARY_FILE):
+                with suppress(UnicodeDecodeError):  # not written here: it stays as it is
+                    texts[name] = (copy / name).read_text(encoding="utf-8")
+        for name, key in ((CONFIG_FILE, "base_model_name_or_path"), (_SUMMARY_FILE, "base")):
+            with suppress(KeyError, TypeError, ValueError):  # no such file, or another content
+                content = json.loads(texts[name])
+                names.add(str(content[key]))
+                texts[name] = json.dumps(content | {key: base}, indent=2) + "\n"
+        if RUN_FILE in texts:
+            line = f"base = {json.dumps(base)}"
+            texts[RUN_FILE] = re.sub(r"(?m)^base = .*$", lambda _: line, texts[RUN_FILE], count=1)
+        if CARD_FILE in texts:
+            texts[CARD_FILE] = rename_base(texts[CARD_FILE], names, base)
+        for name, text in texts.items():
+            (copy / name).write_text(text, encoding="utf-8")
+
+    def _refuse_other_parts(self, model: nn.Module) -> None:
+        """Refuse what PEFT can keep beside the LoRA of linear layers."""
+        is_tied = _HEAD not in linear_paths(model)
+        faults, merge_hint = [], MERGE_HINT
+        for name in self.tensors:
+            if ".lora_embedding_" in name:
+                faults.append(f"{name}: LoRA on an embedding, expected linear layers only")
+            elif is_tied and name.startswith(f"{_HEAD}.") and name != f"{_HEAD}.weight":
+                faults.append(f"{name}: LoRA on the head, which this base ties to its embedding")
+                merge_hint = _TIED_HEAD_HINT
+            elif ".lora_" not in name and name.endswith(".weight"):
+                faults.append(f"{name}: a whole weight, saved beside the LoRA")
+        if faults:
+            raise AdapterError(
+                f"{self.folder} changes more than linear layers, which is not supported:\n"
+                f"{list_faults(faults)}\n{merge_hint}"
+            )
 
     def _compare(self, model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
         modules = dict(model.named_modules())
@@ -145,12 +216,17 @@ class Adapter:
         if faults:
             raise AdapterError(
                 f"{self.folder} does not fit this model:\n{list_faults(faults)}\n"
-                "Choose the base that the adapter was trained on."
+                "Choose the base that the adapter was trained on.",
+                "base",
             )
 
 
 def save_adapter(
-    folder: Path, weights: dict[str, mx.array], config: AdapterConfig, base_hash: str = ""
+    folder: Path,
+    weights: dict[str, mx.array],
+    config: AdapterConfig,
+    base_hash: str = "",
+    template: Template = Template.QUESTIONS,
 ) -> None:
     """Write the two PEFT files, each whole or not at all.
 
@@ -161,6 +237,8 @@ def save_adapter(
         base_hash: `Base.weights_hash` of the base that they were trained on. It is stored
             in the metadata of the weights, because PEFT ignores that. PEFT would warn
             about an unknown key in `adapter_config.json`.
+        template: of the rows that they were trained on (`data.prompts.template_of`). It is
+            stored beside the hash.
 
     Raises:
         StorageError: they cannot be written.
@@ -168,17 +246,22 @@ def save_adapter(
     # The weights come first, because a folder with a config counts as an adapter.
     with atomic_file(folder / WEIGHTS_FILE) as temporary:
         named = {PREFIX + path: matrix for path, matrix in weights.items()}
-        metadata = {"format": "pt"} | ({_BASE_KEY: base_hash} if base_hash else {})
+        metadata = {"format": "pt", _TEMPLATE_KEY: str(template)}
+        metadata |= {_BASE_KEY: base_hash} if base_hash else {}
         save_tensors(temporary, named, metadata)
     with atomic_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(config.to_peft(), indent=2) + "\n", encoding="utf-8")
 
 
+def template_for(model: nn.Module) -> Template:
+    """How to ask a model: as its adapter was trained, or with the template of questions."""
+    return Template(getattr(model, "template", Template.QUESTIONS))
+
+
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     """The LoRA matrices of a model by parameter path, in the model's order."""
     parameters = named_arrays(model.parameters())
-    endings = (".lora_A.weight", ".lora_B.weight")
-    return {path: array for path, array in parameters.items() if path.endswith(endings)}
+    return {path: array for path, array in parameters.items() if path.endswith(_LORA_MATRICES)}
 
 
 def _read_header(folder: Path) -> SafetensorsHeader:
@@ -212,6 +295,18 @@ def _check_names(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, Ten
             "Export the adapter again."
         )
     return named
+
+
+def _read_template(folder: Path, metadata: dict[str, str]) -> Template:
+    """The template in the weights' metadata. PEFT writes none: questions, the usual case."""
+    found = metadata.get(_TEMPLATE_KEY, str(Template.QUESTIONS))
+    try:
+        return Template(found)
+    except ValueError as error:
+        raise AdapterError(
+            f"{folder / WEIGHTS_FILE}: template: got {brief(found)}, expected one of "
+            f"{', '.join(Template)}.\nUpdate this package: a newer one has written the adapter."
+        ) from error
 
 
 def _check_finite(folder: Path, tensors: dict[str, TensorEntry]) -> None:

@@ -1,8 +1,8 @@
 """The base: a model folder, opened and checked once."""
 
 import hashlib
-import json
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from interviewmate_mlx.base.convert import convert
+from interviewmate_mlx.base.convert import convert, source_of
 from interviewmate_mlx.base.source import check_depth, model_files, read_args
 from interviewmate_mlx.base.tokenizer import (
     build_tokenizer,
@@ -21,20 +21,21 @@ from interviewmate_mlx.base.tokenizer import (
     check_vocab,
     read_tokenizer_files,
 )
-from interviewmate_mlx.errors import ModelError, WeightsError, brief
+from interviewmate_mlx.errors import ModelError, WeightsError, brief, one_line
 from interviewmate_mlx.files import Progress
+from interviewmate_mlx.formats.cast import FLOAT_DTYPES, cast
 from interviewmate_mlx.formats.json_file import parse_json, read_file
 from interviewmate_mlx.formats.links import refuse_outside_links
 from interviewmate_mlx.formats.safetensors_file import (
+    ITEM_BYTES,
     SafetensorsHeader,
     load_tensors,
     read_safetensors_header,
 )
-from interviewmate_mlx.hub.names import is_hub_id, local_path, shipped_base
-from interviewmate_mlx.hub.pull import pull
+from interviewmate_mlx.formats.samples import add_samples
+from interviewmate_mlx.hub.names import fetch_model, is_hub_id, is_path, local_path, shipped_base
 from interviewmate_mlx.model import falcon
 
-_SAMPLE_BYTES = 4096  # two of each tensor; reading all of a large model would take seconds
 _SAMPLE_NUMBERS = 2048  # of each tensor
 _GRID_STEPS = 1024  # per unit: weights are rounded to 1/1024
 
@@ -84,8 +85,8 @@ class Base:
         paths = sorted(folder.glob("model*.safetensors"))
         if not paths:
             raise ModelError(
-                f"{folder} holds no model*.safetensors.\n"
-                f"Convert it first: imate-mlx convert {folder} --out models/{folder.name}"
+                f"{folder} holds no model*.safetensors: it has not been converted.\n"
+                "Convert it first, into another folder."
             )
         path = folder / "config.json"
         config_bytes = read_file(path)
@@ -153,13 +154,7 @@ class Base:
         """A hash that detects changes: of config, tokenizer, and a sample of each tensor."""
         digest = self.small_files.copy()
         for path, header in self.headers.items():
-            digest.update(json.dumps([path.name, path.stat().st_size]).encode())
-            digest.update(header.text)
-            with path.open("rb") as file:
-                for entry in header.tensors.values():
-                    for start in (0, entry.nbytes // 2):
-                        file.seek(entry.offset + start)
-                        digest.update(file.read(_SAMPLE_BYTES))
+            add_samples(digest, path, header.text, header.tensors.values())
         return str(digest.hexdigest())
 
     @cached_property
@@ -175,15 +170,16 @@ class Base:
             return ""
         digest = hashlib.sha256()
         tensors = [item for header in self.headers.values() for item in header.tensors.items()]
-        for name, entry in sorted(tensors):
-            if entry.dtype in ("float32", "bfloat16", "float16") and name != "lm_head.weight":
-                kind = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[entry.dtype]
-                count = min(_SAMPLE_NUMBERS, math.prod(entry.shape))
-                sample = np.fromfile(entry.path, kind, count, offset=entry.offset)
-                if entry.dtype == "bfloat16":
-                    sample = (sample.astype(np.uint32) << 16).view(np.float32)
-                steps = np.nan_to_num(sample.astype(np.float64) * _GRID_STEPS)
-                digest.update(name.encode() + (np.rint(steps) + 0.0).tobytes() + b".")
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(path.open("rb")) for path in self.headers}
+            for name, entry in sorted(tensors, key=lambda item: item[0]):
+                if entry.dtype in FLOAT_DTYPES and name != "lm_head.weight":
+                    count = min(_SAMPLE_NUMBERS, math.prod(entry.shape))
+                    files[entry.path].seek(entry.offset)
+                    data = files[entry.path].read(count * ITEM_BYTES[entry.dtype])
+                    sample = np.frombuffer(cast(memoryview(data), entry.dtype, "float32"), "<f4")
+                    steps = np.nan_to_num(sample.astype(np.float64) * _GRID_STEPS)
+                    digest.update(name.encode() + (np.rint(steps) + 0.0).tobytes() + b".")
         return digest.hexdigest()
 
     def _load(self, path: Path) -> dict[str, mx.array]:
@@ -194,34 +190,34 @@ class Base:
 
     def _as_weights_error(self, error: Exception) -> WeightsError:
         return WeightsError(
-            f"Cannot load {self.folder}: {type(error).__name__}: {_short(error)}\n"
+            f"Cannot load {self.folder}: {type(error).__name__}: {one_line(error)}\n"
             "Convert it again, or choose another base."
         )
 
 
-def fetch_base(name: str, progress: Progress | None = None) -> Path:
+def fetch_base(name: str | Path, progress: Progress | None = None) -> Path:
     """The folder of a base, by its name. A Hub id is pulled and converted once, into `models/`.
 
     Raises:
-        ModelError: there is no such folder, or the pulled model cannot be converted.
-        ConfigError: as for `local_path`.
-        HubError: as for `pull`.
+        ModelError: there is no such folder, it holds no model, or the pulled model cannot
+            be converted.
+        ConfigError, HubError: as for `fetch_model`.
         StorageError: the disk is too small, or cannot be written to.
     """
-    folder = shipped_base(name) or local_path(name)
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.exists() or not is_hub_id(name):
-        raise ModelError(
-            f"No model at {name}: no folder with a config.json, and not a Hub id like owner/name.\n"
-            "Give mini, a folder, or a Hub id such as tiiuae/falcon-rw-1b."
-        )
+    name = str(name)
     out = models_folder(name)
-    if (out / "config.json").is_file():
+    if _is_only_on_hub(name):
+        if not (out / "config.json").is_file():
+            pulled = fetch_model(name, progress=progress)
+            convert(pulled.path, out, source_name=name, revision=pulled.revision, progress=progress)
         return out
-    pulled = pull(name, progress=progress)
-    convert(pulled.path, out, source_name=name, revision=pulled.revision, progress=progress)
-    return out
+    folder = fetch_model(name).path
+    if not (folder / "config.json").is_file():
+        hint = "Give mini, a model's folder, or a Hub id such as tiiuae/falcon-rw-1b."
+        if (folder / "adapter_config.json").is_file():
+            hint = "It is an adapter: give its base."
+        raise ModelError(f"No model at {name}: it holds no config.json.\n{hint}")
+    return folder
 
 
 def models_folder(name: str) -> Path:
@@ -229,9 +225,25 @@ def models_folder(name: str) -> Path:
     return Path("models") / name
 
 
+def public_name(name: str) -> str:
+    """The name that others have for a base: what a converted folder was made from.
+
+    Returns:
+        A Hub id or `mini`; `name` itself if no record here knows of one.
+    """
+    if not is_path(name):
+        return name
+    source = source_of(local_path(name))
+    return source if shipped_base(source) or is_hub_id(source) else name
+
+
 def is_here(name: str) -> bool:
     """Whether a base can be opened without pulling it."""
-    return local_path(name).exists() or not is_hub_id(name) or models_folder(name).exists()
+    return not _is_only_on_hub(name) or (models_folder(name) / "config.json").is_file()
+
+
+def _is_only_on_hub(name: str) -> bool:
+    return not (shipped_base(name) or local_path(name).exists()) and is_hub_id(name)
 
 
 def _read_quantization(
@@ -252,8 +264,3 @@ def _read_quantization(
             f"{folder}/config.json: quantization: {fault}.\nConvert or quantise it again."
         )
     return sizes
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{text[:500]}{'...' if len(text) > 500 else ''}"

@@ -7,6 +7,7 @@ needs.
 """
 
 import hashlib
+import json
 import math
 import shutil
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from interviewmate_mlx.base.converted import (
     write_weights,
 )
 from interviewmate_mlx.base.source import (
-    WeightFiles,
     check_depth,
     find_weights,
     model_files,
@@ -30,18 +30,15 @@ from interviewmate_mlx.base.source import (
     read_config,
     read_tensors,
 )
-from interviewmate_mlx.base.tokenizer import (
-    TOKENIZER_FILES,
-    TokenizerFiles,
-    check_vocab,
-    read_tokenizer_files,
-)
-from interviewmate_mlx.errors import ModelError, WeightsError, list_faults
-from interviewmate_mlx.files import Progress, atomic_folder, check_free_space
+from interviewmate_mlx.base.tokenizer import TokenizerFiles, check_vocab, read_tokenizer_files
+from interviewmate_mlx.errors import ModelError, WeightsError, brief, list_faults
+from interviewmate_mlx.files import Progress, atomic_folder, check_free_space, is_empty_folder
 from interviewmate_mlx.formats.cast import FLOAT_DTYPES
-from interviewmate_mlx.formats.json_file import read_file, read_json
+from interviewmate_mlx.formats.json_file import parse_json, read_file, read_json
 from interviewmate_mlx.formats.links import refuse_outside_links
+from interviewmate_mlx.formats.model_files import TOKENIZER_FILES
 from interviewmate_mlx.formats.safetensors_file import ITEM_BYTES, TensorEntry
+from interviewmate_mlx.formats.samples import add_samples
 from interviewmate_mlx.model import falcon
 from interviewmate_mlx.model.tree import named_arrays
 
@@ -93,7 +90,8 @@ def convert(
         trim_vocab: cut the embedding to the tokenizer's size.
         force: replace an earlier conversion at `out`.
         source_name: the source's name in `conversion.json`; by default its folder's name.
-        revision: the source's commit on the Hub, for `conversion.json`.
+        revision: the source's commit on the Hub, for `conversion.json`; None or "" if it
+            is not from there.
         progress: called with bytes done and bytes in all.
 
     Raises:
@@ -106,25 +104,26 @@ def convert(
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ModelError(f"dtype: got {dtype!r}, expected one of {', '.join(FLOAT_DTYPES)}")
     source, out = source.resolve(), out.resolve()
+    _check_out(source, out)
     if source.is_dir():
         refuse_outside_links(source, model_files(source), ModelError)
     config = read_config(source)
     args = read_args(source, config)
     tokenizer = read_tokenizer_files(source)
     check_vocab(tokenizer, args.vocab_size)
-    weights = find_weights(source)
+    tensors = read_tensors(find_weights(source))
     record: dict[str, Any] = {
         "source": source_name or source.name,
-        "revision": revision,
-        "fingerprint": _fingerprint(source, weights, tokenizer),
+        "revision": revision or None,
+        "content": _hash_content(source, tensors, tokenizer),
         "trim_vocab": trim_vocab,
         "interviewmate_mlx": __version__,
     }
-    if found := _find_earlier(source, out, record, dtype, force):
+    if not force and (found := _find_earlier(out, record, dtype)):
         return found
 
     config["tie_word_embeddings"] = args.tie_word_embeddings
-    tensors = _fit(read_tensors(weights), args, dtype)
+    tensors = _fit(tensors, args, dtype)
     record["source_dtype"] = tensors[_EMBEDDING].dtype
     record["dtype"] = dtype = dtype or record["source_dtype"]
     if trim_vocab:
@@ -144,49 +143,65 @@ def convert(
     return ConvertedFolder(out, num_parameters, dtype, nbytes, already_there=False)
 
 
-def _fingerprint(source: Path, weights: WeightFiles, tokenizer: TokenizerFiles) -> str:
-    """A hash that detects changes of the source's files.
+def source_of(folder: Path) -> str:
+    """What a converted folder says that it was made from; "" if it does not say."""
+    if not (folder / _RECORD).is_file():
+        return ""
+    try:
+        return str(read_json(folder / _RECORD).get("source", ""))
+    except ModelError:  # damaged: it says nothing
+        return ""
 
-    Weights are large, so only their names, sizes and times count.
+
+def _hash_content(source: Path, tensors: dict[str, TensorEntry], tokenizer: TokenizerFiles) -> str:
+    """A hash of what the source's files hold: the small files whole, the weights by samples.
+
+    Copies of the files have the same hash, whenever and wherever they were made.
     """
     digest = hashlib.sha256()
-    for path in weights.paths:
-        state = path.stat()
-        digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
     for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
         path = source / name
         content = tokenizer.contents.get(name) or (read_file(path) if path.is_file() else b"")
         digest.update(f"{name} {len(content)}\n".encode() + content)
+    for path in dict.fromkeys(entry.path for entry in tensors.values()):
+        here = {name: entry for name, entry in tensors.items() if entry.path == path}
+        layout = [[n, e.dtype, e.shape, e.offset, e.strides] for n, e in here.items()]
+        add_samples(digest, path, json.dumps(layout).encode(), here.values())
     return digest.hexdigest()
 
 
-def _find_earlier(
-    source: Path, out: Path, record: dict[str, Any], dtype: str | None, force: bool
-) -> ConvertedFolder | None:
-    """The folder at `out` if the same conversion wrote it; None if `out` may be written."""
+def _check_out(source: Path, out: Path) -> None:
+    """Refuse to write where something is that no conversion wrote."""
     if out == source or out in source.parents:
         raise ModelError(
             f"{out} holds the source {source}.\nChoose another folder for the result.", "out"
         )
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not (out / _RECORD).is_file():
+    if out.exists() and not is_empty_folder(out) and not (out / _RECORD).is_file():
         raise ModelError(
             f"{out} already exists, and no conversion wrote it.\nChoose another folder.", "out"
         )
-    if force:
+
+
+def _find_earlier(out: Path, record: dict[str, Any], dtype: str | None) -> ConvertedFolder | None:
+    """The folder at `out` if the same conversion wrote it; None if there is none."""
+    if not (out / _RECORD).is_file():
         return None
-    found = read_json(out / _RECORD)
+    found = _read_record(out)
     faults = []
-    if found.get("fingerprint") != record["fingerprint"]:
-        name, revision = found.get("source"), found.get("revision")
-        faults.append(f"source: converted from other files, {name} {revision}")
-    expected = {"dtype": dtype or found.get("source_dtype"), "trim_vocab": record["trim_vocab"]}
-    for key, value in expected.items():
-        if found.get(key) != value:
-            faults.append(f"{key}: got {found.get(key)}, expected {value}")
+    if not _has_same_source(found, record):
+        made_of = f"{found['source']}{' at ' if found['revision'] else ''}{found['revision'] or ''}"
+        reason = "whose files hold something else"
+        if "content" not in found:
+            reason = "by a version that did not record what its files hold"
+        faults.append(f"source: converted from {made_of}, {reason}")
+    expected = {"dtype": dtype or found["source_dtype"], "trim_vocab": record["trim_vocab"]}
+    faults += [
+        f"{key}: got {found[key]}, expected {value}"
+        for key, value in expected.items()
+        if found[key] != value
+    ]
     weights = out / _WEIGHTS
-    if not weights.is_file() or weights.stat().st_size < found.get("nbytes", math.inf):
+    if not weights.is_file() or weights.stat().st_size < found["nbytes"]:
         faults.append(f"{_WEIGHTS}: truncated or missing")
     if faults:
         raise ModelError(
@@ -198,6 +213,45 @@ def _find_earlier(
     return ConvertedFolder(
         out, found["num_parameters"], found["dtype"], found["nbytes"], already_there=True
     )
+
+
+def _has_same_source(found: dict[str, Any], record: dict[str, Any]) -> bool:
+    if "content" in found:
+        return bool(found["content"] == record["content"])
+    # An older record. A commit of the Hub says what its files hold; a path does not.
+    same = all(found[key] == record[key] for key in ("source", "revision"))
+    return same and found["revision"] is not None
+
+
+def _read_record(out: Path) -> dict[str, Any]:
+    """Read what an earlier conversion wrote about itself."""
+    path, hint = out / _RECORD, "Choose another folder, or replace it."
+    try:
+        found = parse_json(path, read_file(path), ModelError, hint)
+    except ModelError as error:
+        raise ModelError(str(error), "out", "force") from error
+    found.setdefault("revision", None)
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "source": str,
+        "revision": (str, type(None)),
+        "dtype": str,
+        "source_dtype": str,
+        "trim_vocab": bool,
+        "num_parameters": int,
+        "nbytes": int,
+    }
+    faults = [
+        f"{key}: got {brief(found.get(key))}" if key in found else f"{key}: missing"
+        for key, kind in kinds.items()
+        if not isinstance(found.get(key), kind)
+    ]
+    if faults:
+        raise ModelError(
+            f"{path} is damaged:\n{list_faults(faults)}\n{hint}",
+            "out",
+            "force",
+        )
+    return found
 
 
 def _fit(

@@ -10,9 +10,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from interviewmate_mlx.base.tokenizer import TOKENIZER_FILES
 from interviewmate_mlx.errors import ModelError, WeightsError, brief, list_faults
 from interviewmate_mlx.formats.json_file import read_json
+from interviewmate_mlx.formats.model_files import (
+    OTHER_FILES,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    index_of,
+)
 from interviewmate_mlx.formats.safetensors_file import TensorEntry, read_safetensors_header
 from interviewmate_mlx.formats.torch_file import read_torch_file
 from interviewmate_mlx.model import falcon
@@ -25,18 +30,6 @@ _OLD_NAMES = {
 }
 _OLD_MODEL_TYPES = ("RefinedWebModel", "RefinedWeb")
 
-# As one file, and as shards. The first that exists is used.
-_WEIGHTS = [
-    ("model.safetensors", "model-*-of-*.safetensors"),
-    ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
-]
-# Other files that this package, or a library that it uses, reads.
-_OTHER_FILES = [
-    "config.json",
-    "generation_config.json",
-    "hf_quant_config.json",
-    "chat_template.jinja",
-]
 # MLX has 32 bits for the size of an axis, and projections are up to four times as wide as this.
 _MAX_DIMENSION = 1 << 24
 _LFS_POINTER = b"version https://git-lfs"
@@ -109,7 +102,7 @@ def check_depth(args: falcon.ModelArgs, tensors: Collection[str]) -> None:
 
 def model_files(folder: Path) -> list[str]:
     """Names of the files in a model folder that are read, by this package or by a library."""
-    patterns = [*_OTHER_FILES, *TOKENIZER_FILES, "model*", "pytorch_model*"]
+    patterns = [*OTHER_FILES, *TOKENIZER_FILES, "model*", "pytorch_model*"]
     names = [path.name for path in folder.iterdir()]
     return sorted(name for name in names if any(fnmatchcase(name, p) for p in patterns))
 
@@ -152,8 +145,8 @@ def find_weights(folder: Path) -> WeightFiles:
         WeightsError: there are none, shards are missing or surplus, or the index
             names files outside the folder.
     """
-    for single, shards in _WEIGHTS:
-        index = folder / f"{single}.index.json"
+    for single, shards in WEIGHTS:
+        index = folder / index_of(single)
         if (folder / single).is_file():
             found = WeightFiles([folder / single], None)
         elif index.is_file():
@@ -167,7 +160,7 @@ def find_weights(folder: Path) -> WeightFiles:
                 if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                     raise WeightsError(f"{path} is only a Git LFS pointer.\nRun git lfs pull.")
         return found
-    known = " or ".join(single for single, _ in _WEIGHTS)
+    known = " or ".join(single for single, _ in WEIGHTS)
     raise WeightsError(
         f"{folder} holds no weights: expected {known}, or shards of one with their index.\n"
         "Download the weights into it."

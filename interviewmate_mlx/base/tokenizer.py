@@ -19,17 +19,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from interviewmate_mlx.data.prompts import encode
-from interviewmate_mlx.errors import ModelError, brief, list_faults
+from interviewmate_mlx.errors import ModelError, brief, list_faults, one_line
 from interviewmate_mlx.formats.json_file import parse_json, read_file
+from interviewmate_mlx.formats.model_files import TOKENIZER_FILES
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 # Classes of transformers that read only these files.
 TOKENIZER_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast")
 _NEW_CLASS = "TokenizersBackend"  # the name of the last one in transformers 5
@@ -170,9 +163,9 @@ def build_tokenizer(files: TokenizerFiles) -> TokenizerWrapper:
     except BaseException as error:  # a panic of the library is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        text = " ".join(str(error).split())
         raise ModelError(
-            f"Cannot load the tokenizer in {files.folder}: {type(error).__name__}: {text[:500]}\n"
+            f"Cannot load the tokenizer in {files.folder}: {type(error).__name__}: "
+            f"{one_line(error)}\n"
             "Convert the model again."
         ) from error
     return tokenizer

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from interviewmate_mlx.cli.options import UserPath, json_option, make_console, prepared
-from interviewmate_mlx.errors import ConfigError
 
 
 @click.command("convert")
@@ -42,27 +41,16 @@ def command(
     with prepared():
         from interviewmate_mlx.base.base import models_folder
         from interviewmate_mlx.base.convert import convert
-        from interviewmate_mlx.hub.names import is_hub_id, local_path, shipped_base
-        from interviewmate_mlx.hub.pull import pull
+        from interviewmate_mlx.hub.names import fetch_model, shipped_base
         from interviewmate_mlx.results.terminal import byte_bar
 
         console = make_console()
-        folder, name = shipped_base(source) or local_path(source), source
-        if not folder.exists() and is_hub_id(source):
-            out = out or models_folder(source)
-            with byte_bar(f"pulling {source}", console) as progress:
-                pulled = pull(source, revision, progress=progress)
-            folder, revision = pulled.path, pulled.revision
-        elif not folder.exists():
-            raise ConfigError(
-                f"No folder {source}, and not a Hub id like owner/name.\n"
-                "Give mini, a folder, or a Hub id such as tiiuae/falcon-rw-1b."
-            )
-        elif revision:
-            raise ConfigError(f"--revision is for Hub ids, and {source} is a folder.")
-        else:
-            out = out or models_folder(folder.resolve().name)
-            name = source if shipped_base(source) else str(folder.resolve())
+        with byte_bar(f"pulling {source}", console) as progress:
+            found = fetch_model(source, revision, progress)
+        is_of_hub, folder = bool(found.revision), found.path
+        out = out or models_folder(source if is_of_hub else folder.resolve().name)
+        is_path = not is_of_hub and not shipped_base(source)
+        name = str(folder.resolve()) if is_path else source
         with byte_bar(f"converting to {out}", console) as progress:
             converted = convert(
                 folder,
@@ -71,9 +59,12 @@ def command(
                 trim_vocab=trim_vocab,
                 force=force,
                 source_name=name,
-                revision=revision,
+                revision=found.revision,
                 progress=progress,
             )
+        if shipped_base(str(out)):
+            text = f"note: as a base, {out} means the one that is shipped; this one is ./{out}"
+            click.echo(text, err=True)
     if as_json:
         click.echo(json.dumps(asdict(converted), default=str))
     elif converted.already_there:

@@ -10,13 +10,14 @@ import click
 from interviewmate_mlx.cli.options import (
     Finite,
     UserPath,
+    harmless,
     json_option,
     load_tokenizer,
     make_console,
     model_option,
     prepared,
 )
-from interviewmate_mlx.errors import ConfigError
+from interviewmate_mlx.errors import ConfigError, DataError
 
 
 @click.group("data")
@@ -36,37 +37,55 @@ def command() -> None:
     type=click.IntRange(8),
     help="With --model: rows of more tokens are faults; a run's own default otherwise.",
 )
+@click.option("--all", "show_all", is_flag=True, help="Name every faulty row, not only the first.")
 @json_option
-def check(path: str, model: str | None, max_length: int | None, as_json: bool) -> None:
+def check(
+    path: str, model: str | None, max_length: int | None, show_all: bool, as_json: bool
+) -> None:
     """Check a file or folder: its rows, its ids, and near-duplicates within and between splits.
 
-    All faults come at once, with file and line. With --model rows are counted in its tokens.
+    All faults come at once, with file and line; a fault that many rows share takes one line.
+    With --model rows are counted in its tokens. With --json faults and warnings are lists of
+    place, message and advice.
 
     \b
     Example: imate-mlx data check my_questions/
     """
     if max_length and not model:
         raise click.UsageError("--max-length needs a --model, whose tokens it counts.")
+    if show_all and as_json:
+        raise click.UsageError("--json shows all faults anyway; leave --all out.")
     with prepared():
         from interviewmate_mlx.config import DataConfig
-        from interviewmate_mlx.data.check import check_data
+        from interviewmate_mlx.data.check import inspect_data
+        from interviewmate_mlx.data.faults import MAX_SHOWN, group_faults
         from interviewmate_mlx.hub.names import fetch_data
         from interviewmate_mlx.results.terminal import byte_bar, data_tables
 
         with byte_bar(f"fetching {path}", make_console()) as progress:
             folder = fetch_data(path, progress)
         tokenizer = load_tokenizer(model) if model else None
-        report = check_data(folder, tokenizer, max_length or DataConfig.max_length)
-    if as_json:
-        click.echo(json.dumps(asdict(report)))
-    else:
+        found = inspect_data(folder, tokenizer, max_length or DataConfig.max_length)
+        if as_json:
+            lists = {"faults": found.faults, "warnings": found.warnings}
+            rows = {name: [asdict(fault) for fault in faults] for name, faults in lists.items()}
+            click.echo(json.dumps((asdict(found.report) if found.report else {}) | rows))
+        for warning in group_faults(found.warnings, complete=show_all):
+            click.echo(harmless(f"warning: {warning}"), err=True)
+        if found.report is None:
+            error = found.error(max_shown=None if show_all else MAX_SHOWN)
+            num_shown = min(len(group_faults(found.faults)), MAX_SHOWN)
+            if num_shown < len(found.faults) and not show_all:
+                raise DataError(f"{error}\n--all names every row, --json does it for a program.")
+            raise error
+    if not as_json:
         console = make_console(sys.stdout)
-        for part in data_tables(report):
+        for part in data_tables(found.report):
             console.print(part, no_wrap=True, overflow="ellipsis")
 
 
 @command.command()
-@click.argument("sources", nargs=-1, type=UserPath())
+@click.argument("sources", nargs=-1)
 @click.option("--out", type=UserPath(), required=True, help="Folder of the splits.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True)
 @click.option(
@@ -78,26 +97,42 @@ def check(path: str, model: str | None, max_length: int | None, as_json: bool) -
     help="Of train, valid and test.",
 )
 def split(
-    sources: tuple[Path, ...], out: Path, seed: int, shares: tuple[float, float, float]
+    sources: tuple[str, ...], out: Path, seed: int, shares: tuple[float, float, float]
 ) -> None:
     """Deal the rows of SOURCES out to train, valid and test.
 
-    By category and difficulty. Rows that OUT holds already stay in their split;
-    doing it again changes nothing.
+    SOURCES are files, folders, or data sets by name: shipped, or on the Hub. Rows are dealt
+    by category and difficulty. Rows that OUT holds already stay in their split; doing it
+    again changes nothing. A row without an id gets one from its question and answer.
 
     \b
     Example: imate-mlx data split rows.jsonl --out my_questions
     """
     with prepared():
         from interviewmate_mlx.data.splits import split_rows
+        from interviewmate_mlx.hub.names import fetch_data, shipped_data
+        from interviewmate_mlx.results.terminal import byte_bar
+        from interviewmate_mlx.results.terminal import count as count_of
 
-        report = split_rows(list(sources), out, seed, shares)
+        paths = []
+        for source in sources:
+            with byte_bar(f"fetching {source}", make_console()) as progress:
+                paths.append(fetch_data(source, progress))
+        report = split_rows(paths, out, seed, shares)
+        if shipped_data(str(out)):
+            text = f"note: as data, {out} means the rows that are shipped; these are ./{out}"
+            click.echo(text, err=True)
     for name, count in report.rows.items():
-        click.echo(f"{out}/{name}.jsonl: {count} rows, {report.added[name]} of them new")
+        click.echo(
+            f"{out}/{name}.jsonl: {count_of(count, 'row')}, {report.added[name]} of them new"
+        )
     click.echo(
-        f"{sum(report.added.values())} rows added, {report.updated} updated in their split, "
-        f"{report.unchanged} left as they were"
+        f"{count_of(sum(report.added.values()), 'row')} added, {report.updated} updated in their "
+        f"split, {report.unchanged} left as they were"
     )
+    if report.given_ids:
+        rows = count_of(report.given_ids, "row")
+        click.echo(f"{rows} without an id: it was made from question and answer")
 
 
 @command.command()
@@ -119,17 +154,21 @@ def preview(
 ) -> None:
     """Show a row's tokens, and which of them carry loss.
 
+    Without --model they are those of the runs' base if it is here, or else of mini.
+
     \b
     Example: imate-mlx data preview my_questions/ --row 3
     """
     with prepared():
+        from interviewmate_mlx.base.base import is_here
         from interviewmate_mlx.config import DataConfig, ModelConfig
         from interviewmate_mlx.data.prompts import encode_record
         from interviewmate_mlx.data.records import load_splits
-        from interviewmate_mlx.hub.names import fetch_data
-        from interviewmate_mlx.results.terminal import preview_text
+        from interviewmate_mlx.hub.names import MINI, fetch_data
+        from interviewmate_mlx.results.terminal import byte_bar, preview_text
 
-        splits = load_splits(fetch_data(path))
+        with byte_bar(f"fetching {path}", make_console()) as progress:
+            splits = load_splits(fetch_data(path, progress))
         if split not in splits:
             raise ConfigError(
                 f"{path} has no {split} rows, expected --split {' or '.join(splits)}."
@@ -137,7 +176,10 @@ def preview(
         records = splits[split]
         if row > len(records):
             raise ConfigError(f"--row: got {row}, expected at most {len(records)} ({split}).")
-        tokenizer = load_tokenizer(model or ModelConfig.base)
+        base = model or (ModelConfig.base if is_here(ModelConfig.base) else MINI)
+        if not model:
+            click.echo(f"in the tokens of {base}; --model takes another base", err=True)
+        tokenizer = load_tokenizer(base)
         example = encode_record(
             tokenizer,
             records[row - 1],

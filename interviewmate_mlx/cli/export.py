@@ -1,5 +1,9 @@
 """imate-mlx export"""
 
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -12,11 +16,24 @@ from interviewmate_mlx.cli.options import UserPath, prepared
 @click.option("--out", type=UserPath(), help="Folder to copy the adapter to.")
 @click.option("--push", metavar="REPO", help="Hub id to upload to; made if it does not exist.")
 @click.option("--private", is_flag=True, help="Make a new Hub repository private.")
+@click.option(
+    "--model",
+    metavar="BASE",
+    help="Name of the base in the copy; by default the Hub id that the base was converted from.",
+)
 @click.option("--force", is_flag=True, help="Replace an adapter exported there before.")
-def command(adapter: Path, out: Path | None, push: str | None, private: bool, force: bool) -> None:
+def command(
+    adapter: Path,
+    out: Path | None,
+    push: str | None,
+    private: bool,
+    model: str | None,
+    force: bool,
+) -> None:
     """Copy an adapter with its model card to a folder, to the Hub, or both.
 
-    Checkpoints stay at home.
+    Checkpoints stay at home. A path to the base means nothing to others, so the copy
+    names the base by its Hub id where that is known.
 
     \b
     Example: imate-mlx export adapters/run_A --push you/interview-coach --private
@@ -27,12 +44,39 @@ def command(adapter: Path, out: Path | None, push: str | None, private: bool, fo
         raise click.UsageError("--private is for --push.")
     if force and not out:
         raise click.UsageError("--force is for --out.")
+    if model is not None and not model.strip():
+        raise click.UsageError("--model is empty.")
     with prepared():
         from interviewmate_mlx.adapter.folder import Adapter
+        from interviewmate_mlx.base.base import public_name
         from interviewmate_mlx.hub.push import push as push_files
 
         opened = Adapter.open(adapter)
-        if out:
-            click.echo(opened.export(out, replace=force))
-        if push:
-            click.echo(push_files(opened.folder, opened.files, push, private=private))
+        named = opened.config.base
+        base = model or public_name(named)
+        if base != named:
+            click.echo(f"the copy names its base {base}, not {named}", err=True)
+        for warning in _local_paths(base, opened.folder):
+            click.echo(f"warning: {warning}", err=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            copy = out or Path(temporary, "copy")
+            opened.export(copy, replace=force, base=base if base != named else "")
+            if out:
+                click.echo(out)
+            if push:
+                click.echo(push_files(copy, opened.files, push, private=private))
+
+
+def _local_paths(base: str, folder: Path) -> Iterator[str]:
+    """Say which paths of this machine go out with an adapter."""
+    from interviewmate_mlx.hub.names import is_data_path, is_path
+
+    if is_path(base):
+        yield (
+            f"the copy names its base by a path of this machine: {base}\n"
+            "It is in the adapter's config, card and run. --model OWNER/NAME writes a Hub id there."
+        )
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no run of this package
+        data = tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))["data"]["path"]
+        if is_data_path(data):
+            yield f"run.toml and the card name the data by its path: {data}"

@@ -51,6 +51,9 @@ def command(
 ) -> None:
     """Answer an interview question.
 
+    It is put to the model as the adapter's rows were in training: with the template of
+    questions and answers; or, if the adapter was trained on verbatim rows, as it stands.
+
     \b
     Example: imate-mlx generate "What is overfitting?" --adapter adapters/run_A
     """
@@ -63,7 +66,9 @@ def command(
     if temperature == 0 and (top_p, seed) != (None, None):
         raise click.UsageError("--top-p and --seed need a --temperature above 0.")
     with prepared():
+        from interviewmate_mlx.adapter.folder import template_for
         from interviewmate_mlx.coach.generate import Sampling, answer, load_coach, stream_answer
+        from interviewmate_mlx.data.prompts import Template
         from interviewmate_mlx.results.terminal import byte_bar
 
         with byte_bar("fetching the base", make_console()) as progress:
@@ -75,7 +80,8 @@ def command(
             said = answer(coach, tokenizer, question, sampling)
             click.echo(json.dumps({"question": question, "answer": said, **asdict(sampling)}))
             return
-        is_first = True
+        # The template puts a space before an answer; what follows a verbatim text is shown whole.
+        is_first = template_for(coach) == Template.QUESTIONS
         for piece in stream_answer(coach, tokenizer, question, sampling):
             # No control characters: what a model says must not steer the terminal.
             piece = "".join(char for char in piece if char.isprintable() or char in "\n\t")

@@ -10,10 +10,10 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from interviewmate_mlx import backend
-from interviewmate_mlx.adapter.folder import Adapter
+from interviewmate_mlx.adapter.folder import Adapter, template_for
 from interviewmate_mlx.base.base import Base
-from interviewmate_mlx.data.prompts import encode_question
-from interviewmate_mlx.errors import ConfigError
+from interviewmate_mlx.data.prompts import Template, encode_prompt
+from interviewmate_mlx.errors import ConfigError, HubError, ModelError, WeightsError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.falcon import Model
 
@@ -53,7 +53,7 @@ def load_coach(
         UserWarning: the adapter fits, but was trained on other weights. This is not an error:
             only the user can know whether the base was trained further.
     """
-    opened = Adapter.open(Path(adapter)) if adapter else None
+    opened = Adapter.open(adapter) if adapter else None
     name = base or (opened.config.base if opened else "")
     if not name:
         raise ConfigError(
@@ -62,7 +62,17 @@ def load_coach(
             "base",
             "adapter",
         )
-    opened_base = Base.open(name, progress)
+    try:
+        opened_base = Base.open(name, progress)
+    except (ConfigError, HubError, ModelError) as error:
+        if base or isinstance(error, WeightsError):
+            raise
+        # The adapter may come from another machine, or the folder was moved.
+        raise type(error)(
+            f"{adapter} names its base {name}, which cannot be opened here:\n{error}\n"
+            "If the base is elsewhere here, or on the Hub, give its name.",
+            "base",
+        ) from error
     model = opened_base.load(backend.resolve_dtype(dtype))
     if opened:
         opened.apply(model)
@@ -83,10 +93,14 @@ def stream_answer(
     question: str,
     sampling: Sampling = Sampling(),
 ) -> Iterator[str]:
-    """Yield the answer to a question piece by piece, until the end token or `max_tokens`."""
+    """Yield the answer to a question piece by piece, until the end token or `max_tokens`.
+
+    The question is put as the adapter's training rows were: with the template of questions,
+    or, if those were verbatim texts, as it stands. Then the answer is what follows it.
+    """
     if sampling.temperature > 0:
         mx.random.seed(sampling.seed)
-    prompt = encode_question(tokenizer, question)
+    prompt = encode_prompt(tokenizer, question, template_for(model))
     sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
     for piece in stream_generate(
         model, tokenizer, prompt, max_tokens=sampling.max_tokens, sampler=sampler
@@ -101,4 +115,5 @@ def answer(
     sampling: Sampling = Sampling(),
 ) -> str:
     """The whole answer to a question, without the space that the template puts before it."""
-    return "".join(stream_answer(model, tokenizer, question, sampling)).strip()
+    text = "".join(stream_answer(model, tokenizer, question, sampling))
+    return text if template_for(model) == Template.VERBATIM else text.strip()

@@ -9,6 +9,8 @@ is used:
     {"instruction": ..., "input": ..., "output": ...}  Alpaca; input may be absent
     {"text": ...}                                    verbatim, all of it learned
 
+A column of nulls counts as absent: data sets that were joined have such columns.
+
 A row may also have the labels `id`, `category`, `difficulty` and `follow_up`. Other keys
 are ignored. But in a row with `question` and `answer`, a key that looks like a misspelt
 label is an error.
@@ -19,13 +21,24 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from interviewmate_mlx.data.rows import read_rows
-from interviewmate_mlx.errors import DataError, brief, list_faults
+from interviewmate_mlx.data.faults import Fault, data_error
+from interviewmate_mlx.data.rows import ENDINGS, read_rows
+from interviewmate_mlx.errors import DataError, brief
 from interviewmate_mlx.files import is_utf8
 
 LABELS = ("id", "category", "difficulty", "follow_up")
 DIFFICULTIES = ("beginner", "intermediate", "advanced")
-_MAX_FAULTS = 1000  # more than anybody corrects by hand
+_MAX_FAULTS = 100_000  # more than anybody reads; a file of 256 MB could have millions
+TAKEN_ID = "an id that an earlier row has"
+UNIQUE_ADVICE = "Give each row an id of its own."
+# The keys that make a row's format.
+_FORMATS = (
+    ("messages",),
+    ("question", "answer"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("text",),
+)
 _MISSPELT_RATIO = 0.85  # from this difflib ratio on, an unknown key is a misspelt label
 ROLES = ("system", "user", "assistant")
 SPLIT_NAMES = {
@@ -108,7 +121,7 @@ def split_files(path: Path) -> dict[str, Path]:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read and check one .jsonl or .json file.
+    """Read and check one file of rows.
 
     Raises:
         DataError: the file or some of its rows cannot be read. Every faulty row is
@@ -116,48 +129,46 @@ def read_records(path: Path) -> list[Record]:
     """
     records, faults = scan_records(path)
     if faults:
-        count = f"{len(faults)} faulty row{'s' if len(faults) > 1 else ''}"
-        raise DataError(
-            f"{path}: {count}:\n{list_faults(faults, max_shown=20)}\nCorrect them and run again."
-        )
+        raise data_error(path, faults)
     if not records:
         raise DataError(f"{path}: no rows.\nAdd rows, one JSON object per line.")
     return records
 
 
-def scan_records(path: Path) -> tuple[list[Record], list[str]]:
-    """Read a .jsonl or .json file; return the valid rows, and the faults with their lines.
-
-    Raises:
-        DataError: the file as a whole cannot be read.
-    """
+def scan_records(path: Path) -> tuple[list[Record], list[Fault]]:
+    """Read a file of rows; return the valid ones, and the faults of the others or of the file."""
     records: list[Record] = []
-    faults: list[str] = []
+    faults: list[Fault] = []
     first_place: dict[str, str] = {}  # of each id
     for row in read_rows(path):
+        source = f"{path.name} {row.place}".strip()
         if len(faults) == _MAX_FAULTS:
-            faults.append(f"{row.place}: after {_MAX_FAULTS} faults nothing more was read")
+            faults.append(Fault(source, f"after {_MAX_FAULTS} faults nothing more was read"))
             break
         if row.fault:
-            faults.append(f"{row.place}: {row.fault}")
+            faults.append(Fault(source, row.fault, row.advice))
             continue
         try:
-            record = _read_row(row.value, f"{path.name} {row.place}")
+            record = _read_row(row.value, source)
         except ValueError as error:
-            faults.append(f"{row.place}: {error}")
+            faults.append(Fault(source, str(error)))
             continue
         if record.id and record.id in first_place:
             first = first_place[record.id]
-            faults.append(
-                f"{row.place}: id {record.id!r} is taken by {first}; expected each id once"
-            )
+            taken = f"id {record.id!r} is taken by {first}; expected each id once"
+            faults.append(Fault(source, taken, UNIQUE_ADVICE, TAKEN_ID))
         first_place.setdefault(record.id, row.place)
         records.append(record)
     return records, faults
 
 
+def split_file_names(split: str) -> list[str]:
+    """The names that a split's file may have, the first that exists is taken."""
+    return [f"{name}{ending}" for name in SPLIT_NAMES[split] for ending in ENDINGS]
+
+
 def _split_file(folder: Path, split: str) -> Path | None:
-    names = [f"{name}{suffix}" for name in SPLIT_NAMES[split] for suffix in (".jsonl", ".json")]
+    names = split_file_names(split)
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -165,23 +176,24 @@ def _read_row(row: object, source: str) -> Record:
     if not isinstance(row, dict):
         raise ValueError(f"got {brief(row)}, expected a JSON object")
     labels: dict[str, Any] = {key: _label(row, key) for key in LABELS}
-    if "messages" in row:
-        return Record(source, messages=_read_messages(row["messages"]), **labels)
-    if {"question", "answer"} <= row.keys():
-        _refuse_misspelt(row)
-        pair = _string(row, "question").strip(), _string(row, "answer").strip()
-        return Record(source, messages=_dialogue(*pair), **labels)
-    if {"prompt", "completion"} <= row.keys():
-        prompt, completion = _string(row, "prompt"), _string(row, "completion")
-        return Record(source, prompt=prompt, completion=completion, **labels)
-    if {"instruction", "output"} <= row.keys():
-        extra = _string(row, "input").strip() if row.get("input") else ""
-        question = "\n\n".join(filter(None, [_string(row, "instruction").strip(), extra]))
-        return Record(
-            source, messages=_dialogue(question, _string(row, "output").strip()), **labels
-        )
-    if "text" in row:
-        return Record(source, completion=_string(row, "text"), **labels)
+    match _format_of(row):
+        case ("messages",):
+            return Record(source, messages=_read_messages(row["messages"]), **labels)
+        case ("question", "answer"):
+            _refuse_misspelt(row)
+            pair = _string(row, "question").strip(), _string(row, "answer").strip()
+            return Record(source, messages=_dialogue(*pair), **labels)
+        case ("prompt", "completion"):
+            prompt, completion = _string(row, "prompt"), _string(row, "completion")
+            return Record(source, prompt=prompt, completion=completion, **labels)
+        case ("instruction", "output"):
+            extra = _string(row, "input").strip() if row.get("input") else ""
+            question = "\n\n".join(filter(None, [_string(row, "instruction").strip(), extra]))
+            return Record(
+                source, messages=_dialogue(question, _string(row, "output").strip()), **labels
+            )
+        case ("text",):
+            return Record(source, completion=_string(row, "text"), **labels)
     keys = ", ".join(brief(key) for key in list(row)[:10]) or "(none)"
     more = f" and {len(row) - 10} more" if len(row) > 10 else ""
     raise ValueError(
@@ -190,8 +202,16 @@ def _read_row(row: object, source: str) -> Record:
     )
 
 
+def _format_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """The first format whose keys are all there, not all of them null; () if there is none."""
+    complete = [keys for keys in _FORMATS if row.keys() >= set(keys)]
+    filled = [keys for keys in complete if any(row[key] is not None for key in keys)]
+    return next(iter(filled or complete), ())
+
+
 def _refuse_misspelt(row: dict[str, Any]) -> None:
-    for key in row.keys() - {"question", "answer", *LABELS}:
+    given = {key for key, value in row.items() if value is not None}
+    for key in sorted(given - {"question", "answer", *LABELS}):
         ratios = {label: SequenceMatcher(None, key.casefold(), label).ratio() for label in LABELS}
         nearest = max(LABELS, key=ratios.__getitem__)
         if ratios[nearest] >= _MISSPELT_RATIO:

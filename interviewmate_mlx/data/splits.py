@@ -3,6 +3,8 @@
 A row stays in its split for ever. New rows are sorted by category and difficulty, and
 within these by a hash of their id. They are then dealt out in this order, so that each
 part of it is divided by the same shares.
+
+A row is known again by its id. A row without one gets an id from its question and answer.
 """
 
 import hashlib
@@ -11,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interviewmate_mlx.data.records import read_records, split_files
+from interviewmate_mlx.data.faults import Fault, data_error
+from interviewmate_mlx.data.records import Record, read_records, split_files
 from interviewmate_mlx.data.rows import read_rows
-from interviewmate_mlx.errors import DataError, list_faults
+from interviewmate_mlx.errors import DataError
 from interviewmate_mlx.files import atomic_file
 
 SPLITS = ("train", "valid", "test")
 SHARES = (0.70, 0.15, 0.15)
+_ID_CHARS = 12  # of a hash: among a million rows, a collision has a chance of 1 in 500
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class SplitReport:
     added: dict[str, int]  # by split, new rows
     updated: int  # replaced by a row with the same id, in the same split
     unchanged: int  # there before, and not replaced
+    given_ids: int  # rows that had no id and got one
 
 
 def split_rows(
@@ -35,10 +40,10 @@ def split_rows(
 ) -> SplitReport:
     """Put the rows of `sources` into `out/{train,valid,test}.jsonl`.
 
-    Rows keep their keys. If a row's id is in `out` already, the row replaces the old one
-    in its split. The other rows are dealt out. A second call changes nothing. With three
-    rows or more, every split with a share above 0 gets at least one. A split without
-    rows has no file.
+    Rows keep their keys. A row without an id gets one from its question and answer. If a
+    row's id is in `out` already, the row replaces the old one in its split. The other rows
+    are dealt out. A second call changes nothing. With three rows or more, every split with
+    a share above 0 gets at least one. A split without rows has no file.
 
     Args:
         sources: .jsonl or .json files, or folders of splits; may be empty.
@@ -47,19 +52,32 @@ def split_rows(
         shares: of train, valid and test; they sum to 1.
 
     Raises:
-        DataError: the shares are wrong, there are no rows, or rows cannot be read or have
-            no unique id. Nothing is written then.
+        DataError: the shares are wrong, there are no rows, rows cannot be read, or two
+            have the same id or, without ids, the same content. Nothing is written then.
         StorageError: a file cannot be written.
     """
     if not (all(0 <= share <= 1 for share in shares) and abs(sum(shares) - 1) <= 1e-6):
         raise DataError(f"Shares: got {shares}, expected three from 0 to 1 that sum to 1.")
     files = {split: out / f"{split}.jsonl" for split in SPLITS}
-    kept = {split: _read(path) if _has_rows(path) else {} for split, path in files.items()}
-    held = {row_id: split for split, rows in kept.items() for row_id in rows}
+    num_given = 0
+    kept: dict[str, dict[str, dict[str, Any]]] = {}
+    held: dict[str, str] = {}
+    for split, path in files.items():
+        kept[split], given = _read(path) if _has_rows(path) else ({}, 0)
+        num_given += given
+        if shared := held.keys() & kept[split].keys():
+            row_id = min(shared)
+            raise DataError(
+                f"{out}: id {row_id!r} is in {held[row_id]}.jsonl and in {path.name}.\n"
+                "Remove it from one of them."
+            )
+        held |= dict.fromkeys(kept[split], split)
     new: dict[str, dict[str, Any]] = {}
     num_updated = 0
     for source in _files(sources):
-        for row_id, row in _read(source).items():
+        rows, given = _read(source)
+        num_given += given
+        for row_id, row in rows.items():
             if row_id in new:
                 raise DataError(f"{source}: id {row_id!r} is in another source too.\nRename one.")
             if row_id in held:
@@ -88,6 +106,7 @@ def split_rows(
         added={split: len(rows) - num_held[split] for split, rows in kept.items()},
         updated=num_updated,
         unchanged=len(held) - num_updated,
+        given_ids=num_given,
     )
 
 
@@ -97,25 +116,40 @@ def _has_rows(path: Path) -> bool:
 
 def _files(sources: list[Path]) -> list[Path]:
     """The sources, with each folder replaced by the files of its splits."""
-    return [
-        file
-        for source in sources
-        for file in (split_files(source).values() if source.is_dir() else [source])
-    ]
+    return [file for source in sources for file in split_files(source).values()]
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """The unchanged rows of a file, by id."""
+def _read(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The rows of a file by id, and how many of them got their id here."""
     records = read_records(path)  # raises all faults of the rows
-    rows = [row.value for row in read_rows(path)]
-    faults = [f"{record.source}: no id" for record in records if not record.id]
+    rows: dict[str, dict[str, Any]] = {}
+    sources: dict[str, str] = {}
+    faults = []
+    for record, row in zip(records, read_rows(path), strict=True):
+        row_id = record.id or _content_id(record)
+        if row_id in rows:
+            fault = f"the same question and answer as {sources[row_id]}, and no id"
+            faults.append(Fault(record.source, fault, "Remove one of them."))
+        sources[row_id] = record.source
+        rows[row_id] = row.value if record.id else {"id": row_id} | _without_id(row.value)
     if faults:
-        raise DataError(
-            f"{path}: rows need ids, so that each row stays in its split:\n"
-            f"{list_faults(faults)}\n"
-            'Give each row an "id" of its own that never changes, such as a running number.'
-        )
-    return {record.id: row for record, row in zip(records, rows, strict=True)}
+        raise data_error(path, faults)
+    return rows, sum(not record.id for record in records)
+
+
+def _without_id(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "id"}  # it may be null
+
+
+def _content_id(record: Record) -> str:
+    """An id that stays the same as long as a row's question and answer do.
+
+    White space around a text, the order of the keys, and labels do not matter.
+    """
+    turns = [[message.role, message.content.strip()] for message in record.messages]
+    content = turns or [["prompt", record.prompt], ["completion", record.completion]]
+    text = json.dumps(content, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:_ID_CHARS]
 
 
 def _sort_key(row: dict[str, Any], row_id: str, seed: int) -> tuple[str, str, str]:

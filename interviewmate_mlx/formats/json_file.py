@@ -1,10 +1,11 @@
-"""Reads the JSON files of a model or adapter folder."""
+"""Reads JSON: the files of a model or adapter folder, and objects without repeated keys."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from interviewmate_mlx.errors import InterviewMateError, ModelError
+from interviewmate_mlx.errors import InterviewMateError, ModelError, brief
 from interviewmate_mlx.files import read_bounded
 
 # The largest tokenizer.json of a public model is 33 MB. Parsed JSON takes up to 20 times that.
@@ -59,3 +60,18 @@ def parse_json(
     if not isinstance(value, dict):
         raise error_type(f"{path}: got a JSON {type(value).__name__}, expected an object.\n{hint}")
     return value
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without repeated keys: JSON does not define which of them counts.
+
+    For the argument `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        ValueError: a key stands there more than once.
+    """
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"got the key {brief(repeated)} more than once, expected each key once")
+    return unique

@@ -8,7 +8,7 @@ little-endian, row by row.
 import errno
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from interviewmate_mlx.errors import WeightsError, brief
+from interviewmate_mlx.formats.json_file import without_duplicates
 
 # Name, code in a safetensors header, bytes per number.
 _DTYPES = [
@@ -143,7 +144,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
             f"Cannot read {path}: {error.strerror}.\nCheck the path and its permissions."
         ) from error
     try:
-        header = json.loads(text, object_pairs_hook=_without_duplicates)
+        header = json.loads(text, object_pairs_hook=without_duplicates)
         if not isinstance(header, dict):
             raise ValueError("it is not a JSON object")
         metadata = header.pop("__metadata__", None)
@@ -218,7 +219,7 @@ def _check_tensor(name: str, value: object) -> tuple[str, tuple[int, ...], int, 
     Raises:
         ValueError: the entry is wrong.
     """
-    if not name.isprintable() or len(name) > _MAX_NAME_CHARS:
+    if not is_tensor_name(name):
         raise ValueError(f"{name[:80]!a}: a name that cannot be printed")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name}: expected dtype, shape and data_offsets")
@@ -226,7 +227,7 @@ def _check_tensor(name: str, value: object) -> tuple[str, tuple[int, ...], int, 
     if not isinstance(code, str) or code not in _NAME_OF:
         known = ", ".join(_NAME_OF)
         raise ValueError(f"{name}: got dtype {brief(code)}, expected one of {known}")
-    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+    if not all(isinstance(v, list) and are_sizes(v) for v in (shape, offsets)) or len(offsets) != 2:
         raise ValueError(
             f"{name}: got shape {brief(shape)} and data_offsets {brief(offsets)}, expected sizes "
             "and [begin, end]"
@@ -243,17 +244,15 @@ def _strings(metadata: object) -> dict[str, str]:
     return {key: value for key, value in pairs if isinstance(value, str)}
 
 
-def _is_sizes(value: object) -> bool:
-    if not isinstance(value, list) or len(value) > _MAX_AXES:
-        return False
-    return all(type(n) is int and 0 <= n < 2**63 for n in value)
+def is_tensor_name(name: str) -> bool:
+    """Whether a name can be a tensor's: not long, and without what would steer a terminal."""
+    return name.isprintable() and len(name) <= _MAX_NAME_CHARS
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        raise ValueError("a key of its header appears twice")
-    return unique
+def are_sizes(values: Sequence[Any]) -> bool:
+    """Whether values can be a tensor's sizes, strides or offsets: whole numbers, not many."""
+    # `type`, not isinstance: to Python, a bool is an int.
+    return len(values) <= _MAX_AXES and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
 def _damaged(path: Path, fault: str) -> WeightsError:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from interviewmate_mlx.errors import list_faults
+from interviewmate_mlx.formats.safetensors_file import are_sizes, is_tensor_name
 
 _DTYPE_OF_STORAGE = {
     "torch.FloatStorage": "float32",
@@ -28,8 +29,6 @@ _DTYPE_OF_STORAGE = {
     "torch.BoolStorage": "bool",
 }
 _MAX_PROTOCOL = 5
-_MAX_NAME_CHARS = 500  # of a tensor's name
-_MAX_AXES = 64  # the limit of torch; multiplying millions of sizes would take hours
 _REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
 _REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
 _ORDERED_DICT = "collections.OrderedDict"
@@ -72,7 +71,7 @@ def read_state_dict(data: bytes) -> dict[str, StoredTensor]:
         raise ValueError("its pickle is damaged") from error
     if not isinstance(found, dict):
         raise ValueError(f"got a {_kind(found)}, expected a state dict")
-    if odd := [ascii(n[:80]) for n in found if not n.isprintable() or len(n) > _MAX_NAME_CHARS]:
+    if odd := [ascii(name[:80]) for name in found if not is_tensor_name(name)]:
         raise ValueError("names of tensors that cannot be printed:\n" + list_faults(odd))
     others = {name: value for name, value in found.items() if not isinstance(value, StoredTensor)}
     if others:
@@ -174,7 +173,9 @@ def _describe(name: _Name, arguments: tuple[Any, ...]) -> StoredTensor | dict[st
         return _expect(arguments[0], StoredTensor)
     if name.text == _REBUILD_TENSOR and len(arguments) in (6, 7):
         storage, offset, shape, strides = arguments[:4]
-        sizes_are_sane = all(_is_sizes(sizes) for sizes in ((offset,), shape, strides))
+        sizes_are_sane = all(
+            isinstance(sizes, tuple) and are_sizes(sizes) for sizes in ((offset,), shape, strides)
+        )
         if isinstance(storage, Storage) and sizes_are_sane and len(shape) == len(strides):
             return StoredTensor(storage, offset, shape, strides)
     raise ValueError(f"its pickle calls {name.text} in a way that torch.save never does")
@@ -186,13 +187,6 @@ def _storage(identity: object) -> Storage:
         case ("storage", _Name(text), str(key), str(), int(length)) if text in _DTYPE_OF_STORAGE:
             return Storage(_DTYPE_OF_STORAGE[text], key, length)
     raise ValueError("its pickle describes a storage in a way that torch.save never does")
-
-
-def _is_sizes(value: object) -> bool:
-    if not isinstance(value, tuple) or len(value) > _MAX_AXES:
-        return False
-    # `type`, not isinstance: to Python, a bool is an int.
-    return all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def _expect(value: object, kind: type[T]) -> T:

@@ -35,7 +35,12 @@ from rich.filesize import decimal
 
 from interviewmate_mlx.errors import HubError
 from interviewmate_mlx.files import Progress, atomic_file, check_free_space
-from interviewmate_mlx.hub.errors import as_hub_error, is_unreachable, without_tokens
+from interviewmate_mlx.hub.errors import (
+    as_hub_error,
+    is_unreachable,
+    with_settings,
+    without_tokens,
+)
 
 RepoKind = Literal["model", "dataset"]
 
@@ -95,11 +100,11 @@ def _fetch(
     for file in files:
         checksum = file.lfs.sha256 if file.lfs else str(file.blob_id)
         if not (_CHECKSUM.fullmatch(checksum) and _CHECKSUM.fullmatch(commit)):
-            raise HubError(
-                f"{without_tokens(constants.ENDPOINT)} gives no checksum of {file.rfilename}; "
-                "a Hub always gives one.\n"
-                "Check HF_ENDPOINT."
+            text = (
+                f"{constants.ENDPOINT} gives no checksum of {file.rfilename}; a Hub always gives "
+                "one.\nCheck HF_ENDPOINT."
             )
+            raise HubError(without_tokens(with_settings(text)))
         cached = try_to_load_from_cache(repo_id, file.rfilename, revision=commit, repo_type=kind)
         if not isinstance(cached, str):
             missing.append((file.rfilename, file.size or 0, storage / "blobs" / checksum))
@@ -160,10 +165,11 @@ def _download(url: str, blob: Path, num_bytes: int, report: Callable[[int], None
             if pause is None and failure and not arrived:
                 raise failure
             if pause is None:
-                raise HubError(
+                text = (
                     f"The download was interrupted too often: {state} have arrived and are kept.\n"
                     "Check the network and run the command again: it continues from there."
                 )
+                raise HubError(without_tokens(with_settings(text)))
             _log.warning(
                 "The download was interrupted after %s; trying again in %.0f s.", state, pause
             )

@@ -21,6 +21,12 @@ from huggingface_hub.utils import logging as library_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from interviewmate_mlx.errors import HubError, redact_secrets
+from interviewmate_mlx.hub.network import (
+    NetworkSettingsError,
+    check_settings,
+    hide_passwords,
+    settings_in_words,
+)
 
 _LOG_IN = "run `hf auth login`, or set HF_TOKEN"
 
@@ -30,7 +36,7 @@ LIBRARY_ERRORS = (
     httpx2.InvalidURL,
     EntryNotFoundError,
     HFValidationError,
-    OSError,
+    OSError,  # and NetworkSettingsError
     RuntimeError,  # from the threads of an upload
     UnicodeError,  # a token that cannot be sent
     json.JSONDecodeError,
@@ -47,6 +53,7 @@ def as_hub_error(
     """
     try:
         with quiet_library():
+            check_settings()
             yield
     except LIBRARY_ERRORS as error:
         raise HubError(explain(error, kind, repo_id, revision, writes=writes)) from None
@@ -71,7 +78,7 @@ def is_unreachable(error: BaseException) -> bool:
     faulty_request = (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol)
     if isinstance(error, httpx2.TransportError):
         return not isinstance(error, faulty_request)
-    return isinstance(error, OfflineModeIsEnabled)
+    return isinstance(error, OfflineModeIsEnabled | NetworkSettingsError)
 
 
 def explain(
@@ -84,16 +91,31 @@ def explain(
 ) -> str:
     """A message for an error: the first line says what happened, the last what to do.
 
-    It quotes nothing of the request, which holds the token.
+    A message about the network says what the environment sets for it. It quotes nothing of
+    the request, which holds the token.
     """
-    return without_tokens(_explain(error, kind, repo_id, revision, writes))
+    while isinstance(error, RuntimeError) and error.__cause__:
+        error = error.__cause__  # the error in an upload's thread
+    text = _explain(error, kind, repo_id, revision, writes)
+    return without_tokens(with_settings(text) if _is_about_network(error) else text)
+
+
+def with_settings(text: str) -> str:
+    """A message with what the environment sets for the network, after its first line."""
+    happened, _, rest = text.partition("\n")
+    return "\n".join(filter(None, [happened, settings_in_words(), rest]))
+
+
+def _is_about_network(error: BaseException) -> bool:
+    if isinstance(error, HfHubHTTPError):  # the Hub has answered, or a proxy in its place
+        return error.response.status_code >= 500 or error.response.status_code == 407
+    of_network = httpx2.HTTPError | httpx2.InvalidURL | json.JSONDecodeError
+    return isinstance(error, of_network) and not isinstance(error, httpx2.LocalProtocolError)
 
 
 def _explain(
     error: BaseException, kind: str, repo_id: str, revision: str | None, writes: bool
 ) -> str:
-    while isinstance(error, RuntimeError) and error.__cause__:
-        error = error.__cause__  # the error in an upload's thread
     hub = constants.ENDPOINT
     what = f"{'data set' if kind == 'dataset' else kind} {repo_id}"
     match error:
@@ -105,6 +127,8 @@ def _explain(
                 f"{repo_id!r} is not a folder here, and cannot be a name on the Hub: "
                 "expected owner/name.\nCheck the spelling."
             )
+        case NetworkSettingsError():
+            return str(error)
         case OfflineModeIsEnabled():
             then = "push" if writes else "download the files that the cache lacks"
             return f"HF_HUB_OFFLINE is set: cannot reach the {what}.\nUnset it to {then}."
@@ -116,16 +140,25 @@ def _explain(
         case httpx2.UnsupportedProtocol() | httpx2.InvalidURL():
             return f"HF_ENDPOINT is not an address: {hub!r}.\nUnset it, or start it with https://"
         case httpx2.ProxyError():
-            return f"The proxy cannot reach {hub}.\nCheck HTTPS_PROXY, HTTP_PROXY and NO_PROXY."
+            return (
+                f"The proxy cannot reach {hub}.\n"
+                "Check HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY."
+            )
         case httpx2.TimeoutException():
-            return f"{hub} does not answer.\nCheck the network and run the command again."
+            return (
+                f"{hub} does not answer.\n"
+                "Check the network and its settings, and run the command again."
+            )
         case httpx2.ConnectError() if "certificate" in str(error).lower():
             return (
                 f"The certificate of {hub} is not trusted.\n"
                 "Behind a company's proxy, set SSL_CERT_FILE to its certificates."
             )
         case httpx2.ConnectError():
-            return f"Cannot reach {hub}.\nCheck the network and HF_ENDPOINT, and run it again."
+            return (
+                f"Cannot reach {hub}.\n"
+                "Check the network and its settings, and run the command again."
+            )
         case httpx2.HTTPError():
             return f"The connection to {hub} was interrupted.\nRun the command again."
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
@@ -197,4 +230,4 @@ def without_tokens(text: str) -> str:
     token = None
     with suppress(OSError):  # its file cannot be read
         token = get_token()
-    return redact_secrets(text.replace(token, "***") if token else text)
+    return redact_secrets(hide_passwords(text.replace(token, "***") if token else text))

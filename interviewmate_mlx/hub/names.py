@@ -3,15 +3,20 @@
 The same rules hold for bases and for data sets.
 """
 
+import logging
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from interviewmate_mlx.config import shipped
-from interviewmate_mlx.errors import ConfigError
+from interviewmate_mlx.errors import ConfigError, HubError, ModelError
 from interviewmate_mlx.files import Progress
-from interviewmate_mlx.hub.pull import pull_dataset
+from interviewmate_mlx.hub.pull import PulledFolder, pull, pull_dataset
 
 MINI = "mini"  # the base that is shipped with the package
+_log = logging.getLogger(__name__)
 _SHIPPED_NAME = re.compile(r"[a-z0-9-]+").fullmatch
 
 
@@ -40,6 +45,20 @@ def local_path(name: str | Path) -> Path:
         ) from error
 
 
+def is_path(name: str) -> bool:
+    """Whether the name of a base means a path here, and so nothing to others."""
+    return bool(name) and not shipped_base(name) and _is_local(name)
+
+
+def is_data_path(name: str) -> bool:
+    """Whether the name of a data set means a path here, and so nothing to others."""
+    return bool(name) and not shipped_data(name) and _is_local(name)
+
+
+def _is_local(name: str) -> bool:
+    return local_path(name).exists() or not is_hub_id(name)
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name that is not a local path can be `owner/name` on the Hub.
 
@@ -51,7 +70,7 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not looks_local and not path.parent.exists()
 
 
-def fetch_data(name: str, progress: Progress | None = None) -> Path:
+def fetch_data(name: str | Path, progress: Progress | None = None) -> Path:
     """The folder or file of a data set, by its name. A Hub id is pulled.
 
     Args:
@@ -62,7 +81,67 @@ def fetch_data(name: str, progress: Progress | None = None) -> Path:
         ConfigError: as for `local_path`.
         HubError, StorageError: as for `pull_dataset`.
     """
+    name = str(name)
     if folder := shipped_data(name):
+        _warn_of_namesake(name, folder)
         return folder
     path = local_path(name)
-    return pull_dataset(name, progress=progress) if is_hub_id(name) else path
+    if path.exists() or not is_hub_id(name):
+        return path
+    with _after_looking_here(name, "file or folder"):
+        return pull_dataset(name, progress=progress)
+
+
+def fetch_model(
+    name: str | Path, revision: str | None = None, progress: Progress | None = None
+) -> PulledFolder:
+    """The folder of a model, by its name. A Hub id is pulled; nothing is converted.
+
+    Args:
+        name: `mini`, a folder, or a Hub id.
+        revision: a branch, tag or commit of a Hub id.
+        progress: called with bytes done and bytes in all while a Hub id is pulled.
+
+    Returns:
+        The folder, and its commit on the Hub; "" for the commit of any other folder.
+
+    Raises:
+        ModelError: there is no such folder, and the name cannot be a Hub id.
+        ConfigError: as for `local_path`; or a revision was given with a folder.
+        HubError, StorageError: as for `pull`.
+    """
+    name = str(name)
+    shipped_folder = shipped_base(name)
+    folder = shipped_folder or local_path(name)
+    if not folder.exists() and is_hub_id(name):
+        with _after_looking_here(name, "folder"):
+            return pull(name, revision, progress=progress)
+    if not folder.exists():
+        where = "" if folder.is_absolute() else f" in {Path.cwd()}"
+        raise ModelError(
+            f"No model at {name}: no such folder{where}, and not a Hub id like owner/name.\n"
+            "Give mini, a folder, or a Hub id such as tiiuae/falcon-rw-1b."
+        )
+    if revision:
+        raise ConfigError(f"A revision is for Hub ids, and {name} is a folder.\nLeave it out.")
+    if shipped_folder:
+        _warn_of_namesake(name, shipped_folder)
+    return PulledFolder(folder, "")
+
+
+@contextmanager
+def _after_looking_here(name: str, what: str) -> Iterator[None]:
+    """Say first, if the Hub fails, that there is no such path here: it may have been meant."""
+    try:
+        yield
+    except HubError as error:
+        raise HubError(
+            f"No {what} {name} in {Path.cwd()}, so it was looked for on the Hub:\n{error}",
+            *error.arguments,
+        ) from None
+
+
+def _warn_of_namesake(name: str, folder: Path) -> None:
+    """Log it if there is another folder of a shipped name here: it may have been meant."""
+    if os.path.isdir(name) and not os.path.samefile(name, folder):
+        _log.warning("%s is what is shipped by that name; the folder here is ./%s", name, name)

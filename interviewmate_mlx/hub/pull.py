@@ -13,9 +13,15 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 
-from interviewmate_mlx.data.records import SPLIT_NAMES
+from interviewmate_mlx.data.records import SPLIT_NAMES, split_file_names
 from interviewmate_mlx.errors import HubError, list_faults
 from interviewmate_mlx.files import Progress
+from interviewmate_mlx.formats.model_files import (
+    OTHER_FILES,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    index_of,
+)
 from interviewmate_mlx.hub.cache import (
     LIBRARY_NAME,
     RepoKind,
@@ -29,25 +35,14 @@ from interviewmate_mlx.hub.errors import (
     is_unreachable,
     quiet_library,
 )
+from interviewmate_mlx.hub.network import check_settings
 
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_OTHER_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
+# What works without the network, by the kind of what was asked for.
+_WITHOUT_HUB = {
+    "model": "Without the Hub, these work: mini (the base that is shipped), a model's folder here.",
+    "dataset": "Without the Hub, these work: interview (the questions that are shipped), a file or "
+    "folder here.",
+}
 _DATA_FOLDERS = ("", "data/")
 REQUEST_TIMEOUT_S = 10.0
 
@@ -102,7 +97,7 @@ def pull_dataset(
         StorageError: as for `pull`.
     """
     pulled = _pull("dataset", repo_id, revision, _choose_data_files, progress)
-    train = _split_files("train")
+    train = split_file_names("train")
     folders = [pulled.path / folder for folder in _DATA_FOLDERS]
     return next(f for f in folders if any((f / name).is_file() for name in train))
 
@@ -119,6 +114,7 @@ def _pull(
     get_info = api.model_info if kind == "model" else api.dataset_info
     try:
         with quiet_library():
+            check_settings()
             info = get_info(
                 repo_id, revision=revision, files_metadata=True, timeout=REQUEST_TIMEOUT_S
             )
@@ -126,6 +122,8 @@ def _pull(
         reason = explain(error, kind, repo_id, revision)
         cached = is_unreachable(error) and _find_complete(kind, repo_id, revision, choose)
         if not cached:
+            if is_unreachable(error):
+                reason = f"{reason}\n{_WITHOUT_HUB[kind]}"
             raise HubError(reason) from None
         _log.warning(
             "%s\nUsing commit %s from the cache.", reason.splitlines()[0], cached.revision[:8]
@@ -165,18 +163,24 @@ def _choose_model_files(
             f"{repo_id} is not a model: it has no config.json.\n"
             + ("It is an adapter: give its base." if adapter else "Choose a Falcon-RW model.")
         )
-    weights = next((name for name in _WEIGHTS if name in names), None)
+    known = [name for single, _ in WEIGHTS for name in (single, index_of(single))]
+    weights = next((name for name in known if name in names), None)
     if weights is None:
         raise HubError(
             f"{repo_id} has no weights that can be read, expected one of\n"
-            f"{list_faults(_WEIGHTS)}\nChoose another revision or model."
+            f"{list_faults(known)}\nChoose another revision or model."
         )
-    chosen = [name for name in _OTHER_FILES if name in names] + [weights]
-    if not weights.endswith(".index.json"):
+    chosen = [name for name in (*OTHER_FILES, *TOKENIZER_FILES) if name in names] + [weights]
+    if weights in dict(WEIGHTS):
         return chosen
     try:
         shards = sorted(set(json.loads(read(weights).read_bytes())["weight_map"].values()))
-        faults = [f"{n} is missing" for n in shards if n not in names or "/" in n]
+        faults = [f"{name}: missing" for name in shards if name not in names]
+        faults += [
+            f"{name}: lies in a folder, expected beside the index"
+            for name in shards
+            if name in names and "/" in name
+        ]
     except (ValueError, KeyError, TypeError, AttributeError):
         faults = ["it is not an index: expected JSON with a weight_map from tensors to files"]
     if faults:
@@ -191,7 +195,7 @@ def _choose_data_files(
 ) -> list[str]:
     for folder in _DATA_FOLDERS:
         found = {
-            split: [folder + name for name in _split_files(split) if folder + name in names][:1]
+            split: [folder + name for name in split_file_names(split) if folder + name in names][:1]
             for split in SPLIT_NAMES
         }
         if found["train"]:
@@ -203,7 +207,3 @@ def _choose_data_files(
         + "Choose another data set, or save this one as JSONL and give that file:\n"
         f"  datasets.load_dataset({repo_id!r})['train'].to_json('train.jsonl')"
     )
-
-
-def _split_files(split: str) -> list[str]:
-    return [f"{name}{suffix}" for name in SPLIT_NAMES[split] for suffix in (".jsonl", ".json")]

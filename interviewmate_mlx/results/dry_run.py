@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from interviewmate_mlx import backend
 from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.training.events import Started, Stepped

@@ -7,12 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from interviewmate_mlx.adapter.card import write_card
+from interviewmate_mlx.adapter.card import rows_in_words, write_card
 from interviewmate_mlx.adapter.config import AdapterConfig
 from interviewmate_mlx.adapter.folder import WEIGHTS_FILE
 from interviewmate_mlx.config import RunConfig, parse_run, to_toml
+from interviewmate_mlx.data.prompts import Template
 from interviewmate_mlx.errors import ConfigError, TrainingError, list_faults
-from interviewmate_mlx.files import LOCK_FILE, atomic_file, clear_leftovers, locked
+from interviewmate_mlx.files import LOCK_FILE, atomic_file, clear_leftovers, contents, locked
 from interviewmate_mlx.hub.names import is_hub_id, local_path, shipped_base
 from interviewmate_mlx.training.checkpoint import FOLDER, PATTERN, checkpoints
 from interviewmate_mlx.training.events import Summary
@@ -74,7 +75,7 @@ def check_out(out: Path, resume: bool, replace: bool = False) -> None:
         clear_leftovers(out / FOLDER / PATTERN)
         return
     clear_leftovers(out / "*")
-    if all(path.name == LOCK_FILE for path in out.iterdir()):
+    if all(path.name == LOCK_FILE for path in contents(out)):
         return
     if not replace:
         raise TrainingError(
@@ -109,6 +110,8 @@ def read_run(out: Path) -> RunConfig:
         TrainingError: the folder holds no `run.toml`, or it is damaged.
     """
     path = out / RUN_FILE
+    if not path.is_file():
+        raise TrainingError(f"Nothing to resume in {out}: it holds no run.\nTrain a new one.")
     try:
         text = path.read_text(encoding="utf-8")
         if not text.strip():
@@ -178,7 +181,7 @@ def adapter_config(run: RunConfig) -> AdapterConfig:
     return AdapterConfig(base, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.rslora)
 
 
-def write_run_card(out: Path, run: RunConfig, summary: Summary) -> None:
+def write_run_card(out: Path, run: RunConfig, summary: Summary, template: Template) -> None:
     """Write the model card of a run's adapter."""
     base = run.model.base
     facts = {
@@ -200,11 +203,12 @@ def write_run_card(out: Path, run: RunConfig, summary: Summary) -> None:
         replace(adapter_config(run), base=base),
         facts,
         trained_on=f"Trained with InterviewMate (`interviewmate_mlx` {summary.package_version}) "
-        f"on {summary.train_rows} question-and-answer rows ({run.data.path}).",
+        f"on {summary.train_rows} {rows_in_words(template)} ({run.data.path}).",
         base_hub_id=base if is_hub_id(base) else None,
         # transformers needs the folder of a shipped base; its name means something here alone.
         base_folder=f"models/{base}" if is_shipped else base,
         base_hint=f"The base is shipped: `imate-mlx convert {base}` first." if is_shipped else "",
+        template=template,
     )
 
 

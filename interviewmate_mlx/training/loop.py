@@ -136,9 +136,7 @@ def run_task(
         state = dataclasses.replace(saved.state, run=state.run, versions=state.versions)
         # What a save does after its checkpoint: the run may have been killed before that.
         prune(out, run.train.keep_checkpoints)
-        save_adapter(
-            out, best or adapter_weights(model), adapter_config(run), task.base.weights_hash
-        )
+        write_adapter(task, out, best or adapter_weights(model))
     write_run(run, out)
     notes += start_metrics(out, state.step)
     started = task.describe(state.step, notes)
@@ -184,7 +182,7 @@ def run_task(
     best_step = state.best_step if best else None
     stopped_early = is_over(task, state) and state.step < task.total_steps
     summary = write_summary(out, run, started, state.step, best_step, stopped_early)
-    write_run_card(out, run, summary)
+    write_run_card(out, run, summary, task.rows.template)
     yield Finished(state.step, best_step, not is_over(task, state), stopped_early, summary)
 
 
@@ -235,7 +233,12 @@ def save(
     moments = named_arrays(optimizer.state)
     tensors = {"adapter": adapter, "optimizer": moments, "best": best}
     save_checkpoint(out, state, tensors, task.run.train.keep_checkpoints)
-    save_adapter(out, best or adapter, adapter_config(task.run), task.base.weights_hash)
+    write_adapter(task, out, best or adapter)
+
+
+def write_adapter(task: Task, out: Path, weights: dict[str, mx.array]) -> None:
+    """Write the adapter in PEFT's format, with what it was trained on and how it was asked."""
+    save_adapter(out, weights, adapter_config(task.run), task.base.weights_hash, task.rows.template)
 
 
 class Dispatched(NamedTuple):

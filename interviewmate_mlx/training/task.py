@@ -12,7 +12,7 @@ from interviewmate_mlx import __version__, backend
 from interviewmate_mlx.base.base import Base, is_here
 from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.data.batches import steps_per_epoch
-from interviewmate_mlx.data.prompts import Example, encode_records
+from interviewmate_mlx.data.prompts import Example, Template, encode_records, template_of
 from interviewmate_mlx.data.records import Record, load_splits
 from interviewmate_mlx.errors import Checks, DataError, TrainingError
 from interviewmate_mlx.files import Progress, check_free_space, scratch_file
@@ -51,6 +51,11 @@ class Rows:
     @property
     def all(self) -> list[Example]:
         return self.train + self.valid
+
+    @property
+    def template(self) -> Template:
+        """How prompts are put to the model."""
+        return template_of(example.record for example in self.train)
 
 
 @dataclass(frozen=True)

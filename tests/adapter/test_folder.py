@@ -32,6 +32,14 @@ ALL_LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 
 # Options of PEFT's LoraConfig that this package reads.
 PEFT_OPTIONS = {
+    "one_layer": {"layers_to_transform": 1},
+    "some_layers": {"layers_to_transform": [0], "target_modules": ["query_key_value", "dense"]},
+    "layers_of_a_pattern": {"layers_to_transform": [1], "layers_pattern": "h"},
+    "excluded_names": {
+        "target_modules": ["query_key_value", "dense"],
+        "exclude_modules": ["dense"],
+    },
+    "excluded_pattern": {"exclude_modules": r".*\.0\..*"},
     "plain": {},
     "several targets": {"target_modules": ALL_LINEAR},
     "rslora": {"use_rslora": True},
@@ -145,12 +153,15 @@ def edit_config(folder, **changes):
         ("use_dora", True),
         ("bias", "all"),
         ("modules_to_save", ["lm_head"]),
-        ("layers_to_transform", [0]),
+        ("layers_to_transform", [-1]),
+        ("layers_to_transform", ["0"]),
+        ("layers_pattern", "h"),
         ("fan_in_fan_out", True),
         ("init_lora_weights", "pissa"),
         ("lora_bias", True),
         ("target_parameters", ["x"]),
-        ("exclude_modules", ["dense"]),
+        ("exclude_modules", [1]),
+        ("exclude_modules", "(dense"),
         ("trainable_token_indices", [1]),
         ("peft_type", "IA3"),
         ("r", 0),
@@ -350,3 +361,21 @@ def test_export_into_an_empty_folder_is_allowed(tmp_path, replace):
     (tmp_path / "copy").mkdir()
     Adapter.open(tmp_path / "run").export(tmp_path / "copy", replace=replace)
     assert read_adapter_config(tmp_path / "copy") == read_adapter_config(tmp_path / "run")
+
+
+def test_adapter_of_mlx_lm_is_called_by_its_name(tmp_path):
+    our_adapter(tmp_path)
+    options = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8}}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(options))
+    with pytest.raises(AdapterError, match=r"an adapter of mlx-lm's own tuner.*\n.*mlx_lm\.fuse"):
+        Adapter.open(tmp_path)
+
+
+def test_what_a_system_leaves_in_a_folder_is_no_content(tmp_path):
+    our_adapter(tmp_path / "adapter")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".DS_Store", "Thumbs.db", "._run.toml"):
+        (out / name).write_bytes(b"x")
+    Adapter.open(tmp_path / "adapter").export(out)
+    assert (out / WEIGHTS_FILE).is_file()

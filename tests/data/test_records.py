@@ -96,7 +96,7 @@ def test_all_faults_come_at_once(tmp_path):
     rows = [row for row, _ in FAULTS]
     with pytest.raises(DataError) as error:
         read_records(write(tmp_path / "rows.jsonl", rows))
-    assert f"{len(FAULTS)} faulty rows" in str(error.value)
+    assert f"{len(FAULTS)} faults" in str(error.value)
     assert all(f"line {number}: " in str(error.value) for number in range(1, len(FAULTS) + 1))
 
 
@@ -104,7 +104,7 @@ def test_scan_gives_the_readable_rows_and_the_faults(tmp_path):
     good = {"question": "Q", "answer": "A"}
     records, faults = scan_records(write(tmp_path / "rows.jsonl", [good, b"{", good]))
     assert [record.source for record in records] == ["rows.jsonl line 1", "rows.jsonl line 3"]
-    assert [fault.split(":")[0] for fault in faults] == ["line 2"]
+    assert [fault.place for fault in faults] == ["rows.jsonl line 2"]
 
 
 def test_keys_that_do_not_look_like_a_label_are_ignored(tmp_path):

@@ -54,14 +54,17 @@ COMMANDS = [
         "a base of control characters", "generate x --model 'a\x1b[2Jb'", "ModelError", "\\x1b"
     ),
     mistake("an impossible name", "generate x --model 'no spaces/here'", "HubError", "owner/name"),
-    mistake("a convert of nothing", "convert nowhere", "ConfigError", "No folder nowhere"),
+    mistake("a convert of nothing", "convert nowhere", "ModelError", "No model at nowhere"),
     mistake(
-        "a revision of a folder", "convert IN --revision x", "ConfigError", "--revision is for"
+        "a revision of a folder", "convert IN --revision x", "ConfigError", "A revision is for"
     ),
     mistake("a data set of nobody", "data check 'x y/z'", "HubError", "expected owner/name"),
     mistake("data that is not there", "data check nowhere", "DataError", "No data at nowhere"),
     mistake(
-        "a run that is not there", "train --resume --out nowhere", "TrainingError", "Cannot read"
+        "a run that is not there",
+        "train --resume --out nowhere",
+        "TrainingError",
+        "it holds no run",
     ),
     mistake("a push of nothing", "export nowhere --push me/x", "AdapterError", "No adapter in now"),
     Bad(

@@ -443,7 +443,7 @@ FOLDERS = [
         "a name twice",
         write(WEIGHTS, fuzzing.with_header(b'{"a": 1, "a": 2}')),
         "WeightsError",
-        "a key of its header appears twice",
+        "got the key 'a' more than once",
     ),
     source(
         "no offsets",

@@ -136,8 +136,8 @@ def test_pull_takes_the_shards_that_the_index_names_and_no_others(serve, write, 
 @pytest.mark.parametrize(
     ("index", "said"),
     [
-        ('{"weight_map": {"a": "gone.bin"}}', "gone.bin is missing"),
-        ('{"weight_map": {"a": "sub/x.bin"}}', "sub/x.bin is missing"),
+        ('{"weight_map": {"a": "gone.bin"}}', "gone.bin: missing"),
+        ('{"weight_map": {"a": "sub/x.bin"}}', "sub/x.bin: lies in a folder"),
         ('{"weight_map": [1]}', "it is not an index"),
         ("not JSON", "it is not an index"),
     ],
@@ -471,16 +471,19 @@ def test_a_pull_without_network_says_so_at_once(serve, monkeypatch, tmp_path):
         point_library_at(endpoint, monkeypatch, tmp_path / "home")
         with pytest.raises(HubError) as caught:
             pull(FALCON)
-    assert str(caught.value) == (
-        f"Cannot reach {endpoint}.\nCheck the network and HF_ENDPOINT, and run it again."
-    )
+    happened, settings, *advice = str(caught.value).splitlines()
+    assert happened == f"Cannot reach {endpoint}."
+    assert settings.startswith("Set here: ")
+    assert f"HF_ENDPOINT={endpoint}" in settings
+    assert advice[0] == "Check the network and its settings, and run the command again."
+    assert "mini" in advice[1]  # what works without it
 
 
 def test_a_hub_that_never_answers_is_given_up(serve, monkeypatch, tmp_path):
     monkeypatch.setattr("interviewmate_mlx.hub.pull.REQUEST_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         point_library_at(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch, tmp_path)
-        with pytest.raises(HubError, match=r"does not answer\.\nCheck the network"):
+        with pytest.raises(HubError, match=r"does not answer\.\nSet here: .*\nCheck the network"):
             pull(FALCON)
 
 
@@ -508,7 +511,9 @@ def test_a_page_that_is_not_a_hub_is_reported_as_such(serve, falcon, monkeypatch
 def test_a_hub_without_checksums_is_not_trusted(serve, falcon):
     hub = serve({FALCON: falcon})
     hub.hides_checksums = True
-    with pytest.raises(HubError, match=r"gives no checksum of config\.json.*\nCheck HF_ENDPOINT"):
+    with pytest.raises(
+        HubError, match=r"gives no checksum of config\.json.*\nSet here: .*\nCheck HF_ENDPOINT"
+    ):
         pull(FALCON)
 
 
@@ -598,7 +603,7 @@ def test_offline_an_incomplete_copy_is_not_used(serve, falcon, monkeypatch, miss
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError) as caught:
         pull(FALCON)
-    assert str(caught.value) == (
+    assert str(caught.value).startswith(
         f"HF_HUB_OFFLINE is set: cannot reach the model {FALCON}.\n"
         "Unset it to download the files that the cache lacks."
     )

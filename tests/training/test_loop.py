@@ -555,7 +555,7 @@ def test_base_is_not_pulled_for_a_run_whose_data_is_at_fault(run, tmp_path, monk
     def pull(*_, **__):
         raise AssertionError("pulled")
 
-    monkeypatch.setattr(base_module, "pull", pull)
+    monkeypatch.setattr(base_module, "fetch_model", pull)
     run = run.replace(data={"path": "/nowhere"}, model={"base": "owner/falcon"})
     with pytest.raises(DataError, match="No data at /nowhere"):
         next(train(run, tmp_path / "out"))
