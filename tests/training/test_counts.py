@@ -114,7 +114,7 @@ def test_kernels_of_a_layer(tmp_path, monkeypatch):
     without = kernels()
     assert ours - without == 2
     assert naive - without >= 2 * (ours - without)
-    # Four sums, five for dropout, three casts for LoRA's products and two scales, a concatenation.
+    # Five for dropout, three sums, LoRA's three casts and two scales, GELU's, one concatenation.
     assert ours <= 16
 
 
