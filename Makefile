@@ -44,7 +44,10 @@ clean:
 
 # Stamps: nothing is installed again until pyproject.toml changes.
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "$(PYTHON) is Python %d.%d, expected 3.11 or newer. Name another: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@$(PYTHON) -c 'import platform as p, sys; sys.exit(p.system() == "Darwin" and p.machine() != "arm64" and \
+	  "$(PYTHON) is not for arm64. MLX needs Apple silicon and a Python built for it.")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python

@@ -34,6 +34,7 @@ CONTENDERS = {
     3: Contender("PEFT as in the seed, fp32", "contender_peft.py", "float32", 256),
     4: Contender("PEFT tuned, fp32", "contender_peft.py", "float32"),
     5: Contender("PEFT tuned, bf16", "contender_peft.py", "bfloat16"),
+    6: Contender("PEFT tuned, fp16", "contender_peft.py", "float16"),
 }
 
 

@@ -1,9 +1,9 @@
-"""transformers and PEFT: as the seed ran them, or tuned, in float32 or bfloat16.
+"""transformers and PEFT: as the seed ran them, or tuned, in float32, bfloat16 or float16.
 
 Both use the sdpa attention (the only one of transformers' that is right for
 ALiBi), labels of -100 on prompt and padding, no cache, and a loss divided by
-the tokens of the whole update. In bfloat16 the weights are bfloat16 and the
-LoRA matrices float32: PEFT's default.
+the tokens of the whole update. In half precision the weights have it and the
+LoRA matrices are float32: PEFT's default.
 """
 
 import sys
@@ -24,7 +24,7 @@ MAX_GRAD_NORM = 1e9
 def main(job: Job) -> Result:
     torch.set_num_threads(job.threads)
     device = _device(job)
-    dtype = torch.bfloat16 if job.dtype == "bfloat16" else torch.float32
+    dtype: torch.dtype = getattr(torch, job.dtype)
     if not job.one_row_padded_to:
         torch.set_float32_matmul_precision("high")  # no effect on a CPU; TF32 on CUDA
     base = AutoModelForCausalLM.from_pretrained(

@@ -40,9 +40,9 @@ from interviewmate_mlx.errors import BackendError, DataError, InterviewMateError
 from interviewmate_mlx.hub.names import fetch_data
 
 HERE = Path(__file__).parent
-# Nats by which two losses may differ, both in float32 or one in bfloat16, and how much more for
-# each nat that the losses have moved: bfloat16 rounds part of a small update away.
-TOLERANCE = {"float32": (1e-3, 0.01), "bfloat16": (1e-2, 0.3)}
+# Nats by which two losses may differ, both in float32 or one in half precision, and how much more
+# for each nat that the losses have moved: half precision rounds part of a small update away.
+TOLERANCE = {"float32": (1e-3, 0.01), "half": (1e-2, 0.3)}
 
 
 class DisagreementError(InterviewMateError):
@@ -264,7 +264,7 @@ def check_losses(rounds: Rounds) -> None:
     faults = []
     for number, result in results:
         exact = result.dtype == reference.dtype == "float32"
-        tolerance, drift = TOLERANCE["float32" if exact else "bfloat16"]
+        tolerance, drift = TOLERANCE["float32" if exact else "half"]
         gaps = [abs(a - b) for a, b in zip(result.losses, reference.losses, strict=True)]
         allowed = [tolerance, *(tolerance + drift * moved for _ in gaps[1:])]
         # Not `>`: a loss that is not a number agrees with nothing.

@@ -8,6 +8,7 @@ optimised BLAS that MLX finds first takes its place at 50 to 170; torch and nump
 import ctypes
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -432,8 +433,19 @@ def _saves_power() -> bool:
 
 def swapped_bytes() -> int:
     """How much the system has swapped in and out since it started."""
+    if sys.platform == "darwin":  # psutil's numbers count the pages of files there, too
+        return _mac_swapped_bytes(
+            subprocess.run(["vm_stat"], capture_output=True, text=True).stdout
+        )
     swap = psutil.swap_memory()
     return swap.sin + swap.sout
+
+
+def _mac_swapped_bytes(vm_stat: str) -> int:
+    """What macOS's `vm_stat` says was swapped in and out; 0 where it says nothing."""
+    page = re.search(r"page size of (\d+) bytes", vm_stat)
+    pages = re.findall(r"^Swap(?:ins|outs): +(\d+)\.", vm_stat, re.MULTILINE)
+    return int(page[1]) * sum(map(int, pages)) if page else 0
 
 
 def stolen_seconds() -> float:

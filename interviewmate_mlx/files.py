@@ -135,7 +135,7 @@ def append_text(path: Path, text: str, sync: bool = False) -> None:
         file.write(text)
         if sync:
             file.flush()
-            os.fsync(file.fileno())
+            _sync_descriptor(file.fileno())
 
 
 @contextmanager
@@ -356,6 +356,15 @@ def _exchange(one: Path, other: Path) -> bool:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync_descriptor(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_descriptor(descriptor: int) -> None:
+    """Wait until a file is on the disk. On macOS `fsync` waits for the disk's cache alone."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # not on every file system, such as a network's
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)

@@ -193,3 +193,16 @@ def test_mlx_that_was_imported_first_has_its_own_blas_and_it_is_said():
 def test_device_of_the_environment_is_obeyed_from_python(how):
     done = run(f"from interviewmate_mlx import backend; backend.{how}", INTERVIEWMATE_DEVICE="tpu")
     assert "INTERVIEWMATE_DEVICE: got 'tpu', expected cpu or gpu" in done.stderr
+
+
+def test_swap_on_macos_is_what_vm_stat_counts_as_swapped():
+    """Pages of files that were read in ("Pageins") are not swapped."""
+    said = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                                8123.
+Pageins:                                 991234.
+Pageouts:                                   512.
+Swapins:                                    100.
+Swapouts:                                   250.
+"""
+    assert backend._mac_swapped_bytes(said) == 350 * 16384
+    assert backend._mac_swapped_bytes("") == 0

@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all, even if the writer fails, is killed, or races."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -92,6 +93,26 @@ def test_file_and_folder_have_the_permissions_of_any_new_file(tmp_path: Path) ->
     write_folder(tmp_path / "folder", "a")
     for ours, plain in (("file", "plain"), ("folder", "plain_folder")):
         assert (tmp_path / ours).stat().st_mode == (tmp_path / plain).stat().st_mode
+
+
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_on_macos_what_is_written_reaches_the_disk_itself(tmp_path, monkeypatch, is_supported):
+    """`fsync` stops at the disk's cache there; a file system may know no other."""
+    full_sync, synced = 51, []
+
+    def fcntl(descriptor: int, command: int) -> None:
+        assert command == full_sync
+        if not is_supported:
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+        synced.append("full")
+
+    monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", full_sync, raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", fcntl)
+    monkeypatch.setattr(files.os, "fsync", lambda _: synced.append("plain"))
+    with atomic_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("text")
+    files.append_text(tmp_path / "a.txt", " and more", sync=True)
+    assert synced == 3 * ["full" if is_supported else "plain"]  # the file twice, its folder once
 
 
 def test_folder_appears_whole(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -103,9 +105,28 @@ def stream_answer(
     prompt = encode_prompt(tokenizer, question, template_for(model))
     sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
     for piece in stream_generate(
-        model, tokenizer, prompt, max_tokens=sampling.max_tokens, sampler=sampler
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=sampling.max_tokens,
+        sampler=sampler,
+        logits_processors=[partial(_hide_surplus, _surplus(model, tokenizer))],
     ):
         yield piece.text
+
+
+def _surplus(model: Model, tokenizer: TokenizerWrapper) -> mx.array | None:
+    """Which of the model's ids the tokenizer has no token for, (V,) bool; None if there are none.
+
+    Embeddings are often rounded up, and nothing has taught a model not to choose those rows.
+    """
+    surplus = np.ones(model.args.vocab_size, bool)
+    surplus[list(tokenizer.get_vocab().values())] = False
+    return mx.array(surplus) if surplus.any() else None
+
+
+def _hide_surplus(surplus: mx.array | None, _: mx.array, logits: mx.array) -> mx.array:
+    return logits if surplus is None else mx.where(surplus, -mx.inf, logits)
 
 
 def answer(

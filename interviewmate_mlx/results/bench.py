@@ -7,14 +7,15 @@ import mlx.core as mx
 
 from interviewmate_mlx import backend
 from interviewmate_mlx.config import RunConfig
+from interviewmate_mlx.data.batches import collate
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.model.lora import linear_paths, shape_of
 from interviewmate_mlx.training.events import Stepped
-from interviewmate_mlx.training.loop import run_steps
+from interviewmate_mlx.training.loop import rows_of_steps, run_steps
 from interviewmate_mlx.training.optimizer import adamw
 from interviewmate_mlx.training.step import Step
-from interviewmate_mlx.training.task import prepare
+from interviewmate_mlx.training.task import Task, prepare
 
 # The project that this one comes from: PyTorch on Apple Silicon, float32, rows padded to 256.
 SEED_SAMPLES_PER_S = {"run_A": 0.664, "run_B": 0.657, "run_C": 0.653}
@@ -53,9 +54,8 @@ def bench(
 ) -> BenchResult:
     """Time `steps` optimizer updates of a run after `warmup` untimed ones. Writes nothing.
 
-    Each step is a real one, on the run's own rows in the order of its seed. A
-    width that the warm-up did not meet is compiled within the timed steps, as
-    it would be in training.
+    Each step is a real one, on the run's own rows in the order of its seed. What has a shape that
+    was not met before runs once untimed: most steps of a run meet no new ones.
     """
     slowdowns = backend.slowdowns()
     task = prepare(run, progress=progress)
@@ -68,6 +68,8 @@ def bench(
             return events, time.perf_counter() - start
 
         timed(0, warmup)
+        for number in new_shapes(task, warmup, steps):
+            timed(number, number + 1)
         mx.reset_peak_memory()
         swapped_bytes, stolen_s = backend.swapped_bytes(), backend.stolen_seconds()
         events, seconds = timed(warmup, warmup + steps)
@@ -106,6 +108,19 @@ def bench(
         seed_samples_per_s=SEED_SAMPLES_PER_S.get(run.name),
         slowdowns=slowdowns,
     )
+
+
+def new_shapes(task: Task, warmup: int, steps: int) -> list[int]:
+    """Those of the `steps` after a warm-up that meet a shape that no step before them has met."""
+    met: set[tuple[int, ...]] = set()
+    new = []
+    for number, rows in rows_of_steps(task, 0, warmup + steps):
+        microbatches = map(collate, task.executor.split(rows, task.memory.token_budget))
+        shapes = {(*m.inputs.shape, *m.positions.shape) for m in microbatches}
+        if number >= warmup and not shapes <= met:
+            new.append(number)
+        met |= shapes
+    return new
 
 
 def needed_products(

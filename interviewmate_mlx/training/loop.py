@@ -295,13 +295,7 @@ def dispatch_steps(
 ) -> Iterator[Dispatched]:
     """Hand the steps from `first` to before `last` to the device, until `stop`."""
     settings = task.run.train
-    lengths = [len(example) for example in task.rows.train]
-    epoch, order = -1, []
-    for number in range(first, last):
-        if number // task.steps_per_epoch != epoch:
-            epoch = number // task.steps_per_epoch
-            order = epoch_steps(lengths, settings.effective_batch, settings.seed, epoch)
-        rows = [task.rows.train[row] for row in order[number % task.steps_per_epoch]]
+    for number, rows in rows_of_steps(task, first, last):
         learning_rate = learning_rate_at(
             number,
             task.total_steps,
@@ -315,6 +309,18 @@ def dispatch_steps(
         yield Dispatched(number + 1, rows, learning_rate, step.update(learning_rate))
         if stop():
             break
+
+
+def rows_of_steps(task: Task, first: int, last: int) -> Iterator[tuple[int, list[Example]]]:
+    """The number and the rows of each step, in the order of the run's seed."""
+    settings = task.run.train
+    lengths = [len(example) for example in task.rows.train]
+    epoch, order = -1, []
+    for number in range(first, last):
+        if number // task.steps_per_epoch != epoch:
+            epoch = number // task.steps_per_epoch
+            order = epoch_steps(lengths, settings.effective_batch, settings.seed, epoch)
+        yield number, [task.rows.train[row] for row in order[number % task.steps_per_epoch]]
 
 
 def delayed(items: Iterable[Item], count: int) -> Iterator[Item]:

@@ -102,6 +102,20 @@ def test_answer_ends_at_the_true_end_token_and_not_at_the_config_s(tiny_base):
     assert text == tokenizer.decode([2]).strip()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_without_a_token_are_never_generated(tmp_path, temperature):
+    """The embedding has more rows than the tokenizer has tokens, and they are the likeliest."""
+    reference = tiny_falcon(vocab_size=400)
+    with torch.no_grad():
+        reference.transformer.word_embeddings.weight[384:] *= 1000
+    folder = convert(write_checkpoint(tmp_path / "hub", reference), tmp_path / "base").path
+    model, tokenizer = load_coach(folder)
+    prompt = mx.array(encode_question(tokenizer, QUESTION))
+    assert int(model(prompt[None])[0, -1].argmax()) >= 384
+    sampling = Sampling(max_tokens=20, temperature=temperature)
+    assert len(tokenizer.encode(answer(model, tokenizer, QUESTION, sampling))) > 5
+
+
 def test_sampling_follows_its_seed(tiny_base):
     model, tokenizer = load_coach(str(tiny_base), None)
     texts = [

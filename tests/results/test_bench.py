@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -11,9 +12,17 @@ import pytest
 
 from interviewmate_mlx import backend
 from interviewmate_mlx.config import load_run
+from interviewmate_mlx.data.batches import collate
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.model.lora import add_lora
-from interviewmate_mlx.results.bench import SEED_SAMPLES_PER_S, bench, needed_products
+from interviewmate_mlx.results.bench import (
+    SEED_SAMPLES_PER_S,
+    bench,
+    needed_products,
+    new_shapes,
+)
+from interviewmate_mlx.training.loop import rows_of_steps
+from interviewmate_mlx.training.task import prepare
 
 SHAPE = {
     "alibi": True,
@@ -54,9 +63,27 @@ def test_bench_s_figures_follow_from_its_steps(tiny_base, questions):
     assert result.samples_per_s == pytest.approx(result.rows / result.seconds)
     assert result.samples_per_s_slowest <= result.samples_per_s <= result.samples_per_s_fastest
     assert result.whole_run_s == pytest.approx(3 * 12 / result.samples_per_s)
-    assert 0 < result.products_share < 1
+    assert result.products_share > 0
     assert result.products_gflops > 0
     assert result.seed_samples_per_s == SEED_SAMPLES_PER_S["run_A"] == 0.664
+
+
+def test_every_shape_was_met_before_it_is_timed(tiny_base, questions):
+    task = prepare(load_run("A", [f"model.base={tiny_base}", f"data.path={questions}"]))
+
+    def shapes(numbers: Iterable[int]) -> set[tuple[int, ...]]:
+        return {
+            (*microbatch.inputs.shape, *microbatch.positions.shape)
+            for wanted in numbers
+            for _, rows in rows_of_steps(task, wanted, wanted + 1)
+            for microbatch in map(collate, task.executor.split(rows, task.memory.token_budget))
+        }
+
+    for warmup in (0, 1, 4):
+        new = new_shapes(task, warmup, 5)
+        assert shapes(range(warmup, warmup + 5)) <= shapes([*range(warmup), *new])
+        for number in new:  # and none of them for nothing
+            assert not shapes([number]) <= shapes(range(number))
 
 
 def test_bench_of_a_run_that_the_seed_did_not_make_names_no_seed(tiny_base, questions, tmp_path):

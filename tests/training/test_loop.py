@@ -9,14 +9,17 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from checkpoints import tiny_falcon, write_checkpoint
 from rich.filesize import decimal
 
 from interviewmate_mlx import __version__
 from interviewmate_mlx.adapter.folder import Adapter
 from interviewmate_mlx.base import base as base_module
 from interviewmate_mlx.base.base import Base
+from interviewmate_mlx.base.convert import convert
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.errors import BackendError, DataError, StorageError, TrainingError
+from interviewmate_mlx.model import gpu_kernels
 from interviewmate_mlx.training import checkpoint, loop, task
 from interviewmate_mlx.training.checkpoint import checkpoints
 from interviewmate_mlx.training.events import Finished, Started, Stepped, Validated
@@ -99,6 +102,30 @@ def test_resume_repeats_the_uninterrupted_run(run, tmp_path, stop_after):
         done = events[-1].step
     events = finish(run, out, resume=True)
     assert not events[-1].interrupted
+    assert adapter_and_metrics(out) == adapter_and_metrics(tmp_path / "whole")
+
+
+def test_whole_run_on_the_path_of_a_gpu(run, tmp_path, monkeypatch):
+    """In bfloat16, through fused attention, one microbatch after the other."""
+    monkeypatch.setenv("INTERVIEWMATE_PATH", "gpu")
+    hub = write_checkpoint(tmp_path / "hub", tiny_falcon(2, 64, 2))
+    base = convert(hub, tmp_path / "base").path
+    run = run.replace(model={"base": str(base), "dtype": "auto"})
+    prepared = task.prepare(run)
+    attention_layer = prepared.model.layers[0].self_attention
+    assert attention_layer.dense.weight.dtype == mx.bfloat16
+    assert attention_layer.attend is gpu_kernels.attention
+    assert prepared.executor.num_streams == 1
+
+    events = finish(run, tmp_path / "whole")
+    losses = [event.loss for event in events if isinstance(event, Validated)]
+    assert losses[-1] < losses[0] - 0.1
+    weights = mx.load(str(tmp_path / "whole" / "adapter_model.safetensors"))
+    assert {array.dtype for array in weights.values()} == {mx.float32}
+
+    out = tmp_path / "parts"
+    finish(run, out, stop=lambda: last_step(out) >= 4)
+    finish(run, out, resume=True)
     assert adapter_and_metrics(out) == adapter_and_metrics(tmp_path / "whole")
 
 
