@@ -162,6 +162,24 @@ except ModuleNotFoundError as error:
     ) from error
 
 
+@contextmanager
+def _unchanged_file_limit() -> Iterator[None]:
+    """Keep the limit of open files, which mlx-lm sets to 4,096 when it is imported.
+
+    Where the system allows fewer, that is an error; where it allows more, a loss.
+    """
+    original = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = original
+
+
+with _unchanged_file_limit():
+    import mlx_lm  # noqa: F401  here, so that nothing else imports it first
+
+
 @dataclass(frozen=True)
 class Machine:
     """What this process runs on."""
@@ -280,20 +298,6 @@ def _sum_of_attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx
     return mx.fast.scaled_dot_product_attention(
         queries, keys, values, scale=1.0, mask="causal"
     ).sum()
-
-
-@contextmanager
-def unchanged_file_limit() -> Iterator[None]:
-    """Import `mlx_lm.utils` within this block: it sets the limit of open files to 4,096.
-
-    Where the system allows fewer, that is an error; where it allows more, a loss.
-    """
-    original = resource.setrlimit
-    resource.setrlimit = lambda *_: None
-    try:
-        yield
-    finally:
-        resource.setrlimit = original
 
 
 @contextmanager

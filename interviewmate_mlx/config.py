@@ -67,7 +67,7 @@ class LoraConfig:
 
     rank: int = _at_least(8, 1)  # of the two matrices that stand for a layer's change
     alpha: float = _above_zero(16.0)  # their product is scaled by alpha / rank
-    # share of a layer's inputs that the LoRA does not see, drawn anew each step
+    # share of a layer's inputs that the LoRA does not see, drawn again each step
     dropout: float = _option(0.05, lambda v: 0 <= v < 1, "from 0 to below 1")
     targets: tuple[str, ...] = ("query_key_value",)  # layers that get one, in every block
     rslora: bool = False  # scale by alpha / sqrt(rank)

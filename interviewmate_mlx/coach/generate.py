@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -18,9 +19,6 @@ from interviewmate_mlx.data.prompts import Template, encode_prompt
 from interviewmate_mlx.errors import ConfigError, HubError, ModelError, WeightsError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.falcon import Model
-
-with backend.unchanged_file_limit():
-    from mlx_lm.generate import stream_generate
 
 
 @dataclass(frozen=True)

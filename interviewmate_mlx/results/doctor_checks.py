@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.generate import generate_step, stream_generate
 from mlx_lm.models.cache import BatchKVCache
 
 from interviewmate_mlx import backend
@@ -37,9 +38,6 @@ from interviewmate_mlx.training.loop import train
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
 from interviewmate_mlx.training.step import Step
 from interviewmate_mlx.training.task import choose_executor, choose_kernels
-
-with backend.unchanged_file_limit():
-    from mlx_lm.generate import generate_step, stream_generate
 
 FOLDER = Path(__file__).parents[1] / "doctor"
 _UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}

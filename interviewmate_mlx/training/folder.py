@@ -20,7 +20,7 @@ from interviewmate_mlx.training.events import Summary
 
 RUN_FILE = "run.toml"
 _LENGTH = {"train.epochs", "train.max_steps"}
-# What a run that goes on may be given anew. Base and data must be the same by their content.
+# What a run that goes on may be given differently. Base and data must be the same by their content.
 _CHANGEABLE = (
     "model.base",
     "data.path",

@@ -19,4 +19,5 @@ def test_cost_of_a_checkpoint_is_a_share_of_an_epoch(tiny_base, capsys, monkeypa
     megabytes, save_s, step_s, percent = map(float, found.groups())
     assert megabytes > 0
     assert percent > 0
-    assert save_s < 60 > step_s
+    assert save_s > 0
+    assert step_s > 0
