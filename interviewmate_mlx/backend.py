@@ -162,6 +162,25 @@ except ModuleNotFoundError as error:
     ) from error
 
 
+def _choose_device() -> None:
+    """Obey the environment."""
+    wanted = os.environ.get(DEVICE_VARIABLE, "")
+    if wanted not in ("", "cpu", "gpu"):
+        raise BackendError(
+            f"{DEVICE_VARIABLE}: got {wanted!r}, expected cpu or gpu.\nCorrect it, or unset it."
+        )
+    if wanted == "gpu" and not mx.is_available(mx.gpu):
+        raise BackendError(
+            f"{DEVICE_VARIABLE}=gpu, but MLX sees no GPU here.\n"
+            "Install the extra for it (cuda12 or cuda13 on Linux), or unset the variable."
+        )
+    if wanted:
+        mx.set_default_device(mx.cpu if wanted == "cpu" else mx.gpu)
+
+
+_choose_device()  # before mlx-lm is loaded, which makes a stream of the default device
+
+
 @contextmanager
 def _unchanged_file_limit() -> Iterator[None]:
     """Keep the limit of open files, which mlx-lm sets to 4,096 when it is imported.
@@ -195,15 +214,8 @@ class Machine:
 
 
 def machine() -> Machine:
-    """What this process runs on.
-
-    The first call obeys `INTERVIEWMATE_DEVICE` and warns if the machine is slower than it
-    needs to be.
-
-    Raises:
-        BackendError: the variable names a device that is not here.
-    """
-    _choose_device()
+    """What this process runs on. The first call warns if that is slower than it needs to be."""
+    _warn_of_slow_blas()
     device = _device()
     path = "cpu" if device == "cpu" and os.environ.get(PATH_VARIABLE) != "gpu" else "gpu"
     info = mx.device_info()
@@ -223,20 +235,8 @@ def machine() -> Machine:
 
 
 @cache
-def _choose_device() -> None:
-    """Obey the environment, once, and warn of a missing BLAS."""
-    wanted = os.environ.get(DEVICE_VARIABLE, "")
-    if wanted not in ("", "cpu", "gpu"):
-        raise BackendError(
-            f"{DEVICE_VARIABLE}: got {wanted!r}, expected cpu or gpu.\nCorrect it, or unset it."
-        )
-    if wanted == "gpu" and not mx.is_available(mx.gpu):
-        raise BackendError(
-            f"{DEVICE_VARIABLE}=gpu, but MLX sees no GPU here.\n"
-            "Install the extra for it (cuda12 or cuda13 on Linux), or unset the variable."
-        )
-    if wanted:
-        mx.set_default_device(mx.cpu if wanted == "cpu" else mx.gpu)
+def _warn_of_slow_blas() -> None:
+    """Once, where MLX is left with its own BLAS."""
     if _device() == "cpu" and sys.platform == "linux" and BLAS is None:
         warnings.warn(
             "MLX uses its reference BLAS: matrix products run 20 to 80 times slower than this "

@@ -16,7 +16,6 @@ import mlx.core as mx
 import pytest
 from safetensors.numpy import load_file
 
-from interviewmate_mlx import backend
 from interviewmate_mlx.cli import main
 from interviewmate_mlx.coach import generate
 
@@ -223,14 +222,15 @@ def test_reader_who_goes_away_is_no_error(tmp_path):
         assert process.wait() == 1
 
 
-def test_device_that_is_not_known_is_refused(imate, monkeypatch):
-    monkeypatch.setenv("INTERVIEWMATE_DEVICE", "tpu")
-    backend._choose_device.cache_clear()  # it is asked once a process
-    said = (
+def test_device_that_is_not_known_is_refused():
+    environment = os.environ | {"INTERVIEWMATE_DEVICE": "tpu"}
+    words = [*IMATE, "data", "check", "x"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr == (
         "BackendError: INTERVIEWMATE_DEVICE: got 'tpu', expected cpu or gpu.\n"
         "Correct it, or unset it.\n"
     )
-    assert imate("data", "check", "x", code=1).stderr == said
 
 
 # a run from end to end

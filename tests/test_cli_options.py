@@ -665,6 +665,104 @@ def test_data_preview_marks_what_is_trained_on(preview):
 
 
 @pytest.fixture
+def evaluated(imate: Callable[..., Any], questions: Path) -> Callable[..., dict[str, Any]]:
+    """`evaluate` on the test rows, or as asked; the last model's facts, and the whole."""
+
+    def run(*options: object) -> dict[str, Any]:
+        given = [] if "--data" in options else ["--data", questions]
+        found = json.loads(imate("evaluate", *options, *given, "--json").stdout)
+        return found["evaluations"][-1] | {"whole": found}
+
+    return run
+
+
+@shows("evaluate --model")
+def test_evaluate_takes_the_base_that_is_named(evaluated, tiny_base, tiny_adapter):
+    alone = evaluated("--model", tiny_base, "--no-answers")
+    both = evaluated(tiny_adapter, "--model", tiny_base, "--no-answers")
+    assert (alone["name"], both["name"]) == (str(tiny_base), str(tiny_adapter))
+    assert alone["loss"] == both["whole"]["evaluations"][0]["loss"]
+
+
+@shows("evaluate --data")
+def test_evaluate_takes_the_data_that_is_named(evaluated, tiny_base, questions):
+    found = evaluated("--model", tiny_base, "--no-answers", "--data", "interview", "--limit", 2)
+    assert (found["whole"]["data"], found["whole"]["rows"]) == ("interview", 2)
+
+
+@shows("evaluate --split")
+def test_evaluate_takes_the_split(evaluated, tiny_base):
+    words = ["--model", tiny_base, "--no-answers"]
+    assert evaluated(*words)["whole"]["rows"] == 3
+    assert evaluated(*words, "--split", "valid")["whole"]["rows"] == 4
+
+
+@shows("evaluate --limit")
+def test_evaluate_takes_the_first_rows(evaluated, tiny_base):
+    assert evaluated("--model", tiny_base, "--no-answers", "--limit", 2)["loss"]["rows"] == 2
+
+
+@shows("evaluate --no-answers")
+def test_evaluate_generates_nothing_if_asked(evaluated, tiny_base):
+    assert evaluated("--model", tiny_base, "--no-answers")["answers"] is None
+    assert evaluated("--model", tiny_base, "--max-tokens", 1)["answers"]["answers"] == 3
+
+
+@shows("evaluate --max-tokens")
+def test_evaluate_ends_answers(evaluated, tiny_base):
+    short, long = (
+        evaluated("--model", tiny_base, "--max-tokens", n)["answers"]["length"] for n in (2, 40)
+    )
+    assert short < long
+
+
+@shows("evaluate --temperature")
+@shows("evaluate --top-p")
+@shows("evaluate --seed")
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([], ["--temperature", 2]),
+        (["--temperature", 2], ["--temperature", 2, "--top-p", 0.05]),
+        (["--temperature", 2, "--seed", 1], ["--temperature", 2, "--seed", 2]),
+    ],
+)
+def test_evaluate_draws_as_asked(imate, tiny_base, questions, one, other):
+    texts = []
+    for options in (one, one, other):
+        words = ["evaluate", "--model", tiny_base, "--data", questions, "--max-tokens", 16]
+        imate(*words, *options, "--out", "found")
+        texts.append(Path("found/answers.jsonl").read_text(encoding="utf-8"))
+    assert texts[0] == texts[1] != texts[2]
+
+
+@shows("evaluate --out")
+def test_evaluate_writes_a_base_s_numbers_to_out(imate, tiny_base, questions):
+    words = ["evaluate", "--model", tiny_base, "--data", questions, "--no-answers"]
+    imate(*words, "--out", "here/base")
+    assert json.loads(Path("here/base/evaluation.json").read_text())["base"]["loss"]["rows"] == 3
+
+
+@shows("evaluate --dtype")
+def test_evaluate_computes_in_the_dtype(evaluated, tiny_base):
+    wide, narrow = (
+        evaluated("--model", tiny_base, "--no-answers", "--dtype", dtype)["loss"]["loss"]
+        for dtype in ("float32", "bfloat16")
+    )
+    # Two layers: a loss of some nats is off by some hundred roundings of 2**-9 at the most.
+    assert 0 < abs(wide - narrow) < 0.2
+
+
+@shows("evaluate --json")
+def test_evaluate_prints_json(imate, tiny_base, questions):
+    words = ["evaluate", "--model", tiny_base, "--data", questions, "--no-answers"]
+    found = json.loads(imate(*words, "--json").stdout)
+    plain = imate(*words).stdout
+    assert f"{found['evaluations'][0]['loss']['loss']:.4f}" in plain
+    assert "3 test rows" in plain
+
+
+@pytest.fixture
 def few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """`doctor` without what takes its time."""
     chosen = {name: doctor.CHECKS[name] for name in ("GELU", "AdamW")}

@@ -34,6 +34,7 @@ FLOORS = [
     {"base"},
     {"training"},
     {"coach"},
+    {"evaluation"},
     {"results"},
     {"cli"},
     {"__main__"},

@@ -1,6 +1,7 @@
 """Writes the model card of an adapter: the README.md that the Hub shows."""
 
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -104,6 +105,22 @@ This is a small model. It can be wrong and still sound sure. Check its answers b
 def rows_in_words(template: Template) -> str:
     """What the rows that an adapter was trained on are, as in "trained on 12 ..."."""
     return _ROWS[template]
+
+
+def set_section(card: str, title: str, text: str) -> str:
+    """A card with a section of this title: in the place of the old one, or before `## Use`.
+
+    Args:
+        card: anybody's; the rest of it stays as it is.
+        title: without its `##`.
+        text: of the section, Markdown.
+    """
+    section = f"## {title}\n\n{text.strip()}\n\n"
+    old = re.search(rf"(?ms)^## {re.escape(title)}\n.*?(?=^## |\Z)", card)
+    if old:
+        return card[: old.start()] + section + card[old.end() :]
+    before, use, after = card.partition("## Use\n")
+    return f"{before.rstrip()}\n\n{section}{use}{after}".rstrip() + "\n"
 
 
 def rename_base(card: str, names: Collection[str], base: str) -> str:

@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "Convert a Falcon-RW of the Hub, or a folder in its layout, to MLX.",
     "train": "Train a run's LoRA adapter and write it as a PEFT folder.",
     "generate": "Answer an interview question.",
+    "evaluate": "Compare adapters with their base, on rows that none of them was trained on.",
     "export": "Copy an adapter with its model card to a folder, to the Hub, or both.",
     "bench": "Time some training steps of a run on this machine. Writes nothing.",
     "doctor": "Check that this machine computes rightly, and how fast; for bug reports.",
@@ -32,7 +33,9 @@ COMMANDS = {
 # Options, by the name of the argument that an error gives.
 _OPTIONS = {
     "adapter": "--adapter",
+    "answers": "--no-answers",
     "base": "--model",
+    "data": "--data",
     "dtype": "--dtype",
     "force": "--force",
     "out": "--out",

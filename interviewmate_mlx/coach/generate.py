@@ -1,14 +1,15 @@
 """Answers from a base and an adapter."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import stream_generate
+from mlx_lm.generate import BatchGenerator, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -19,6 +20,9 @@ from interviewmate_mlx.data.prompts import Template, encode_prompt
 from interviewmate_mlx.errors import ConfigError, HubError, ModelError, WeightsError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.falcon import Model
+from interviewmate_mlx.model.tree import named_arrays
+
+_MOST_AT_ONCE = 32  # answers; more at once gain nothing
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,78 @@ def stream_answer(
         prompt,
         max_tokens=sampling.max_tokens,
         sampler=sampler,
-        logits_processors=[partial(_hide_surplus, _surplus(model, tokenizer))],
+        logits_processors=_processors(model, tokenizer),
     ):
         yield piece.text
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and whether the model ended it itself, before `max_tokens`."""
+
+    text: str
+    has_ended: bool
+
+
+def answer_all(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompts: Sequence[list[int]],
+    sampling: Sampling = Sampling(),
+    progress: Progress = lambda *_: None,
+) -> list[Answer]:
+    """Answers to several prompts, computed side by side, in the order of the prompts.
+
+    Args:
+        model: in eval mode.
+        tokenizer: the base's.
+        prompts: token ids, as `data.prompts.encode_messages` gives them.
+        sampling: for all of them; its seed is that of the first draw.
+        progress: called with answers done and answers in all.
+    """
+    if sampling.temperature > 0:
+        mx.random.seed(sampling.seed)
+    longest = max(map(len, prompts), default=0) + sampling.max_tokens
+    generator = BatchGenerator(
+        model,
+        max_tokens=sampling.max_tokens,
+        stop_tokens=[[token] for token in tokenizer.eos_token_ids],
+        sampler=make_sampler(temp=sampling.temperature, top_p=sampling.top_p),
+        logits_processors=_processors(model, tokenizer),
+        completion_batch_size=_num_at_once(model, longest),
+    )
+    numbers = generator.insert([list(prompt) for prompt in prompts])
+    tokens: dict[int, list[int]] = {number: [] for number in numbers}
+    has_ended: dict[int, bool] = {}
+    while responses := generator.next_generated():
+        for response in responses:
+            if response.finish_reason != "stop":
+                tokens[response.uid].append(response.token)
+            if response.finish_reason:
+                has_ended[response.uid] = response.finish_reason == "stop"
+                progress(len(has_ended), len(prompts))
+    generator.close()
+    texts = [tokenizer.decode(tokens[number]) for number in numbers]
+    is_stripped = template_for(model) != Template.VERBATIM
+    return [
+        Answer(text.strip() if is_stripped else text, has_ended[number])
+        for text, number in zip(texts, numbers, strict=True)
+    ]
+
+
+def _num_at_once(model: Model, num_tokens: int) -> int:
+    """How many texts of so many tokens have room for their keys and values in the memory."""
+    shape, dtype = model.args, model.transformer.ln_f.weight.dtype
+    of_text = 2 * shape.num_hidden_layers * shape.hidden_size * dtype.size * num_tokens
+    weights = sum(array.nbytes for array in named_arrays(model.parameters()).values())
+    # Joining two batches copies their keys and values.
+    room = (backend.machine().memory_bytes - weights) // (2 * of_text)
+    return min(max(1, room), _MOST_AT_ONCE)
+
+
+def _processors(model: Model, tokenizer: TokenizerWrapper) -> list[Any]:
+    surplus = _surplus(model, tokenizer)
+    return [] if surplus is None else [partial(_hide, surplus)]
 
 
 def _surplus(model: Model, tokenizer: TokenizerWrapper) -> mx.array | None:
@@ -123,8 +196,8 @@ def _surplus(model: Model, tokenizer: TokenizerWrapper) -> mx.array | None:
     return mx.array(surplus) if surplus.any() else None
 
 
-def _hide_surplus(surplus: mx.array | None, _: mx.array, logits: mx.array) -> mx.array:
-    return logits if surplus is None else mx.where(surplus, -mx.inf, logits)
+def _hide(surplus: mx.array, _: mx.array, logits: mx.array) -> mx.array:
+    return mx.where(surplus, -mx.inf, logits)
 
 
 def answer(

@@ -241,6 +241,11 @@ def merge_lora(model: nn.Module) -> None:
     model.update_modules(tree_unflatten([(p, layer.merged()) for p, layer in lora_layers(model)]))
 
 
+def remove_lora(model: nn.Module) -> None:
+    """Put the plain layers back, without their updates, in place."""
+    model.update_modules(tree_unflatten([(p, layer.base_layer) for p, layer in lora_layers(model)]))
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """How many numbers can be trained, and how many there are in all.
 

@@ -1,6 +1,6 @@
 """A run on the terminal: a bar on stderr, plain lines if stderr is not a terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from rich.text import Text
 
 from interviewmate_mlx.data.check import DataReport
 from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.evaluation.evaluate import Evaluation, Questions, in_words
 from interviewmate_mlx.files import Progress as ByteProgress
 from interviewmate_mlx.results.bench import BenchResult
 from interviewmate_mlx.results.dry_run import Forecast
@@ -35,6 +36,8 @@ from interviewmate_mlx.training.events import (
 
 # Without a terminal: a line each time so many parts of the run are done.
 _PLAIN_LINES = 20
+# Columns of an evaluation beside the base's: 80 characters have room for no more.
+_MODELS_BESIDE = 3
 
 
 def show(events: Iterator[Event], console: Console) -> Iterator[Event]:
@@ -90,6 +93,76 @@ def byte_bar(description: str, console: Console) -> Iterator[ByteProgress]:
             bar.update(task, completed=done, total=total, visible=True)
 
         yield update
+
+
+@contextmanager
+def work_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over tasks that come one after the other; without a terminal, a line for each."""
+    has_bar = console.is_terminal and not console.is_dumb_terminal
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(compact=True),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=console, transient=True, disable=not has_bar) as bar:
+
+        def update(title: str, done: int, total: int) -> None:
+            if title not in tasks:
+                for earlier in tasks.values():
+                    bar.remove_task(earlier)
+                tasks.clear()
+                tasks[title] = bar.add_task(title, total=total)
+                if not has_bar:
+                    console.print(title)
+            bar.update(tasks[title], completed=done, total=total)
+
+        yield update
+
+
+def evaluation_tables(asked: Questions, found: Sequence[Evaluation]) -> Iterator[Table | Text]:
+    """What was found about models: a column each, at most three beside the base in a table."""
+    base, *others = found
+    for start in range(0, max(1, len(others)), _MODELS_BESIDE):
+        yield _evaluation_table(asked, [base, *others[start : start + _MODELS_BESIDE]])
+    for other in others:
+        if other.difference:
+            yield Text(f"{other.name}: loss {in_words(other.difference)}")
+    if asked.num_left_out:
+        yield Text(f"left out, no answer within the length: {count(asked.num_left_out, 'row')}")
+
+
+def _evaluation_table(asked: Questions, shown: Sequence[Evaluation]) -> Table:
+    rows = count(len(asked.examples), f"{asked.split} row")
+    table = Table(title=f"{rows} of {asked.data}", title_justify="left")
+    table.add_column("")
+    for evaluation in shown:
+        table.add_column(evaluation.name, justify="right", overflow="fold")
+    table.add_row("loss", *(f"{e.loss.loss:.4f}" for e in shown))
+    table.add_row("perplexity", *(f"{e.loss.perplexity:.2f}" for e in shown))
+    table.add_row("tokens foreseen", *(f"{e.loss.accuracy:.1%}" for e in shown))
+    for by_label in shown[0].by_label.values():
+        table.add_section()
+        for label, of_base in by_label.items():
+            key = next(k for k, labels in shown[0].by_label.items() if labels is by_label)
+            losses = (f"{e.by_label[key][label].loss:.4f}" for e in shown)
+            table.add_row(f"loss, {label} ({of_base.rows})", *losses)
+    scores = [e.answers for e in shown if e.answers]
+    if scores:
+        table.add_section()
+        table.add_row("ROUGE-1", *(f"{s.rouge1:.3f}" for s in scores))
+        table.add_row("ROUGE-2", *(f"{s.rouge2:.3f}" for s in scores))
+        table.add_row("ROUGE-L", *(f"{s.rougeL:.3f}" for s in scores))
+        table.add_row("chrF", *(f"{s.chrf:.1f}" for s in scores))
+        table.add_row("BLEU", *(f"{s.bleu:.1f}" for s in scores))
+        table.add_section()
+        table.add_row("end by themselves", *(f"{s.ended:.0%}" for s in scores))
+        table.add_row("words to the written", *(f"{s.length:.2f}" for s in scores))
+        table.add_row("four words repeated", *(f"{s.repetition:.1%}" for s in scores))
+        table.add_row("words copied, mean", *(f"{s.copied:.1f}" for s in scores))
+        table.add_row("words copied, most", *(f"{s.longest_copy}" for s in scores))
+    return table
 
 
 def show_start(event: Started, console: Console) -> None:

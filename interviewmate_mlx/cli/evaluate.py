@@ -1,0 +1,113 @@
+"""imate-mlx evaluate"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from interviewmate_mlx.cli.options import (
+    Finite,
+    UserPath,
+    dtype_option,
+    json_option,
+    make_console,
+    model_option,
+    prepared,
+)
+
+
+@click.command("evaluate")
+@click.argument("adapters", nargs=-1, type=UserPath(), metavar="[ADAPTER]...")
+@model_option
+@click.option("--data", metavar="DATA", help="By default the adapters' own; see train.")
+@click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
+@click.option("--limit", type=click.IntRange(1), help="Of rows: only the first ones.")
+@click.option("--no-answers", is_flag=True, help="Losses only; nothing is generated.")
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option(
+    "--temperature",
+    type=Finite(0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token.",
+)
+@click.option("--top-p", type=Finite(0, 1, min_open=True), help="With a temperature.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="With a temperature.")
+@click.option("--out", type=UserPath(), help="Folder for the numbers of a base without an adapter.")
+@dtype_option
+@json_option
+def command(
+    adapters: tuple[Path, ...],
+    model: str | None,
+    data: str | None,
+    split: str,
+    limit: int | None,
+    no_answers: bool,
+    max_tokens: int,
+    temperature: float,
+    top_p: float | None,
+    seed: int | None,
+    out: Path | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Compare adapters with their base, on rows that none of them was trained on.
+
+    The numbers go into each adapter's folder: evaluation.json, answers.jsonl and its card.
+
+    \b
+    Example: imate-mlx evaluate adapters/run_A adapters/run_B
+    """
+    if not adapters and not model:
+        raise click.UsageError("Name an adapter's folder, or a base with --model.")
+    if out and adapters:
+        raise click.UsageError("--out is for a base; an adapter's numbers go into its own folder.")
+    if temperature == 0 and (top_p, seed) != (None, None):
+        raise click.UsageError("--top-p and --seed need a --temperature above 0.")
+    if len({path.resolve() for path in adapters}) < len(adapters):
+        raise click.UsageError("An adapter is named twice.")
+    with prepared():
+        from interviewmate_mlx.coach.generate import Sampling
+        from interviewmate_mlx.evaluation.evaluate import evaluate, write_evaluation
+        from interviewmate_mlx.results.terminal import byte_bar, evaluation_tables, work_bar
+
+        chosen = {"top_p": top_p, "seed": seed}
+        given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        sampling = None if no_answers else Sampling(max_tokens, temperature, **given)
+        console = make_console()
+        with byte_bar("fetching", console) as fetching, work_bar(console) as progress:
+            asked, found = evaluate(
+                adapters,
+                model,
+                data=data,
+                split=split,
+                limit=limit or 0,
+                sampling=sampling,
+                dtype=dtype,
+                fetching=fetching,
+                progress=progress,
+            )
+        base, *others = found
+        for folder, own in zip(adapters, others, strict=True):
+            write_evaluation(folder, asked, sampling, base, own)
+        if out:
+            write_evaluation(out, asked, sampling, base, None)
+        if as_json:
+            facts = {
+                "data": asked.data,
+                "split": asked.split,
+                "rows": len(asked.examples),
+                "sampling": asdict(sampling) if sampling else None,
+                "evaluations": [evaluation.facts() for evaluation in found],
+            }
+            click.echo(json.dumps(facts))
+            return
+        import sys
+
+        shown = make_console(sys.stdout)
+        for part in evaluation_tables(asked, found):
+            shown.print(part)
+        for folder in [*adapters, *([out] if out else [])]:
+            console.print(f"written: {folder}/evaluation.json")

@@ -1,0 +1,368 @@
+"""Adapters and their base side by side, on rows that none of them was trained on."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from interviewmate_mlx import __version__, backend
+from interviewmate_mlx.adapter.card import CARD_FILE, set_section
+from interviewmate_mlx.adapter.folder import RUN_FILE, WEIGHTS_FILE, Adapter
+from interviewmate_mlx.base.base import Base
+from interviewmate_mlx.base.tokenizer import TokenizerWrapper
+from interviewmate_mlx.coach.generate import Answer, Sampling, answer_all
+from interviewmate_mlx.config import DataConfig, RunConfig
+from interviewmate_mlx.data.prompts import Example, encode, encode_messages, encode_records
+from interviewmate_mlx.data.records import Record, load_splits
+from interviewmate_mlx.errors import ConfigError, DataError, list_faults
+from interviewmate_mlx.evaluation.loss import (
+    Difference,
+    LossScore,
+    RowLoss,
+    difference,
+    row_losses,
+    score,
+)
+from interviewmate_mlx.evaluation.overlap import AnswerScore, check_installed, score_answers
+from interviewmate_mlx.files import Progress, atomic_file
+from interviewmate_mlx.hub.names import fetch_data
+from interviewmate_mlx.model.lora import remove_lora
+from interviewmate_mlx.training.folder import lock_run, read_run
+
+EVALUATION_FILE = "evaluation.json"
+ANSWERS_FILE = "answers.jsonl"
+_SECTION = "Evaluation"
+_LABELS = ("category", "difficulty")
+_GREEDY = Sampling()
+# Called with what is done, how much of it, and how much there is.
+TaskProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The rows that models are compared on.
+
+    Attributes:
+        data: the data set's name.
+        split: which of its rows.
+        examples: the rows in tokens.
+        prompts: what comes before each row's answer, token ids; empty if nothing is generated.
+        learned: the texts that were trained on.
+        num_left_out: rows of which nothing is left after `max_length` tokens.
+    """
+
+    data: str
+    split: str
+    examples: list[Example]
+    prompts: list[list[int]]
+    learned: list[str]
+    num_left_out: int
+
+    @property
+    def records(self) -> list[Record]:
+        return [example.record for example in self.examples]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found about one model.
+
+    Attributes:
+        name: the adapter's folder, or the base's name, as the user gave it.
+        loss: over all rows.
+        by_label: the same by category and by difficulty, then by label; those that rows have.
+        difference: of the loss from the base's; None for the base.
+        answers: None if nothing was generated.
+        texts: the answers, one a row.
+    """
+
+    name: str
+    loss: LossScore
+    by_label: dict[str, dict[str, LossScore]]
+    difference: Difference | None
+    answers: AnswerScore | None
+    texts: list[Answer]
+
+    def facts(self) -> dict[str, Any]:
+        """All but the texts, as JSON can hold it."""
+        content = asdict(self)
+        del content["texts"]
+        if self.difference:
+            content["difference"]["is_significant"] = self.difference.is_significant
+        return content
+
+
+def evaluate(
+    adapters: Sequence[Path | str],
+    base: str | None = None,
+    *,
+    data: str | None = None,
+    split: str = "test",
+    limit: int = 0,
+    sampling: Sampling | None = _GREEDY,
+    dtype: str = "auto",
+    fetching: Progress | None = None,
+    progress: TaskProgress = lambda *_: None,
+) -> tuple[Questions, list[Evaluation]]:
+    """Compare adapters with their base.
+
+    Args:
+        adapters: PEFT folders of one base; none to look at the base alone.
+        base: its name; by default the one that all adapters name.
+        data: a data set's name; by default the adapters' own, or the shipped questions.
+        split: of the data: `valid` or `test`.
+        limit: of rows, the first ones; 0: all.
+        sampling: how to answer; None: no answers are generated.
+        dtype: of the weights.
+        fetching: called with bytes done and in all, while base or data is pulled.
+        progress: called with what is done.
+
+    Returns:
+        What was asked; and the base's evaluation, followed by the adapters'.
+
+    Raises:
+        InterviewMateError: something is missing or does not fit.
+    """
+    if sampling:
+        check_installed()
+    opened = [Adapter.open(folder) for folder in adapters]
+    runs = [read_run(adapter.folder) for adapter in opened if RUN_FILE in adapter.files]
+    name = base or _common_base(opened)
+    data = data or _common_data(runs)
+    max_length = max((run.data.max_length for run in runs), default=DataConfig().max_length)
+    opened_base = Base.open(name, fetching)
+    for one in opened:
+        _warn_of_other_weights(one, opened_base)
+    rows = read_questions(
+        opened_base.tokenizer, data, split, limit, max_length, sampling is not None, fetching
+    )
+    model = opened_base.load(backend.resolve_dtype(dtype))
+    found: list[Evaluation] = []
+    base_losses: list[RowLoss] = []
+    contenders: list[Adapter | None] = [None, *opened]
+    for adapter in contenders:
+        title = str(adapter.folder) if adapter else name
+        if adapter:
+            adapter.apply(model)
+            model.eval()
+        losses = row_losses(model, rows.examples, _part(progress, f"loss of {title}"))
+        texts: list[Answer] = []
+        if sampling:
+            asked = _part(progress, f"answers of {title}")
+            texts = answer_all(model, opened_base.tokenizer, rows.prompts, sampling, asked)
+        if adapter:
+            remove_lora(model)
+        base_losses = base_losses or losses
+        written = [record.answer for record in rows.records]
+        found.append(
+            Evaluation(
+                title,
+                score(losses),
+                _by_label(rows.records, losses),
+                difference(base_losses, losses) if adapter else None,
+                score_answers(texts, written, rows.learned) if sampling else None,
+                texts,
+            )
+        )
+    return rows, found
+
+
+def read_questions(
+    tokenizer: TokenizerWrapper,
+    data: str,
+    split: str,
+    limit: int,
+    max_length: int,
+    has_answers: bool,
+    fetching: Progress | None = None,
+) -> Questions:
+    """Read the rows of a split.
+
+    Raises:
+        DataError: they are faulty, there are none, or nothing can be asked in them.
+    """
+    splits = load_splits(fetch_data(data, fetching))
+    records = splits.get(split, [])
+    if not records:
+        there = ", ".join(f"{name} ({len(rows)} rows)" for name, rows in splits.items())
+        raise DataError(
+            f"{data} has no {split} rows to evaluate on; it has {there}.\n"
+            "Choose another split, or deal the rows out: imate-mlx data split."
+        )
+    chosen = records[: limit or None]
+    examples, left_out = encode_records(tokenizer, chosen, max_length, "answer")
+    if not examples:
+        raise DataError(
+            f"{data}: of {len(chosen)} {split} rows none has an answer within {max_length} tokens."
+        )
+    prompts = [_prompt(tokenizer, example.record) for example in examples] if has_answers else []
+    if has_answers and not all(prompts):
+        raise DataError(
+            f"{data}: its {split} rows are texts without a prompt, so there is nothing to answer.\n"
+            "Evaluate without generating answers.",
+            "answers",
+        )
+    learned = [_text(record) for record in splits["train"]]
+    return Questions(data, split, examples, prompts, learned, len(left_out))
+
+
+def _prompt(tokenizer: TokenizerWrapper, record: Record) -> list[int]:
+    if record.messages:
+        return encode_messages(tokenizer, record.messages[:-1])
+    return encode(tokenizer, record.prompt) if record.prompt else []
+
+
+def _text(record: Record) -> str:
+    turns = [message.content for message in record.messages]
+    return "\n".join(turns or [record.prompt, record.completion])
+
+
+def _by_label(
+    records: Sequence[Record], losses: Sequence[RowLoss]
+) -> dict[str, dict[str, LossScore]]:
+    found = {}
+    for key in _LABELS:
+        labels = sorted({getattr(record, key) for record in records} - {""})
+        found[key] = {
+            label: score([loss for record, loss in zip(records, losses, strict=True)
+                          if getattr(record, key) == label])
+            for label in labels
+        }  # fmt: skip
+    return {key: by_label for key, by_label in found.items() if by_label}
+
+
+def _common_base(adapters: Sequence[Adapter]) -> str:
+    named = {str(adapter.folder): adapter.config.base for adapter in adapters}
+    if not named:
+        raise ConfigError("Nothing to evaluate: name an adapter's folder, or a base.", "base")
+    if len(set(named.values())) > 1:
+        listed = list_faults([f"{folder}: {base}" for folder, base in named.items()])
+        raise ConfigError(
+            f"These adapters have different bases, so their losses cannot be compared:\n{listed}\n"
+            "Evaluate them apart; or, if it is one base under several names, name it.",
+            "base",
+        )
+    (name,) = set(named.values())
+    return name
+
+
+def _common_data(runs: Sequence[RunConfig]) -> str:
+    names = {run.data.path for run in runs}
+    if len(names) > 1:
+        raise ConfigError(
+            f"The adapters were trained on different data: {', '.join(sorted(names))}.\n"
+            "Name the data to evaluate on.",
+            "data",
+        )
+    return names.pop() if names else DataConfig().path
+
+
+def _warn_of_other_weights(adapter: Adapter, base: Base) -> None:
+    expected, got = adapter.base_hash, base.weights_hash
+    if expected and got and expected != got:
+        warnings.warn(
+            f"{adapter.folder} was trained on other weights than those in {base.folder}; "
+            "its numbers may mean nothing.",
+            stacklevel=3,
+        )
+
+
+def _part(progress: TaskProgress, title: str) -> Progress:
+    return lambda done, total: progress(title, done, total)
+
+
+def write_evaluation(
+    out: Path, asked: Questions, sampling: Sampling | None, base: Evaluation, own: Evaluation | None
+) -> None:
+    """Write what was found into a folder; an adapter's card gets the main numbers.
+
+    Args:
+        out: the adapter's folder, or one for the base alone.
+        asked: the rows.
+        sampling: how the answers were made; None if there are none.
+        base: the base's evaluation.
+        own: the adapter's; None for the base alone.
+
+    Raises:
+        TrainingError: a run is training in the folder.
+        StorageError: it cannot be written.
+    """
+    evaluations = {"base": base} | ({"adapter": own} if own else {})
+    facts = {
+        "package_version": __version__,
+        "data": asked.data,
+        "split": asked.split,
+        "rows": len(asked.examples),
+        "sampling": asdict(sampling) if sampling else None,
+        "adapter_sha256": _hash(out / WEIGHTS_FILE) if own else None,
+        **{key: _nameless(evaluation) for key, evaluation in evaluations.items()},
+    }
+    with lock_run(out):
+        if sampling:
+            with atomic_file(out / ANSWERS_FILE) as temporary:
+                lines = "".join(f"{line}\n" for line in _answer_lines(asked, evaluations))
+                temporary.write_text(lines, encoding="utf-8")
+        with atomic_file(out / EVALUATION_FILE) as temporary:
+            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        card = out / CARD_FILE
+        if own and card.is_file():
+            text = set_section(card.read_text(encoding="utf-8"), _SECTION, _table(asked, base, own))
+            with atomic_file(card) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+
+def _nameless(evaluation: Evaluation) -> dict[str, Any]:
+    """Its facts without its name, which may be a path of this machine."""
+    return {key: value for key, value in evaluation.facts().items() if key != "name"}
+
+
+def _answer_lines(asked: Questions, evaluations: dict[str, Evaluation]) -> Iterator[str]:
+    for number, record in enumerate(asked.records):
+        line = {
+            "id": record.id,
+            "question": record.question,
+            "written": record.answer,
+            **{key: evaluation.texts[number].text for key, evaluation in evaluations.items()},
+        }
+        yield json.dumps(line, ensure_ascii=False)
+
+
+def _table(asked: Questions, base: Evaluation, own: Evaluation) -> str:
+    """The main numbers in Markdown."""
+    rows: list[tuple[str, ...]] = [
+        ("loss", f"{base.loss.loss:.4f}", f"{own.loss.loss:.4f}"),
+        ("perplexity", f"{base.loss.perplexity:.2f}", f"{own.loss.perplexity:.2f}"),
+        ("tokens foreseen", f"{base.loss.accuracy:.1%}", f"{own.loss.accuracy:.1%}"),
+    ]
+    if base.answers and own.answers:
+        pair = base.answers, own.answers
+        rows += [
+            ("ROUGE-L", *(f"{answers.rougeL:.3f}" for answers in pair)),
+            ("chrF", *(f"{answers.chrf:.1f}" for answers in pair)),
+            ("answers that end by themselves", *(f"{answers.ended:.0%}" for answers in pair)),
+            ("four words repeated", *(f"{answers.repetition:.1%}" for answers in pair)),
+        ]
+    lines = [f"| {' | '.join(row)} |" for row in [("", "base", "adapter"), ("---",) * 3, *rows]]
+    interval = in_words(own.difference) if own.difference else ""
+    return (
+        f"On {len(asked.examples)} {asked.split} rows of {asked.data}, by `imate-mlx evaluate`:\n\n"
+        + "\n".join(lines)
+        + f"\n\nThe loss differs by {interval}."
+    )
+
+
+def in_words(found: Difference) -> str:
+    """A difference with its interval, and whether it says anything."""
+    sure = "" if found.is_significant else ", which is not significant"
+    return (
+        f"{found.loss:+.4f} (95 % interval {found.low:+.4f} to {found.high:+.4f}{sure}; "
+        f"better on {found.rows_better} of {found.rows} rows)"
+    )
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
