@@ -19,6 +19,7 @@ from interviewmate_mlx.files import is_utf8, read_bounded
 
 _MAX_BYTES = 1 << 16  # of a run's file
 _MAX_SHOWN_CHARS = 200  # of a wrong value
+_NAMES = 'a list of names, as in ["query_key_value"]'
 
 
 def _option(default: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
@@ -69,7 +70,8 @@ class LoraConfig:
     alpha: float = _above_zero(16.0)  # their product is scaled by alpha / rank
     # share of a layer's inputs that the LoRA does not see, drawn again each step
     dropout: float = _option(0.05, lambda v: 0 <= v < 1, "from 0 to below 1")
-    targets: tuple[str, ...] = ("query_key_value",)  # layers that get one, in every block
+    # layers that get one, in every block
+    targets: tuple[str, ...] = _option(("query_key_value",), bool, _NAMES)
     rslora: bool = False  # scale by alpha / sqrt(rank)
 
 
@@ -122,6 +124,20 @@ class ValidateConfig:
     early_stop_patience: int = _at_least(0, 0)  # validations without a new best; 0: never
 
 
+LOGGERS = ("tensorboard", "wandb", "trackio")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """[log]"""
+
+    # boards that `imate-mlx train` sends its numbers to, each an extra of the package
+    to: tuple[str, ...] = _option(
+        (), lambda v: set(v) <= set(LOGGERS), f"some of {', '.join(LOGGERS)}"
+    )
+    project: str = _name("interviewmate")  # on wandb and trackio
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A whole run. `name` is a key above the tables; by default it is the file's name.
@@ -136,6 +152,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         _refuse(self.name, [f for t in _TABLES for f in _range_faults(t, getattr(self, t))])
@@ -162,6 +179,7 @@ _TABLES: dict[str, type] = {
     "data": DataConfig,
     "train": TrainConfig,
     "validate": ValidateConfig,
+    "log": LogConfig,
 }
 
 
@@ -345,13 +363,9 @@ def _coerce(value: Any, expected: Any) -> Any:
         return value
     if expected == tuple[str, ...]:
         names = [value] if isinstance(value, str) else value
-        if (
-            isinstance(names, list | tuple)
-            and names
-            and all(isinstance(n, str) and n for n in names)
-        ):
+        if isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names):
             return tuple(names)
-        raise TypeError('a list of names, as in ["query_key_value"]')
+        raise TypeError(_NAMES)
     kinds = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     raise TypeError(kinds[expected])
 
@@ -365,13 +379,17 @@ def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def _range_faults(table: str, values: Any) -> list[str]:
-    rules = [(f.name, f.metadata) for f in fields(values) if f.metadata]
+    rules = [(getattr(values, f.name), f.name, f.metadata) for f in fields(values) if f.metadata]
     return [
-        f"{table}.{key}: got {brief(getattr(values, key), _MAX_SHOWN_CHARS)}, "
-        f"expected {rule['expected']}"
-        for key, rule in rules
-        if not rule["is_valid"](getattr(values, key))
+        f"{table}.{key}: got {_shown(value)}, expected {rule['expected']}"
+        for value, key, rule in rules
+        if not rule["is_valid"](value)
     ]
+
+
+def _shown(value: object) -> str:
+    """A wrong value, as TOML has it."""
+    return brief(list(value) if isinstance(value, tuple) else value, _MAX_SHOWN_CHARS)
 
 
 def _refuse(run: str, faults: list[str]) -> None:

@@ -736,6 +736,19 @@ def test_evaluate_draws_as_asked(imate, tiny_base, questions, one, other):
     assert texts[0] == texts[1] != texts[2]
 
 
+@shows("evaluate --tasks")
+@shows("evaluate --tasks-from")
+def test_evaluate_runs_tasks(evaluated, tiny_base, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "What is a loss?", "choices": [" It tells.", " No."]}\n')
+    task = {"task": "mine", "output_type": "multiple_choice", "test_split": "test"}
+    task |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(rows)}}}
+    task |= {"doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": 0}
+    (tmp_path / "mine.yaml").write_text(json.dumps(task | {"metric_list": [{"metric": "acc"}]}))
+    words = ["--model", tiny_base, "--no-answers", "--tasks", "mine", "--tasks-from", tmp_path]
+    assert evaluated(*words)["tasks"]["mine"]["acc"] in (0, 1)
+
+
 @shows("evaluate --out")
 def test_evaluate_writes_a_base_s_numbers_to_out(imate, tiny_base, questions):
     words = ["evaluate", "--model", tiny_base, "--data", questions, "--no-answers"]

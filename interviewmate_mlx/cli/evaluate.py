@@ -35,6 +35,8 @@ from interviewmate_mlx.cli.options import (
 )
 @click.option("--top-p", type=Finite(0, 1, min_open=True), help="With a temperature.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="With a temperature.")
+@click.option("--tasks", metavar="NAME,...", help="Tasks of lm-eval to run as well.")
+@click.option("--tasks-from", type=UserPath(), help="Folder with tasks of your own, for lm-eval.")
 @click.option("--out", type=UserPath(), help="Folder for the numbers of a base without an adapter.")
 @dtype_option
 @json_option
@@ -49,6 +51,8 @@ def command(
     temperature: float,
     top_p: float | None,
     seed: int | None,
+    tasks: str | None,
+    tasks_from: Path | None,
     out: Path | None,
     dtype: str,
     as_json: bool,
@@ -66,6 +70,8 @@ def command(
         raise click.UsageError("--out is for a base; an adapter's numbers go into its own folder.")
     if temperature == 0 and (top_p, seed) != (None, None):
         raise click.UsageError("--top-p and --seed need a --temperature above 0.")
+    if tasks_from and not tasks:
+        raise click.UsageError("--tasks-from is for --tasks.")
     if len({path.resolve() for path in adapters}) < len(adapters):
         raise click.UsageError("An adapter is named twice.")
     with prepared():
@@ -85,6 +91,8 @@ def command(
                 split=split,
                 limit=limit or 0,
                 sampling=sampling,
+                tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+                tasks_from=tasks_from,
                 dtype=dtype,
                 fetching=fetching,
                 progress=progress,

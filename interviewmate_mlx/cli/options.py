@@ -64,17 +64,36 @@ _RUN = "run_name"  # the parameter, and in `Context.meta` the overrides of its k
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _key_option(name: str, key: str, type_: Any, metavar: str, help_: str) -> Any:
+def _key_option(
+    name: str, key: str, type_: Any, metavar: str, help_: str, *, multiple: bool = False
+) -> Any:
     """An option that is the same as `--set KEY=VALUE`."""
 
     def store(ctx: click.Context, param: click.Parameter, value: Any) -> None:
-        if value is not None:
-            given = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value
+        if value is not None and value != ():
+            is_text = isinstance(value, str | tuple)
+            given = json.dumps(value, ensure_ascii=False) if is_text else value
             ctx.meta.setdefault(_RUN, {})[key] = (name, f"{key}={given}")
 
     return click.option(
-        name, type=type_, metavar=metavar, callback=store, expose_value=False, help=help_
+        name,
+        type=type_,
+        metavar=metavar,
+        callback=store,
+        expose_value=False,
+        help=help_,
+        multiple=multiple,
     )
+
+
+board_option = _key_option(
+    "--log",
+    "log.to",
+    str,
+    "BOARD",
+    "tensorboard, wandb or trackio, each an extra; may be given several times.",
+    multiple=True,
+)
 
 
 _RUN_OPTIONS = [

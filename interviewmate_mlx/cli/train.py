@@ -13,7 +13,9 @@ import click
 from interviewmate_mlx.cli.main import INTERRUPTED
 from interviewmate_mlx.cli.options import (
     UserPath,
+    board_option,
     chosen_run,
+    harmless,
     json_option,
     make_console,
     prepared,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     help="Go on with the run in the adapter folder; --resume --out FOLDER is enough.",
 )
 @click.option("--force", is_flag=True, help="Replace the run in the adapter folder.")
+@board_option
 @click.option(
     "--dry-run", is_flag=True, help="Check everything, time some steps, write nothing, and stop."
 )
@@ -86,10 +89,13 @@ def _rehearse(
 def _train(
     ctx: click.Context, run: "RunConfig", out: Path, resume: bool, force: bool, as_json: bool
 ) -> None:
+    from interviewmate_mlx.results.loggers import check_installed, logged
     from interviewmate_mlx.results.terminal import byte_bar, show, summary_table
     from interviewmate_mlx.training.events import Finished, Started
     from interviewmate_mlx.training.loop import train
+    from interviewmate_mlx.training.metrics import loss_curves
 
+    check_installed(run)
     console, stop, finished = make_console(), StopOnSignal(), None
     with byte_bar(f"fetching {run.model.base}", console) as progress, ExitStack() as stack:
         events = train(
@@ -100,7 +106,11 @@ def _train(
             stop=lambda: stop.wanted,
             progress=progress,
         )
-        for event in show(events, console):
+
+        def report(fault: str) -> None:
+            console.print(f"warning: {harmless(fault)}", soft_wrap=True)
+
+        for event in show(logged(events, run, out, report), console):
             if isinstance(event, Started):  # until then there is nothing to save
                 stack.enter_context(stop)
             if isinstance(event, Finished):
@@ -113,7 +123,9 @@ def _train(
     if as_json:
         click.echo(json.dumps({**asdict(finished.summary), "adapter": str(out)}))
     else:
-        make_console(sys.stdout).print(summary_table(finished.summary))
+        shown = make_console(sys.stdout)
+        curves = loss_curves(out) if "utf" in shown.encoding else ()
+        shown.print(summary_table(finished.summary, *curves))
         click.echo(f"adapter: {out}")
 
 

@@ -131,8 +131,11 @@ def answer_all(
     prompts: Sequence[list[int]],
     sampling: Sampling = Sampling(),
     progress: Progress = lambda *_: None,
+    stop_texts: Sequence[str] = (),
 ) -> list[Answer]:
     """Answers to several prompts, computed side by side, in the order of the prompts.
+
+    A text is as the model gives it, with the space that a template puts before an answer.
 
     Args:
         model: in eval mode.
@@ -140,6 +143,7 @@ def answer_all(
         prompts: token ids, as `data.prompts.encode_messages` gives them.
         sampling: for all of them; its seed is that of the first draw.
         progress: called with answers done and answers in all.
+        stop_texts: an answer also ends after the first of these that is in it.
     """
     if sampling.temperature > 0:
         mx.random.seed(sampling.seed)
@@ -155,20 +159,25 @@ def answer_all(
     numbers = generator.insert([list(prompt) for prompt in prompts])
     tokens: dict[int, list[int]] = {number: [] for number in numbers}
     has_ended: dict[int, bool] = {}
+    # More tokens than any of the stop texts has: each has a byte at least.
+    tail = max((len(text.encode()) for text in stop_texts), default=0) + 1
     while responses := generator.next_generated():
         for response in responses:
-            if response.finish_reason != "stop":
-                tokens[response.uid].append(response.token)
-            if response.finish_reason:
-                has_ended[response.uid] = response.finish_reason == "stop"
+            mine, is_end = tokens[response.uid], response.finish_reason == "stop"
+            if not is_end:
+                mine.append(response.token)
+            is_stopped = stop_texts and _holds(tokenizer.decode(mine[-tail:]), stop_texts)
+            if is_stopped and not response.finish_reason:
+                generator.remove([response.uid])
+            if is_stopped or response.finish_reason:
+                has_ended[response.uid] = bool(is_end or is_stopped)
                 progress(len(has_ended), len(prompts))
     generator.close()
-    texts = [tokenizer.decode(tokens[number]) for number in numbers]
-    is_stripped = template_for(model) != Template.VERBATIM
-    return [
-        Answer(text.strip() if is_stripped else text, has_ended[number])
-        for text, number in zip(texts, numbers, strict=True)
-    ]
+    return [Answer(tokenizer.decode(tokens[number]), has_ended[number]) for number in numbers]
+
+
+def _holds(text: str, stop_texts: Sequence[str]) -> bool:
+    return any(stop in text for stop in stop_texts)
 
 
 def _num_at_once(model: Model, num_tokens: int) -> int:

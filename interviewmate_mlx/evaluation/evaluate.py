@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from interviewmate_mlx.config import DataConfig, RunConfig
 from interviewmate_mlx.data.prompts import Example, encode, encode_messages, encode_records
 from interviewmate_mlx.data.records import Record, load_splits
 from interviewmate_mlx.errors import ConfigError, DataError, list_faults
+from interviewmate_mlx.evaluation import harness, overlap
+from interviewmate_mlx.evaluation.harness import Metrics, run_tasks
 from interviewmate_mlx.evaluation.loss import (
     Difference,
     LossScore,
@@ -26,7 +28,7 @@ from interviewmate_mlx.evaluation.loss import (
     row_losses,
     score,
 )
-from interviewmate_mlx.evaluation.overlap import AnswerScore, check_installed, score_answers
+from interviewmate_mlx.evaluation.overlap import AnswerScore, score_answers
 from interviewmate_mlx.files import Progress, atomic_file
 from interviewmate_mlx.hub.names import fetch_data
 from interviewmate_mlx.model.lora import remove_lora
@@ -76,6 +78,7 @@ class Evaluation:
         by_label: the same by category and by difficulty, then by label; those that rows have.
         difference: of the loss from the base's; None for the base.
         answers: None if nothing was generated.
+        tasks: lm-eval's numbers, by task; {} if none was run.
         texts: the answers, one a row.
     """
 
@@ -84,6 +87,7 @@ class Evaluation:
     by_label: dict[str, dict[str, LossScore]]
     difference: Difference | None
     answers: AnswerScore | None
+    tasks: dict[str, Metrics]
     texts: list[Answer]
 
     def facts(self) -> dict[str, Any]:
@@ -103,6 +107,8 @@ def evaluate(
     split: str = "test",
     limit: int = 0,
     sampling: Sampling | None = _GREEDY,
+    tasks: Sequence[str] = (),
+    tasks_from: Path | None = None,
     dtype: str = "auto",
     fetching: Progress | None = None,
     progress: TaskProgress = lambda *_: None,
@@ -114,8 +120,10 @@ def evaluate(
         base: its name; by default the one that all adapters name.
         data: a data set's name; by default the adapters' own, or the shipped questions.
         split: of the data: `valid` or `test`.
-        limit: of rows, the first ones; 0: all.
+        limit: of rows (and of a task's documents), the first ones; 0: all.
         sampling: how to answer; None: no answers are generated.
+        tasks: of lm-eval, to run as well.
+        tasks_from: a folder with tasks of one's own.
         dtype: of the weights.
         fetching: called with bytes done and in all, while base or data is pulled.
         progress: called with what is done.
@@ -127,7 +135,9 @@ def evaluate(
         InterviewMateError: something is missing or does not fit.
     """
     if sampling:
-        check_installed()
+        overlap.check_installed()
+    if tasks:
+        harness.check_installed()
     opened = [Adapter.open(folder) for folder in adapters]
     runs = [read_run(adapter.folder) for adapter in opened if RUN_FILE in adapter.files]
     name = base or _common_base(opened)
@@ -152,7 +162,19 @@ def evaluate(
         texts: list[Answer] = []
         if sampling:
             asked = _part(progress, f"answers of {title}")
-            texts = answer_all(model, opened_base.tokenizer, rows.prompts, sampling, asked)
+            said = answer_all(model, opened_base.tokenizer, rows.prompts, sampling, asked)
+            texts = [replace(answer, text=answer.text.strip()) for answer in said]
+        ran: dict[str, Metrics] = {}
+        if tasks:
+            part = _part(progress, f"tasks of {title}")
+            ran = run_tasks(
+                model,
+                opened_base.tokenizer,
+                tasks,
+                include=tasks_from,
+                limit=limit,
+                progress=part,
+            )
         if adapter:
             remove_lora(model)
         base_losses = base_losses or losses
@@ -164,6 +186,7 @@ def evaluate(
                 _by_label(rows.records, losses),
                 difference(base_losses, losses) if adapter else None,
                 score_answers(texts, written, rows.learned) if sampling else None,
+                ran,
                 texts,
             )
         )
@@ -345,6 +368,11 @@ def _table(asked: Questions, base: Evaluation, own: Evaluation) -> str:
             ("answers that end by themselves", *(f"{answers.ended:.0%}" for answers in pair)),
             ("four words repeated", *(f"{answers.repetition:.1%}" for answers in pair)),
         ]
+    rows += [
+        (f"{task}, {metric}", f"{value:.4f}", f"{own.tasks[task][metric]:.4f}")
+        for task, metrics in base.tasks.items()
+        for metric, value in metrics.items()
+    ]
     lines = [f"| {' | '.join(row)} |" for row in [("", "base", "adapter"), ("---",) * 3, *rows]]
     interval = in_words(own.difference) if own.difference else ""
     return (

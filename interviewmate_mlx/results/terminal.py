@@ -1,10 +1,12 @@
 """A run on the terminal: a bar on stderr, plain lines if stderr is not a terminal."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from rich import filesize
 from rich.console import Console, Group
 from rich.live import Live
@@ -36,6 +38,8 @@ from interviewmate_mlx.training.events import (
 
 # Without a terminal: a line each time so many parts of the run are done.
 _PLAIN_LINES = 20
+_BARS = "▁▂▃▄▅▆▇█"
+_CURVE_WIDTH = 32  # characters
 # Columns of an evaluation beside the base's: 80 characters have room for no more.
 _MODELS_BESIDE = 3
 
@@ -162,6 +166,10 @@ def _evaluation_table(asked: Questions, shown: Sequence[Evaluation]) -> Table:
         table.add_row("four words repeated", *(f"{s.repetition:.1%}" for s in scores))
         table.add_row("words copied, mean", *(f"{s.copied:.1f}" for s in scores))
         table.add_row("words copied, most", *(f"{s.longest_copy}" for s in scores))
+    for task, metrics in shown[0].tasks.items():
+        table.add_section()
+        for metric in metrics:
+            table.add_row(f"{task}, {metric}", *(f"{e.tasks[task][metric]:.4f}" for e in shown))
     return table
 
 
@@ -196,8 +204,16 @@ def forecast_text(forecast: Forecast | None) -> str:
     )
 
 
-def summary_table(summary: Summary) -> Table:
-    """The closing table of a run."""
+def summary_table(
+    summary: Summary, losses: Sequence[float] = (), valid_losses: Sequence[float] = ()
+) -> Table:
+    """The closing table of a run.
+
+    Args:
+        summary: of the run.
+        losses: of its steps, for a curve; none: no curve.
+        valid_losses: of its validations.
+    """
     title = f"{summary.run} on {summary.base}"
     table = Table(title=title, show_header=False, title_justify="left", min_width=len(title))
     window = summary.loss_window_steps
@@ -223,9 +239,20 @@ def summary_table(summary: Summary) -> Table:
         ),
         ("peak memory", f"{summary.peak_gb:.2f} GB"),
     ]
+    curves = {"training loss, all steps": losses, "validation loss": valid_losses}
+    rows += [(name, curve(values)) for name, values in curves.items() if len(values) > 1]
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def curve(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
+    """Numbers as a line of bars, the highest of them full; more than `width` in groups."""
+    ends = np.linspace(0, len(values), min(width, len(values)) + 1).round().astype(int)
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(ends)]
+    low, high = min(means), max(means)
+    top = len(_BARS) - 1
+    return "".join(_BARS[round(top * (mean - low) / (high - low or 1))] for mean in means)
 
 
 def bench_text(result: BenchResult) -> str:

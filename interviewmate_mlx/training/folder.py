@@ -29,6 +29,8 @@ _CHANGEABLE = (
     "train.keep_checkpoints",
     "validate.every",
     "validate.early_stop_patience",
+    "log.to",
+    "log.project",
 )
 
 

@@ -76,6 +76,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def loss_curves(out: Path) -> tuple[list[float], list[float]]:
+    """The losses of a run's steps, and of its validations, in order.
+
+    Raises:
+        TrainingError: the metrics are damaged.
+    """
+    lines = read_metrics(out / METRICS_FILE)
+    steps, validations = (
+        [line["loss"] for line in lines if line["event"] == kind] for kind in ("step", "validation")
+    )
+    return steps, validations
+
+
 def write_summary(
     out: Path,
     run: RunConfig,

@@ -87,7 +87,7 @@ def test_answer_ends_at_the_true_end_token_and_not_at_the_config_s(tiny_base):
     class Scripted:
         """Says token 2, which the Hub's config.json calls the end, then the true end token."""
 
-        layers = model.layers
+        layers, args = model.layers, model.args
         script = iter([2, tokenizer.eos_token_id, 5])
 
         def make_cache(self):

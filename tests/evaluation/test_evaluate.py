@@ -41,7 +41,7 @@ def test_answers_side_by_side_are_those_one_by_one(tiny_base, tiny_adapter, with
     got = answer_all(model, tokenizer, prompts, sampling, lambda *counts: seen.append(counts))
     assert seen[-1] == (count, count)
     for question, found in zip(asked, got, strict=True):
-        assert found.text == answer(model, tokenizer, question, sampling)
+        assert found.text.strip() == answer(model, tokenizer, question, sampling)
     if with_adapter:
         assert any(found.has_ended for found in got)
     assert not answer_all(model, tokenizer, [], sampling)
