@@ -219,8 +219,10 @@ def machine() -> Machine:
     device = _device()
     path = "cpu" if device == "cpu" and os.environ.get(PATH_VARIABLE) != "gpu" else "gpu"
     info = mx.device_info()
-    # Metal's, and on CUDA what other processes leave.
-    total = int(info.get("max_recommended_working_set_size", 0) or info.get("free_memory", 0))
+    # Metal's, and on CUDA what other processes leave: what is free, and what MLX has.
+    total = int(info.get("max_recommended_working_set_size", 0))
+    if not total and (free := info.get("free_memory", 0)):
+        total = int(free) + mx.get_active_memory() + mx.get_cache_memory()
     total = total or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(
         device=device,

@@ -199,6 +199,20 @@ def load_run(run: str, overrides: Iterable[str] = ()) -> RunConfig:
     return _from_tables(name, _parse_toml(run, text), overrides, where=run)
 
 
+def load_sweep(path: str, overrides: Iterable[str] = ()) -> tuple[RunConfig, dict[str, Any] | None]:
+    """A run as `load_run` reads it, and the `[sweep]` table that its file may have.
+
+    Raises:
+        ConfigError: as for `load_run`; or `sweep` is not a table.
+    """
+    name, text = _find_run(path)
+    tables = _parse_toml(path, text)
+    sweep = tables.pop("sweep", None)
+    if sweep is not None and not isinstance(sweep, dict):
+        raise ConfigError(f"{path}: sweep: got {brief(sweep, _MAX_SHOWN_CHARS)}, expected a table")
+    return _from_tables(name, tables, overrides, where=path), sweep
+
+
 def override_run(run: RunConfig, overrides: Iterable[str]) -> RunConfig:
     """A copy of a run with single keys overridden, as by `load_run`.
 

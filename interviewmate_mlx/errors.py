@@ -10,6 +10,7 @@
     ├── AdapterError     an adapter folder that does not fit
     ├── HubError         the Hugging Face Hub did not give or take what was asked
     └── TrainingError    a run that cannot start, go on, or resume
+        └── DivergedError  a loss or gradient was not finite
 
 A message says what is wrong, where, what was got and what was expected, and
 in its last line what to do. The command line prints it and exits with 1.
@@ -71,6 +72,10 @@ class HubError(InterviewMateError):
 
 class TrainingError(InterviewMateError):
     """A run that cannot start, go on, or resume."""
+
+
+class DivergedError(TrainingError):
+    """A loss, a gradient or an updated parameter was not finite."""
 
 
 def brief(value: object, max_chars: int = 80) -> str:

@@ -236,6 +236,13 @@ for _command in ("train", "bench"):
         shows(f"{_command} {_option}")(test_short_option_is_its_set)
 
 
+@shows("train --log")
+def test_train_logs_to_the_boards_that_are_named(imate, small):
+    imate("train", *small, "--log", "tensorboard")
+    assert list(Path("adapters/run_A/boards/tensorboard").iterdir())
+    assert load_run("adapters/run_A/run.toml").log.to == ("tensorboard",)
+
+
 @shows("train --dry-run")
 def test_dry_run_says_what_it_will_take_and_writes_nothing(imate, small):
     result = imate("train", *small, "--dry-run")
@@ -773,6 +780,67 @@ def test_evaluate_prints_json(imate, tiny_base, questions):
     plain = imate(*words).stdout
     assert f"{found['evaluations'][0]['loss']['loss']:.4f}" in plain
     assert "3 test rows" in plain
+
+
+@pytest.fixture
+def swept(imate: Callable[..., Any], small: list[object]) -> Callable[..., dict[str, Any]]:
+    """`sweep` of run A on the small base and rows, one epoch; what it found."""
+
+    def run(*options: object, runs: tuple[str, ...] = ("A",)) -> dict[str, Any]:
+        found = json.loads(imate("sweep", *runs, *small, *options, "--json").stdout)
+        shutil.rmtree(found["out"])
+        return found
+
+    return run
+
+
+@shows("sweep --model")
+@shows("sweep --data")
+@shows("sweep --epochs")
+@shows("sweep --max-steps")
+@shows("sweep --lr")
+@shows("sweep --seed")
+@shows("sweep --set")
+def test_sweep_overrides_keys_of_all_runs(imate, tiny_base, questions):
+    words = ["--model", tiny_base, "--data", questions, "--epochs", 2, "--max-steps", 2]
+    words += ["--lr", 1e-3, "--seed", 7, "--set", "lora.rank=3"]
+    imate("sweep", "A", "B", *words)
+    for name in ("run_A", "run_B"):
+        run = load_run(f"sweeps/run_A_run_B/{name}/run.toml")
+        assert (run.model.base, run.data.path) == (str(tiny_base), str(questions))
+        assert (run.train.epochs, run.train.max_steps) == (2, 2)
+        assert (run.train.learning_rate, run.train.seed, run.lora.rank) == (1e-3, 7, 3)
+
+
+@shows("sweep --seeds")
+def test_sweep_trains_so_many_seeds(swept):
+    names = [trial["trial"] for trial in swept("--seeds", 2)["trials"]]
+    assert names == ["run_A-seed42", "run_A-seed43"]
+
+
+@shows("sweep --out")
+def test_sweep_writes_to_out(swept):
+    assert swept("--out", "here/mine")["out"] == "here/mine"
+
+
+@shows("sweep --prune")
+def test_sweep_stops_what_is_clearly_worse(imate, small, tiny_base, questions):
+    rows = f'[model]\nbase = "{tiny_base}"\n[data]\npath = "{questions}"\n'
+    for name, rate in (("good", 1e-2), ("slow", 1e-7)):
+        Path(f"{name}.toml").write_text(f"{rows}[train]\nlearning_rate = {rate}\n")
+    for options, status in (([], "finished"), (["--prune"], "stopped")):
+        words = ["sweep", "good.toml", "slow.toml", "--out", f"out{len(options)}", "--json"]
+        found = json.loads(imate(*words, *options).stdout)
+        assert [trial["status"] for trial in found["trials"]] == ["finished", status]
+
+
+@shows("sweep --json")
+def test_sweep_prints_json(imate, small):
+    found = json.loads(imate("sweep", "A", *small, "--json").stdout)
+    assert found["best"] == "run_A"
+    assert (
+        f"{found['trials'][0]['summary']['final_loss']:.3f}" in imate("sweep", "A", *small).stdout
+    )
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from interviewmate_mlx.formats.safetensors_file import (
 from interviewmate_mlx.formats.samples import add_samples
 from interviewmate_mlx.hub.names import fetch_model, is_hub_id, is_path, local_path, shipped_base
 from interviewmate_mlx.model import falcon
+from interviewmate_mlx.model.tree import named_arrays
 
 _SAMPLE_NUMBERS = 2048  # of each tensor
 _GRID_STEPS = 1024  # per unit: weights are rounded to 1/1024
@@ -54,6 +55,7 @@ class Base:
         headers: headers of the weight files, by path.
         tokenizer: stops on its own end token, whatever config.json says.
         small_files: a sha256 of `config.json` and `tokenizer.json`, to be continued.
+        weights: by path, if they are in memory already; see `in_memory`.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Base:
     headers: dict[Path, SafetensorsHeader]
     tokenizer: TokenizerWrapper
     small_files: "hashlib._Hash"
+    weights: dict[str, mx.array] | None = None
 
     @classmethod
     def open(cls, name: str | Path, progress: Progress | None = None) -> "Base":
@@ -113,8 +116,8 @@ class Base:
             WeightsError: the tensors do not fit the network.
         """
         model = falcon.Model(self.args)
-        weights: dict[str, mx.array] = {}
-        for path in self.headers:
+        weights = dict(self.weights or {})
+        for path in self.headers if self.weights is None else ():
             weights |= self._load(path)
         weights = model.sanitize(weights)
         try:
@@ -142,6 +145,17 @@ class Base:
             mx.eval(model.parameters())
         except (RuntimeError, ValueError) as error:
             raise self._as_weights_error(error) from error
+
+    def in_memory(self, dtype: mx.Dtype) -> "Base":
+        """The same base, whose networks share one set of weights, which is read here.
+
+        Args:
+            dtype: of the float weights.
+
+        Raises:
+            WeightsError: as for `build` and `read`.
+        """
+        return replace(self, weights=named_arrays(self.load(dtype).parameters()))
 
     def load(self, dtype: mx.Dtype) -> falcon.Model:
         """Build the network and load its weights into memory: `build`, then `read`."""

@@ -23,6 +23,7 @@ TRACEBACK_VARIABLE = "INTERVIEWMATE_TRACEBACK"
 COMMANDS = {
     "convert": "Convert a Falcon-RW of the Hub, or a folder in its layout, to MLX.",
     "train": "Train a run's LoRA adapter and write it as a PEFT folder.",
+    "sweep": "Train several runs one after the other, and compare them.",
     "generate": "Answer an interview question.",
     "evaluate": "Compare adapters with their base, on rows that none of them was trained on.",
     "export": "Copy an adapter with its model card to a folder, to the Hub, or both.",

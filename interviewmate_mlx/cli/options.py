@@ -130,6 +130,13 @@ def run_options(command: Command) -> Command:
     return command
 
 
+def override_options(command: Command) -> Command:
+    """Those that override keys of runs that are named otherwise; `chosen_overrides` gives them."""
+    for option in reversed(_RUN_OPTIONS[1:]):
+        command = option(command)
+    return command
+
+
 def harmless(text: str) -> str:
     """A message that quotes files of others: it must not steer the terminal, nor show a token."""
     text = redact_secrets(text)
@@ -178,15 +185,25 @@ def chosen_run(ctx: click.Context, folder: Path | None = None) -> "RunConfig":
     from interviewmate_mlx.config import load_run, override_run
     from interviewmate_mlx.training.folder import read_run
 
+    words = chosen_overrides(ctx)
+    if folder and ctx.get_parameter_source(_RUN) == ParameterSource.DEFAULT:
+        return override_run(read_run(folder), words)
+    return load_run(ctx.params[_RUN], words)
+
+
+def chosen_overrides(ctx: click.Context) -> list[str]:
+    """What the options of a command override, each as `table.key=value`.
+
+    Raises:
+        UsageError: a key is given twice.
+    """
     words = list(ctx.params["overrides"])
     sets = {word.partition("=")[0].strip() for word in words}
     for key, (option, override) in ctx.meta.get(_RUN, {}).items():
         if key in sets:
             raise click.UsageError(f"{option} is --set {key}: give one of them.", ctx)
         words.append(override)
-    if folder and ctx.get_parameter_source(_RUN) == ParameterSource.DEFAULT:
-        return override_run(read_run(folder), words)
-    return load_run(ctx.params[_RUN], words)
+    return words
 
 
 def load_tokenizer(base: str) -> "TokenizerWrapper":

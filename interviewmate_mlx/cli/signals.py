@@ -16,12 +16,14 @@ class StopOnSignal:
 
     def __init__(self) -> None:
         self.wanted = False
+        self.is_set = False
 
     def __enter__(self) -> "StopOnSignal":
         asking = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             asking.append(signal.SIGHUP)
         self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        self.is_set = True
         self._previous = {number: signal.signal(number, self._ask) for number in asking}
         return self
 

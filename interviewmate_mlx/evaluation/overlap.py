@@ -88,10 +88,10 @@ def score_answers(
         **{kind: statistics.mean(found[kind].fmeasure for found in rouge) for kind in kinds},
         chrf=corpus_chrf(texts, [list(written)]).score,
         bleu=corpus_bleu(texts, [list(written)]).score,
-        ended=statistics.mean(answer.has_ended for answer in answers),
+        ended=statistics.fmean(answer.has_ended for answer in answers),
         length=sum(map(len, split)) / max(1, sum(len(words(text)) for text in written)),
-        repetition=statistics.mean(map(repetition, split)),
-        copied=statistics.mean(copies),
+        repetition=statistics.fmean(map(repetition, split)),
+        copied=statistics.fmean(copies),
         longest_copy=max(copies),
         answers=len(answers),
     )

@@ -1,6 +1,7 @@
 """A run on the terminal: a bar on stderr, plain lines if stderr is not a terminal."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -27,6 +28,7 @@ from interviewmate_mlx.evaluation.evaluate import Evaluation, Questions, in_word
 from interviewmate_mlx.files import Progress as ByteProgress
 from interviewmate_mlx.results.bench import BenchResult
 from interviewmate_mlx.results.dry_run import Forecast
+from interviewmate_mlx.results.sweep import Outcome, best_of
 from interviewmate_mlx.training.events import (
     Event,
     Finished,
@@ -243,6 +245,55 @@ def summary_table(
     rows += [(name, curve(values)) for name, values in curves.items() if len(values) > 1]
     for name, value in rows:
         table.add_row(name, value)
+    return table
+
+
+def sweep_table(outcomes: Sequence[Outcome]) -> Table:
+    """The trials of a sweep, in their order, the best one marked."""
+    varied = list(dict.fromkeys(key for outcome in outcomes for key in outcome.trial.values))
+    best = best_of(outcomes)
+    table = Table(title=count(len(outcomes), "trial"), title_justify="left")
+    table.add_column("trial")
+    for key in varied:
+        table.add_column(key.partition(".")[2], justify="right")
+    for name in ("first", "last", "reduction", "validation", "step", "time", "samples/s"):
+        table.add_column(name, justify="right")
+    for outcome in outcomes:
+        values = [f"{outcome.trial.values.get(key, '')}" for key in varied]
+        style = "bold" if outcome is best else None
+        table.add_row(outcome.trial.name, *values, *_outcome_cells(outcome), style=style)
+    return table
+
+
+def _outcome_cells(outcome: Outcome) -> list[str]:
+    summary = outcome.summary
+    if summary is None:
+        return [outcome.status, *[""] * 6]
+    has_valid = summary.best_valid_loss is not None
+    return [
+        f"{summary.first_loss:.3f}",
+        f"{summary.final_loss:.3f}",
+        f"{summary.reduction:.1%}",
+        f"{summary.best_valid_loss:.4f}" if has_valid else "",
+        f"{summary.best_step}" if has_valid else f"{summary.steps}",
+        _duration(summary.training_s),
+        f"{summary.samples_per_s:.3f}",
+    ]
+
+
+def spread_table(outcomes: Sequence[Outcome]) -> Table:
+    """Mean and spread over seeds of each run, by the loss that trials are compared by."""
+    groups: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        if math.isfinite(outcome.loss):
+            name = outcome.trial.name.rpartition("-seed")[0]
+            groups.setdefault(name, []).append(outcome.loss)
+    table = Table(title="over the seeds", title_justify="left")
+    for name in ("run", "seeds", "mean loss", "least", "most"):
+        table.add_column(name, justify="left" if name == "run" else "right")
+    for name, losses in groups.items():
+        numbers = sum(losses) / len(losses), min(losses), max(losses)
+        table.add_row(name, str(len(losses)), *(f"{number:.4f}" for number in numbers))
     return table
 
 

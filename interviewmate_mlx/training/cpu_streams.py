@@ -68,9 +68,12 @@ class CpuStreams:
         def total(microbatches: Sequence[Microbatch]) -> Any:
             streams = _own_streams(self.num_streams)
             sums: list[Any] = [None] * self.num_streams
-            for at_once in itertools.zip_longest(*deal(microbatches, self.num_streams)):
+            hands = deal(microbatches, self.num_streams)
+            # Once, not each time: what is still running would split its products, and so round
+            # them, in one way or the other, as it comes.
+            backend.share_cores(sum(map(bool, hands)))
+            for at_once in itertools.zip_longest(*hands):
                 results: list[list[mx.array]] = []
-                backend.share_cores(len(at_once) - at_once.count(None))
                 for number, microbatch in enumerate(at_once):
                     if microbatch is None:
                         continue

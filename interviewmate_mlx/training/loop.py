@@ -18,10 +18,11 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from interviewmate_mlx.adapter.folder import adapter_weights, save_adapter
+from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.config import RunConfig, parse_run, to_toml
 from interviewmate_mlx.data.batches import by_width, collate, epoch_steps
 from interviewmate_mlx.data.prompts import Example
-from interviewmate_mlx.errors import TrainingError
+from interviewmate_mlx.errors import DivergedError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.checkpoint import (
@@ -67,6 +68,7 @@ def train(
     replace: bool = False,
     stop: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
+    base: Base | None = None,
 ) -> Iterator[Event]:
     """Train a run's adapter into a PEFT folder.
 
@@ -78,6 +80,7 @@ def train(
         stop: asked after each step; true saves the state and ends. Leaving the loop saves
             too, unless this is true then.
         progress: called with bytes done and bytes in all, while a base is pulled and converted.
+        base: the run's, if it is open already.
 
     Yields:
         `Started`, then `Stepped` and `Validated` as they happen, then `Finished`.
@@ -86,7 +89,7 @@ def train(
         InterviewMateError: the run cannot start or go on. What was saved stays.
     """
     out = Path(out or Path("adapters") / run.name)
-    with opened(run, out, resume, replace, progress) as (task, saved):
+    with opened(run, out, resume, replace, progress, base) as (task, saved):
         if replace and not resume:
             clear(out)
         with task.memory_limits(), task.executor.opened():
@@ -95,7 +98,12 @@ def train(
 
 @contextmanager
 def opened(
-    run: RunConfig, out: Path, resume: bool, replace: bool, progress: Progress | None
+    run: RunConfig,
+    out: Path,
+    resume: bool,
+    replace: bool,
+    progress: Progress | None,
+    base: Base | None = None,
 ) -> Iterator[tuple[Task, Saved | None]]:
     """Lock a run's folder and check all that a run needs; what is there stays. See `train`.
 
@@ -109,7 +117,7 @@ def opened(
             began = parse_run(out.name, saved.state.run) if saved else read_run(out)
             check_same_run(run, began, out)
             run = dataclasses.replace(run, name=began.name)
-        yield prepare(run, out, saved.state if saved else None, progress), saved
+        yield prepare(run, out, saved.state if saved else None, progress, base), saved
 
 
 def run_task(
@@ -156,16 +164,16 @@ def run_task(
             for event in steps:
                 state.step = event.step
                 yield record(out, event)
-        except TrainingError as error:
+        except DivergedError as error:
             # The last good state: what was not finite was not applied.
             save(task, out, state, optimizer, best)
             where = f"The state after step {state.step} is saved in {out}."
-            raise TrainingError(f"{error}\n{where}") from error
+            raise DivergedError(f"{error}\n{where}") from error
         except GeneratorExit:
             # Whoever iterated has left. The device may be a step ahead of the last event.
             has_left = True
             if not stop():
-                with suppress(TrainingError):  # what is not finite was not applied
+                with suppress(DivergedError):  # what is not finite was not applied
                     for event in steps:
                         state.step = event.step
                         record(out, event)
@@ -201,11 +209,11 @@ def judge(
     """Validate after a step, and note in place whether its adapter is the best so far.
 
     Raises:
-        TrainingError: the loss is not finite.
+        DivergedError: the loss is not finite.
     """
     loss, elapsed_s = validate(task, loss_of)
     if not math.isfinite(loss):
-        raise TrainingError(
+        raise DivergedError(
             f"The validation loss after step {state.step} is {loss}.\n"
             "The last checkpoint stays. Train again with a lower train.learning_rate."
         )
@@ -259,7 +267,7 @@ def run_steps(
     never waits for that.
 
     Raises:
-        TrainingError: a loss or gradient was not finite. From that step on nothing was
+        DivergedError: a loss or gradient was not finite. From that step on nothing was
             applied.
     """
     task.model.train()
@@ -270,7 +278,7 @@ def run_steps(
         elapsed_s, clock = time.perf_counter() - clock, time.perf_counter()
         if not numbers["is_finite"]:
             rows = ", ".join(example.record.source for example in dispatched.rows)
-            raise TrainingError(
+            raise DivergedError(
                 f"Step {dispatched.number}: the loss, a gradient or an updated parameter is not "
                 f"finite (loss {numbers['loss']}); the step was not applied.\n"
                 f"Its rows: {rows}\n"

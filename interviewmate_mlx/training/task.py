@@ -106,6 +106,7 @@ def prepare(
     out: Path | None = None,
     state: State | None = None,
     progress: Progress | None = None,
+    base: Base | None = None,
 ) -> Task:
     """Load and check the base and the data of a run, and put the LoRA on.
 
@@ -116,6 +117,7 @@ def prepare(
         out: where the run will write; its disk is checked.
         state: of the run that goes on, whose base, data and memory plan are kept.
         progress: called with bytes done and bytes in all, while base or data is pulled.
+        base: the run's, if it is open already.
 
     Raises:
         InterviewMateError: what is missing, faulty or changed.
@@ -123,8 +125,8 @@ def prepare(
     checks = Checks(f"The run {run.name} cannot start")
     splits = checks.run(read_splits, run, progress)
     # A base is not pulled for a run whose data is at fault.
-    needs = [] if is_here(run.model.base) else [splits]
-    base = checks.run(lambda *_: Base.open(run.model.base, progress), *needs)
+    needs = [] if base or is_here(run.model.base) else [splits]
+    base = checks.run(lambda *_: base or Base.open(run.model.base, progress), *needs)
     model = checks.run(build_model, run, base)
     checks.run(check_disk, run, model, out)
     rows = checks.run(encode_rows, run, splits, base)

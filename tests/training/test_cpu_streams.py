@@ -68,6 +68,21 @@ def test_cores_are_shared_by_as_many_microbatches_as_there_are(monkeypatch):
     assert threads == [6, 3, 6]
 
 
+def test_share_of_the_cores_stays_while_microbatches_run(monkeypatch):
+    """Another one would round the products of those that are under way otherwise, by chance."""
+    shares: list[int] = []
+    monkeypatch.setattr(backend, "share_cores", shares.append)
+
+    def compile_one():
+        return lambda microbatch: ((mx.array(1.0),), [mx.array(1.0)])
+
+    total = CpuStreams(2).sum_of(compile_one)
+    for count in (1, 2, 3, 5):
+        (found,) = total([collate([example(20 + 9 * n)]) for n in range(count)])
+        assert found.item() == count
+    assert shares == [1, 2, 2, 2]
+
+
 def test_streams_take_turns_and_nothing_is_kept():
     results = [["a1", "a2", "a3"], ["b1"], ["c1", "c2"]]
     taken = in_turn(results)
