@@ -26,6 +26,7 @@ COMMANDS = {
     "sweep": "Train several runs one after the other, and compare them.",
     "generate": "Answer an interview question.",
     "evaluate": "Compare adapters with their base, on rows that none of them was trained on.",
+    "report": "Write a page about runs: curves, costs, what they answer, and which to use.",
     "export": "Copy an adapter with its model card to a folder, to the Hub, or both.",
     "bench": "Time some training steps of a run on this machine. Writes nothing.",
     "doctor": "Check that this machine computes rightly, and how fast; for bug reports.",

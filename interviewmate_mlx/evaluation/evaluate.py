@@ -320,7 +320,7 @@ def write_evaluation(
         "split": asked.split,
         "rows": len(asked.examples),
         "sampling": asdict(sampling) if sampling else None,
-        "adapter_sha256": _hash(out / WEIGHTS_FILE) if own else None,
+        "adapter_sha256": file_hash(out / WEIGHTS_FILE) if own else None,
         **{key: _nameless(evaluation) for key, evaluation in evaluations.items()},
     }
     with lock_run(out):
@@ -391,6 +391,7 @@ def in_words(found: Difference) -> str:
     )
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """The sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

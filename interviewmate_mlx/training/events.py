@@ -71,6 +71,7 @@ class Summary:
     tokens_per_s: float  # real tokens, without padding
     peak_gb: float
     package_version: str
+    machine: str = ""  # its device, the dtype of the weights, and MLX's version
 
     @property
     def reduction(self) -> float:

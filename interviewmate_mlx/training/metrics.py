@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from interviewmate_mlx import __version__
+from interviewmate_mlx import __version__, backend
 from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.errors import TrainingError
 from interviewmate_mlx.files import append_text, atomic_file
@@ -111,6 +111,8 @@ def write_summary(
     steps = [line for line in metrics if line["event"] == "step"]
     losses = {line["step"]: line["loss"] for line in metrics if line["event"] == "validation"}
     window = max(1, round(_LOSS_WINDOW * len(steps)))
+    here = backend.machine()
+    dtype = here.dtype if run.model.dtype == "auto" else run.model.dtype
     seconds = sum(line["timing"]["elapsed_s"] for line in steps)
     summary = Summary(
         run=run.name,
@@ -133,6 +135,7 @@ def write_summary(
         tokens_per_s=sum(line["num_tokens"] for line in steps) / seconds,
         peak_gb=max(line["timing"]["peak_bytes"] for line in steps) / 1e9,
         package_version=__version__,
+        machine=f"{here.device_name}, {dtype}, MLX {here.mlx_version}",
     )
     with atomic_file(out / SUMMARY_FILE) as temporary:
         temporary.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
