@@ -843,6 +843,16 @@ def test_sweep_prints_json(imate, small):
     )
 
 
+@shows("report --out")
+@shows("report --json")
+def test_report_writes_to_out_and_prints_json(imate, tiny_adapter):
+    assert imate("report", tiny_adapter, "--out", "here").stdout == "here/report.html\n"
+    assert Path("here/report.html").is_file()
+    facts = json.loads(imate("report", tiny_adapter, "--json").stdout)
+    assert facts == json.loads(Path("report/report.json").read_text(encoding="utf-8"))
+    assert facts["runs"][0]["name"] == "run_A"
+
+
 @pytest.fixture
 def few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """`doctor` without what takes its time."""

@@ -116,7 +116,8 @@ def seeds_in_words(runs: Sequence[FinishedRun]) -> list[str]:
             names = ", ".join(run.name for run in group)
             said.append(
                 f"{names} differ in their seed alone: validation loss "
-                f"{statistics.mean(losses):.4f} in the mean, {min(losses):.4f} to {max(losses):.4f}."
+                f"{statistics.mean(losses):.4f} in the mean, "
+                f"{min(losses):.4f} to {max(losses):.4f}."
             )
     return said
 

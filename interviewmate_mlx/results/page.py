@@ -40,7 +40,7 @@ table.facts td { text-align: left; overflow-wrap: anywhere; }
 td:first-child { color: var(--quiet); }
 figure { margin: 1.2rem 0 1.8rem; break-inside: avoid; }
 figcaption { font-weight: 600; margin-bottom: .3rem; }
-figure svg { display: block; height: auto; max-width: 46rem; }
+figure svg { display: block; height: auto; min-width: 30rem; max-width: 46rem; }
 summary { cursor: pointer; color: var(--quiet); font-size: .9rem; }
 pre {
   background: var(--soft); padding: .7rem .9rem; border-radius: .4rem; overflow-x: auto;
@@ -134,7 +134,8 @@ def _part(part: Part) -> str:
     if not part.svg:
         return f"<figure><figcaption>{html.escape(part.title)}</figcaption>{numbers}</figure>"
     return (
-        f"<figure><figcaption>{html.escape(part.title)}</figcaption>{part.svg}"
+        f"<figure><figcaption>{html.escape(part.title)}</figcaption>"
+        f'<div class="wide">{part.svg}</div>'
         f"<details><summary>Numbers</summary>{numbers}</details></figure>"
     )
 
