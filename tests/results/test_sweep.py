@@ -2,6 +2,9 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -329,3 +332,25 @@ def test_command_sweeps_a_file(imate, tiny_base, questions):
 def test_wrong_command_is_refused(imate, words, code, said):
     assert said in imate(*words.split(), code=code).stderr
     assert not Path("sweeps").exists()
+
+
+@pytest.mark.parametrize(("trial", "line"), [("run_A", "step 3/9"), ("run_B", "step 5/9")])
+def test_sweep_that_is_killed_for_real_goes_on(tmp_path, tiny_base, questions, trial, line):
+    program = str(Path(sys.executable).with_name("imate-mlx"))
+    words = [program, "sweep", "A", "B", "--model", str(tiny_base), "--data", str(questions)]
+    words += ["--set", "train.save_every=1", "--out"]
+    subprocess.run([*words, "whole"], cwd=tmp_path, check=True, capture_output=True)
+    with subprocess.Popen(
+        [*words, "parts"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        said = iter(process.stderr.readline, "")
+        assert any(text.rstrip() == trial for text in said)
+        assert any(text.startswith(line) for text in said)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    done = subprocess.run(
+        [*words, "parts"], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert "going on after step" in done.stderr
+    for name in ("run_A", "run_B"):
+        assert bytes_of(tmp_path / "parts" / name) == bytes_of(tmp_path / "whole" / name)
