@@ -3,18 +3,19 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
 from interviewmate_mlx.cli.options import (
-    Finite,
     UserPath,
+    chosen_sampling,
     dtype_option,
     json_option,
     make_console,
     model_option,
     prepared,
+    refuse_sampling,
+    sampling_options,
 )
 
 
@@ -25,37 +26,27 @@ from interviewmate_mlx.cli.options import (
 @click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Of rows: only the first ones.")
 @click.option("--no-answers", is_flag=True, help="Losses only; nothing is generated.")
-@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option(
-    "--temperature",
-    type=Finite(0),
-    default=0.0,
-    show_default=True,
-    help="0 takes the likeliest token.",
-)
-@click.option("--top-p", type=Finite(0, 1, min_open=True), help="With a temperature.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="With a temperature.")
+@sampling_options
 @click.option("--tasks", metavar="NAME,...", help="Tasks of lm-eval to run as well.")
 @click.option("--tasks-from", type=UserPath(), help="Folder with tasks of your own, for lm-eval.")
 @click.option("--out", type=UserPath(), help="Folder for the numbers of a base without an adapter.")
 @dtype_option
 @json_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     adapters: tuple[Path, ...],
     model: str | None,
     data: str | None,
     split: str,
     limit: int | None,
     no_answers: bool,
-    max_tokens: int,
-    temperature: float,
-    top_p: float | None,
-    seed: int | None,
     tasks: str | None,
     tasks_from: Path | None,
     out: Path | None,
     dtype: str,
     as_json: bool,
+    **_: object,
 ) -> None:
     """Compare adapters with their base, on rows that none of them was trained on.
 
@@ -68,20 +59,19 @@ def command(
         raise click.UsageError("Name an adapter's folder, or a base with --model.")
     if out and adapters:
         raise click.UsageError("--out is for a base; an adapter's numbers go into its own folder.")
-    if temperature == 0 and (top_p, seed) != (None, None):
-        raise click.UsageError("--top-p and --seed need a --temperature above 0.")
     if tasks_from and not tasks:
         raise click.UsageError("--tasks-from is for --tasks.")
     if len({path.resolve() for path in adapters}) < len(adapters):
         raise click.UsageError("An adapter is named twice.")
+    if no_answers:
+        refuse_sampling(ctx, "--no-answers")
+    given = chosen_sampling(ctx)
     with prepared():
         from interviewmate_mlx.coach.generate import Sampling
         from interviewmate_mlx.evaluation.evaluate import evaluate, write_evaluation
         from interviewmate_mlx.results.terminal import byte_bar, evaluation_tables, work_bar
 
-        chosen = {"top_p": top_p, "seed": seed}
-        given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-        sampling = None if no_answers else Sampling(max_tokens, temperature, **given)
+        sampling = None if no_answers else Sampling(**given)
         console = make_console()
         with byte_bar("fetching", console) as fetching, work_bar(console) as progress:
             asked, found = evaluate(

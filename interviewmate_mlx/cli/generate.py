@@ -3,18 +3,18 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
 from interviewmate_mlx.cli.options import (
-    Finite,
     UserPath,
+    chosen_sampling,
     dtype_option,
     json_option,
     make_console,
     model_option,
     prepared,
+    sampling_options,
 )
 
 
@@ -22,32 +22,18 @@ from interviewmate_mlx.cli.options import (
 @click.argument("question")
 @model_option
 @click.option("--adapter", type=UserPath(), help="A PEFT folder.")
-@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option(
-    "--temperature",
-    type=Finite(0),
-    default=0.0,
-    show_default=True,
-    help="0 takes the likeliest token.",
-)
-@click.option(
-    "--top-p",
-    type=Finite(0, 1, min_open=True),
-    help="With a temperature: sample from the likeliest tokens that make up this share.",
-)
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="With a temperature: its draws.")
+@sampling_options
 @dtype_option
 @json_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     question: str,
     model: str | None,
     adapter: Path | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float | None,
-    seed: int | None,
     dtype: str,
     as_json: bool,
+    **_: object,
 ) -> None:
     """Answer an interview question.
 
@@ -63,8 +49,7 @@ def command(
         raise click.UsageError("The question is empty.")
     if not is_utf8(question):
         raise click.UsageError("The question is not in UTF-8, as this terminal's text is.")
-    if temperature == 0 and (top_p, seed) != (None, None):
-        raise click.UsageError("--top-p and --seed need a --temperature above 0.")
+    given = chosen_sampling(ctx)
     with prepared():
         from interviewmate_mlx.adapter.folder import template_for
         from interviewmate_mlx.coach.generate import Sampling, answer, load_coach, stream_answer
@@ -73,9 +58,7 @@ def command(
 
         with byte_bar("fetching the base", make_console()) as progress:
             coach, tokenizer = load_coach(model, adapter, dtype, progress)
-        chosen = {"top_p": top_p, "seed": seed}
-        given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-        sampling = Sampling(max_tokens, temperature, **given)
+        sampling = Sampling(**given)
         if as_json:
             said = answer(coach, tokenizer, question, sampling)
             click.echo(json.dumps({"question": question, "answer": said, **asdict(sampling)}))

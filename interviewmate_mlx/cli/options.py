@@ -60,6 +60,24 @@ dtype_option = click.option(
     help="Of weights and activations; auto is float32 on a CPU, bfloat16 on a GPU.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+_SAMPLING_OPTIONS = [
+    click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True),
+    click.option(
+        "--temperature",
+        type=Finite(0),
+        default=0.0,
+        show_default=True,
+        help="0 takes the likeliest token.",
+    ),
+    click.option(
+        "--top-p",
+        type=Finite(0, 1, min_open=True),
+        help="With a temperature: sample from the likeliest tokens that make up this share.",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(0, 2**32 - 1), help="With a temperature: its draws."
+    ),
+]
 _RUN = "run_name"  # the parameter, and in `Context.meta` the overrides of its keys
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -121,6 +139,40 @@ _RUN_OPTIONS = [
         help="Override any key of the run, as in lora.rank=16. Can be given several times.",
     ),
 ]
+
+
+def sampling_options(command: Command) -> Command:
+    """How answers are made; `chosen_sampling` checks and gives it."""
+    for option in reversed(_SAMPLING_OPTIONS):
+        command = option(command)
+    return command
+
+
+_SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
+
+
+def chosen_sampling(ctx: click.Context) -> dict[str, Any]:
+    """The arguments of a `Sampling` that the options of a command give.
+
+    Raises:
+        UsageError: an option would be ignored.
+    """
+    given = {key: ctx.params[key] for key in _SAMPLING}
+    if given["temperature"] == 0 and (given["top_p"], given["seed"]) != (None, None):
+        raise click.UsageError("--top-p and --seed need a --temperature above 0.", ctx)
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def refuse_sampling(ctx: click.Context, option: str) -> None:
+    """Refuse options of sampling beside one with which nothing is generated.
+
+    Raises:
+        UsageError: one is given.
+    """
+    for key in _SAMPLING:
+        if ctx.get_parameter_source(key) != ParameterSource.DEFAULT:
+            name = key.replace("_", "-")
+            raise click.UsageError(f"{option} generates nothing: leave out --{name}.", ctx)
 
 
 def run_options(command: Command) -> Command:

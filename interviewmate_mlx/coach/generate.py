@@ -54,8 +54,7 @@ def load_coach(
         InterviewMateError: one of them is missing or does not fit.
 
     Warns:
-        UserWarning: the adapter fits, but was trained on other weights. This is not an error:
-            only the user can know whether the base was trained further.
+        UserWarning: the adapter fits, but was trained on other weights.
     """
     opened = Adapter.open(adapter) if adapter else None
     name = base or (opened.config.base if opened else "")
@@ -80,15 +79,23 @@ def load_coach(
     model = opened_base.load(backend.resolve_dtype(dtype))
     if opened:
         opened.apply(model)
-        expected, got = opened.base_hash, opened_base.weights_hash
-        if expected and got and expected != got:
-            warnings.warn(
-                f"{adapter} was trained on other weights than those in {opened_base.folder}; "
-                "its answers may make no sense.",
-                stacklevel=2,
-            )
+        warn_of_other_weights(opened, opened_base)
     model.eval()
     return model, opened_base.tokenizer
+
+
+def warn_of_other_weights(adapter: Adapter, base: Base) -> None:
+    """Warn if an adapter was trained on other weights than those of a base.
+
+    This is not an error: only the user can know whether the base was trained further.
+    """
+    expected, got = adapter.base_hash, base.weights_hash
+    if expected and got and expected != got:
+        warnings.warn(
+            f"{adapter.folder} was trained on other weights than those in {base.folder}; "
+            "its answers may make no sense.",
+            stacklevel=3,
+        )
 
 
 def stream_answer(

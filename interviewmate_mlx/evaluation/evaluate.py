@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,12 @@ from interviewmate_mlx.adapter.card import CARD_FILE, set_section
 from interviewmate_mlx.adapter.folder import RUN_FILE, WEIGHTS_FILE, Adapter
 from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.base.tokenizer import TokenizerWrapper
-from interviewmate_mlx.coach.generate import Answer, Sampling, answer_all
+from interviewmate_mlx.coach.generate import (
+    Answer,
+    Sampling,
+    answer_all,
+    warn_of_other_weights,
+)
 from interviewmate_mlx.config import DataConfig, RunConfig
 from interviewmate_mlx.data.prompts import Example, encode, encode_messages, encode_records
 from interviewmate_mlx.data.records import Record, load_splits
@@ -145,7 +149,7 @@ def evaluate(
     max_length = max((run.data.max_length for run in runs), default=DataConfig().max_length)
     opened_base = Base.open(name, fetching)
     for one in opened:
-        _warn_of_other_weights(one, opened_base)
+        warn_of_other_weights(one, opened_base)
     rows = read_questions(
         opened_base.tokenizer, data, split, limit, max_length, sampling is not None, fetching
     )
@@ -281,16 +285,6 @@ def _common_data(runs: Sequence[RunConfig]) -> str:
             "data",
         )
     return names.pop() if names else DataConfig().path
-
-
-def _warn_of_other_weights(adapter: Adapter, base: Base) -> None:
-    expected, got = adapter.base_hash, base.weights_hash
-    if expected and got and expected != got:
-        warnings.warn(
-            f"{adapter.folder} was trained on other weights than those in {base.folder}; "
-            "its numbers may mean nothing.",
-            stacklevel=3,
-        )
 
 
 def _part(progress: TaskProgress, title: str) -> Progress:

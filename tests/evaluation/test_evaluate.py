@@ -115,8 +115,8 @@ def test_command_writes_into_the_adapter_and_its_card(imate, questions, learned)
     card = learned / "README.md"
     edited = card.read_text() + "\nA line of mine.\n"
     card.write_text(edited)
-    words = ["evaluate", learned, "--data", questions, "--max-tokens", 8]
-    said = imate(*words).stdout
+    words = ["evaluate", learned, "--data", questions]
+    said = imate(*words, "--max-tokens", 8).stdout
     facts = json.loads((learned / "evaluation.json").read_text())
     assert f"{facts['adapter']['loss']['loss']:.4f}" in said
     weights = (learned / "adapter_model.safetensors").read_bytes()
@@ -167,6 +167,7 @@ def test_base_alone_is_written_where_asked(imate, questions, tiny_base):
         ("evaluate LEARNED LEARNED", 2, "An adapter is named twice."),
         ("evaluate LEARNED --out x", 2, "--out is for a base"),
         ("evaluate LEARNED --seed 1", 2, "need a --temperature above 0"),
+        ("evaluate LEARNED --no-answers --max-tokens 9", 2, "leave out --max-tokens"),
         ("evaluate nowhere", 1, "AdapterError: No adapter in nowhere"),
         ("evaluate LEARNED --data TRAIN", 1, "has no test rows to evaluate on; it has train"),
         ("evaluate LEARNED --data TEXTS", 1, "nothing to answer"),
