@@ -14,8 +14,8 @@ from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.data.batches import steps_per_epoch
 from interviewmate_mlx.data.prompts import Example, Template, encode_records, template_of
 from interviewmate_mlx.data.records import Record, load_splits
-from interviewmate_mlx.errors import Checks, DataError, TrainingError
-from interviewmate_mlx.files import Progress, check_free_space, scratch_file
+from interviewmate_mlx.errors import Checks, DataError, StorageError, TrainingError
+from interviewmate_mlx.files import Progress, check_free_space, is_utf8, scratch_file
 from interviewmate_mlx.formats.safetensors_file import save_tensors
 from interviewmate_mlx.hub.names import fetch_data
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
@@ -310,6 +310,12 @@ def check_disk(run: RunConfig, model: Model, out: Path | None) -> None:
         StorageError: there is less space than a run needs, or MLX cannot write there.
     """
     if out:
+        if not is_utf8(str(out.resolve())):
+            raise StorageError(
+                f"{out}: MLX writes only to paths in UTF-8, and this one is not.\n"
+                "Choose another folder, or rename what it is in.",
+                "out",
+            )
         with scratch_file(out / "checkpoint") as temporary:
             save_tensors(temporary, {"nothing": mx.zeros(1)}, {})
         check_free_space(out, checkpoint_bytes(run, model))

@@ -355,7 +355,7 @@ def test_part_of_an_epoch_and_a_step_limit_end_the_run(run, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS refuses such names itself")
 def test_folder_that_mlx_cannot_write_to_is_refused_before_the_first_step(run, tmp_path):
     out = Path(os.fsdecode(bytes(tmp_path) + b"/lat\xe4/run"))
-    with pytest.raises(StorageError, match="Cannot write"):
+    with pytest.raises(StorageError, match="only to paths in UTF-8"):
         next(train(run, out))
     assert list(tmp_path.iterdir()) == []
 
