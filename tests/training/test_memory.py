@@ -45,8 +45,10 @@ def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, checkpointing, n
     if here.device != "cpu":
         pytest.skip("measured on MLX's CPU backend")
     monkeypatch.setenv("INTERVIEWMATE_PATH", "gpu" if num_streams == "gpu" else "")
+    ahead = 0.0
     if num_streams == "gpu":
-        num_streams = 0
+        # The next step is handed over meanwhile, and MLX allocates some of its arrays at once.
+        num_streams, ahead = 0, 0.15
     elif num_streams > backend.machine().cpu_streams:
         pytest.skip("streams need two cores and a known BLAS")
     monkeypatch.setattr(backend, "_num_streams", lambda: num_streams)
@@ -67,7 +69,7 @@ def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, checkpointing, n
     if num_streams:  # at their peaks together or not, as it comes; these rows are all alike
         assert 0.2 * started.peak_bytes < taken < 1.5 * started.peak_bytes
     else:
-        assert taken == pytest.approx(started.peak_bytes, rel=0.15)
+        assert 0.85 * started.peak_bytes < taken < (1.15 + ahead) * started.peak_bytes
 
 
 def test_run_a_with_rows_of_512_tokens_fits_on_a_mac_of_8_gb():
