@@ -27,9 +27,9 @@ def command(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
         from interviewmate_mlx.results.page import PAGE_FILE, write_report
         from interviewmate_mlx.results.plots import can_plot
         from interviewmate_mlx.results.report import NO_PLOTS, build_report
-        from interviewmate_mlx.results.runs import read_runs
+        from interviewmate_mlx.results.runs import left_out_trials, read_runs
 
-        report = build_report(read_runs(runs))
+        report = build_report(read_runs(runs), left_out_trials(runs))
         write_report(report, out)
         if not can_plot():
             click.echo(NO_PLOTS, err=True)

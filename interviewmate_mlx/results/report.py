@@ -82,17 +82,18 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def build_report(runs: Sequence[FinishedRun]) -> Report:
+def build_report(runs: Sequence[FinishedRun], left_out: Sequence[str] = ()) -> Report:
     """The report of some runs.
 
     Args:
         runs: at least one, each with a name of its own.
+        left_out: what to say of runs that are not among them.
     """
     title = f"{runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs side by side"
     sections = [
         Section("Which run to use", [*findings.which_to_use(runs), *findings.seeds_in_words(runs)]),
         Section("Overview", list(_overview(runs))),
-        Section("The runs", [_run_table(runs)]),
+        Section("The runs", [_run_table(runs), *left_out]),
         Section("How the loss went", list(_progression(runs))),
         Section("Curves", list(_curves(runs))),
         Section("Time and memory", [_cost_table(runs)]),
@@ -297,7 +298,7 @@ def _evaluation(runs: Sequence[FinishedRun]) -> Iterator[Part]:
         )
     for key, labels in base["by_label"].items():
         everywhere = [
-            label for label in labels if all(label in e["by_label"][key] for e in everyone)
+            label for label in labels if all(label in e["by_label"].get(key, {}) for e in everyone)
         ]
         yield f"Loss by {key}:"
         yield Table(

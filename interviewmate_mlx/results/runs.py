@@ -118,6 +118,8 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
             faults.append(str(error))
     if faults:
         raise TrainingError("\n".join(faults))
+    if not found:
+        raise TrainingError("No trial of these sweeps has trained to an end yet.")
     names = [run.name for run in found]
     if len(set(names)) < len(names):  # the folders tell them apart
         found = [
@@ -142,6 +144,17 @@ def run_folders(folders: Sequence[Path]) -> list[Path]:
         else:
             found.append(folder)
     return found
+
+
+def left_out_trials(folders: Sequence[Path]) -> list[str]:
+    """What to say of the trials of sweeps that have no result."""
+    return [
+        f"Left out: {name}, {trial.get('status')} ({trial.get('message')})."
+        for folder in folders
+        if (folder / SWEEP_FILE).is_file()
+        for name, trial in read_json(folder / SWEEP_FILE).get("trials", {}).items()
+        if not (folder / name / SUMMARY_FILE).is_file()
+    ]
 
 
 def read_finished(folder: Path) -> FinishedRun:

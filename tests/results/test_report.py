@@ -397,3 +397,33 @@ def test_data_that_is_not_here_is_said(runs, monkeypatch):
     assert "45 valid" in report_module._data_in_words("interview")
     assert "cannot be checked now" in report_module._data_in_words("./nowhere")
     assert report_module._data_in_words("owner/name") == "on the Hub; not looked at again"
+
+
+def test_trial_that_diverged_is_named_and_left_out(imate, trained, tmp_path):
+    copy = tmp_path / "sweep"
+    shutil.copytree(trained, copy)
+    record = json.loads((copy / "sweep.json").read_text())
+    record["trials"]["wild"] = {"status": "diverged", "message": "Step 3: not finite"}
+    (copy / "sweep.json").write_text(json.dumps(record))
+    imate("report", copy)
+    page = Path("report/report.html").read_text(encoding="utf-8")
+    assert "Left out: wild, diverged (Step 3: not finite)." in page
+    record["trials"] = {"wild": record["trials"]["wild"]}
+    (copy / "sweep.json").write_text(json.dumps(record))
+    assert "has trained to an end yet" in imate("report", copy, code=1).stderr
+
+
+def test_evaluations_on_different_rows_are_not_compared(runs):
+    loss = {"loss": 4.0, "perplexity": 54.6, "accuracy": 0.2, "rows": 3, "tokens": 90}
+    found = {"loss": -0.1, "low": -0.2, "high": 0.1, "is_significant": False}
+    found |= {"rows_better": 2, "rows": 3}
+    side = {"loss": loss, "answers": None, "difference": found}
+    with_labels = side | {"by_label": {"category": {"coding": loss}}}
+    without = side | {"by_label": {}}
+    one, two = (
+        replace(run, evaluation={"data": data, "split": "test", "rows": 3, "base": s, "adapter": s})
+        for run, data, s in zip(runs, ("a", "b"), (with_labels, without), strict=True)
+    )
+    page = as_html(build_report([one, two]))
+    assert "evaluated on different rows" in page
+    assert "not significant" in page
