@@ -16,8 +16,6 @@ def test_cost_of_a_checkpoint_is_a_share_of_an_epoch(tiny_base, capsys, monkeypa
         line,
     )
     assert found, line
-    megabytes, save_s, step_s, percent = map(float, found.groups())
+    megabytes, _, _, percent = map(float, found.groups())  # the times may be rounded to 0.00
     assert megabytes > 0
     assert percent > 0
-    assert save_s > 0
-    assert step_s > 0
