@@ -42,7 +42,7 @@ def command(dtypes: tuple[str, ...], as_json: bool) -> None:
 
 @contextmanager
 def _bar(console: "Console") -> Iterator[Callable[[str, int, int], None]]:
-    """Say what is being done: a bar, or lines if stderr is no terminal."""
+    """Say what is being done: a bar, or lines if stderr is not a terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     has_bar = console.is_terminal and not console.is_dumb_terminal

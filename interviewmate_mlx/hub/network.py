@@ -1,7 +1,7 @@
 """What the environment says of proxies and certificates, checked and put into words.
 
 The Hub's library builds its client from these settings. If one of them is wrong, it fails
-with an error that names no variable, or that is no error of the network at all.
+with an error that names no variable, or that is not about the network at all.
 """
 
 import importlib.util

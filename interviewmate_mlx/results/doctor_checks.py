@@ -43,7 +43,7 @@ FOLDER = Path(__file__).parents[1] / "doctor"
 _UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _CONTRACT = 1e-4  # in float32, of logits and, relatively, of losses
 _TF32_BITS = 11  # of a significand; float32 has 24
-_WIDE, _ODD = "four_heads", "three_heads"  # three is no power of two: ALiBi's other case
+_WIDE, _ODD = "four_heads", "three_heads"  # three is not a power of two: ALiBi's other case
 # Few tokens a microbatch, so that a step has several on every machine.
 _TOKEN_BUDGET = 64
 
