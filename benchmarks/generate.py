@@ -10,7 +10,8 @@ import argparse
 import time
 
 from interviewmate_mlx import backend
-from interviewmate_mlx.coach.generate import Sampling, load_coach, stream_answer
+from interviewmate_mlx.coach.generate import load_coach, stream_answer
+from interviewmate_mlx.coach.sampling import Sampling
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from interviewmate_mlx.coach.generate import Sampling, answer, load_coach
+from interviewmate_mlx.coach.generate import answer, load_coach
+from interviewmate_mlx.coach.sampling import Sampling
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.data.check import check_data
 from interviewmate_mlx.data.splits import split_rows

@@ -8,17 +8,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from interviewmate_mlx.coach.generate import Sampling as Sampling
     from interviewmate_mlx.coach.generate import answer as answer
     from interviewmate_mlx.coach.generate import load_coach as load_coach
     from interviewmate_mlx.coach.generate import stream_answer as stream_answer
+    from interviewmate_mlx.coach.sampling import Sampling as Sampling
     from interviewmate_mlx.config import load_run as load_run
     from interviewmate_mlx.training.loop import train as train
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Sampling": "coach.generate",
+    "Sampling": "coach.sampling",
     "answer": "coach.generate",
     "load_coach": "coach.generate",
     "load_run": "config",

@@ -6,6 +6,7 @@ The defaults are defined here and nowhere else. They are those of Run A.
 import difflib
 import math
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ from interviewmate_mlx.files import is_utf8, read_bounded
 
 _MAX_BYTES = 1 << 16  # of a run's file
 _MAX_SHOWN_CHARS = 200  # of a wrong value
+_SHIPPED_NAME = re.compile(r"[a-z0-9-]+").fullmatch
 _NAMES = 'a list of names, as in ["query_key_value"]'
 
 
@@ -248,6 +250,12 @@ def shipped(name: str) -> Path:
     """The path of a file or folder that is shipped with the package, in a wheel or a checkout."""
     package = Path(__file__).parent
     return package / name if (package / name).exists() else package.parent / name
+
+
+def shipped_data(name: str) -> Path | None:
+    """The folder of a shipped data set; None if the name is not one."""
+    folder = shipped(f"data/{name}")
+    return folder if _SHIPPED_NAME(name) and (folder / "train.jsonl").is_file() else None
 
 
 def shipped_runs() -> dict[str, Path]:

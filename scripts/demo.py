@@ -12,7 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from interviewmate_mlx.coach.generate import Sampling, answer, load_coach
+from interviewmate_mlx.coach.generate import answer, load_coach
+from interviewmate_mlx.coach.sampling import Sampling
 from interviewmate_mlx.config import load_run, shipped
 from interviewmate_mlx.data.batches import collate
 from interviewmate_mlx.data.prompts import encode_records

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from interviewmate_mlx.coach.generate import Sampling, answer, load_coach
+from interviewmate_mlx.coach.generate import answer, load_coach
+from interviewmate_mlx.coach.sampling import Sampling
 from interviewmate_mlx.config import shipped
 from interviewmate_mlx.data.records import load_splits
 

@@ -109,8 +109,9 @@ def split(
     Example: imate-mlx data split rows.jsonl --out my_questions
     """
     with prepared():
+        from interviewmate_mlx.config import shipped_data
         from interviewmate_mlx.data.splits import split_rows
-        from interviewmate_mlx.hub.names import fetch_data, shipped_data
+        from interviewmate_mlx.hub.names import fetch_data
         from interviewmate_mlx.results.terminal import byte_bar
         from interviewmate_mlx.results.terminal import count as count_of
 

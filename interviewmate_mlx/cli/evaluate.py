@@ -67,7 +67,7 @@ def command(
         refuse_sampling(ctx, "--no-answers")
     given = chosen_sampling(ctx)
     with prepared():
-        from interviewmate_mlx.coach.generate import Sampling
+        from interviewmate_mlx.coach.sampling import Sampling
         from interviewmate_mlx.evaluation.evaluate import evaluate, write_evaluation
         from interviewmate_mlx.results.terminal import byte_bar, evaluation_tables, work_bar
 

@@ -52,7 +52,8 @@ def command(
     given = chosen_sampling(ctx)
     with prepared():
         from interviewmate_mlx.adapter.folder import template_for
-        from interviewmate_mlx.coach.generate import Sampling, answer, load_coach, stream_answer
+        from interviewmate_mlx.coach.generate import answer, load_coach, stream_answer
+        from interviewmate_mlx.coach.sampling import Sampling
         from interviewmate_mlx.data.prompts import Template
         from interviewmate_mlx.results.terminal import byte_bar
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "Train a run's LoRA adapter and write it as a PEFT folder.",
     "sweep": "Train several runs one after the other, and compare them.",
     "generate": "Answer an interview question.",
+    "interview": "Be asked, answer, and see what was missing.",
     "evaluate": "Compare adapters with their base, on rows that none of them was trained on.",
     "report": "Write a page about runs: curves, costs, what they answer, and which to use.",
     "export": "Copy an adapter with its model card to a folder, to the Hub, or both.",

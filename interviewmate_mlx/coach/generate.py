@@ -1,21 +1,25 @@
 """Answers from a base and an adapter."""
 
+from interviewmate_mlx import backend  # its BLAS must be loaded before MLX
+
+# isort: split
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
-import numpy as np
 from mlx_lm.generate import BatchGenerator, stream_generate
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from interviewmate_mlx import backend
 from interviewmate_mlx.adapter.folder import Adapter, template_for
 from interviewmate_mlx.base.base import Base
+from interviewmate_mlx.coach.sampling import (
+    Sampling,
+    StopTexts,
+    make_processors,
+    make_sampler,
+    surplus_ids,
+)
 from interviewmate_mlx.data.prompts import Template, encode_prompt
 from interviewmate_mlx.errors import ConfigError, HubError, ModelError, WeightsError
 from interviewmate_mlx.files import Progress
@@ -23,16 +27,6 @@ from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.model.tree import named_arrays
 
 _MOST_AT_ONCE = 32  # answers; more at once gain nothing
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 takes the likeliest."""
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 def load_coach(
@@ -103,25 +97,35 @@ def stream_answer(
     tokenizer: TokenizerWrapper,
     question: str,
     sampling: Sampling = Sampling(),
+    prompt: Sequence[int] = (),
 ) -> Iterator[str]:
-    """Yield the answer to a question piece by piece, until the end token or `max_tokens`.
+    """Yield the answer to a question piece by piece, until it ends or has `max_tokens`.
 
     The question is put as the adapter's training rows were: with the template of questions,
     or, if those were verbatim texts, as it stands. Then the answer is what follows it.
+
+    Args:
+        model: in eval mode.
+        tokenizer: the base's.
+        question: the question.
+        sampling: how tokens are chosen.
+        prompt: token ids to go on from in place of the question's.
     """
-    if sampling.temperature > 0:
-        mx.random.seed(sampling.seed)
-    prompt = encode_prompt(tokenizer, question, template_for(model))
-    sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p)
+    stops = StopTexts(sampling.stop)
     for piece in stream_generate(
         model,
         tokenizer,
-        prompt,
+        list(prompt) or encode_prompt(tokenizer, question, template_for(model)),
         max_tokens=sampling.max_tokens,
-        sampler=sampler,
-        logits_processors=_processors(model, tokenizer),
+        sampler=make_sampler(sampling),
+        logits_processors=make_processors(sampling, surplus_ids(model, tokenizer)),
     ):
-        yield piece.text
+        if text := stops.add(piece.text):
+            yield text
+        if stops.is_found:
+            return
+    if text := stops.rest():
+        yield text
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,6 @@ def answer_all(
     prompts: Sequence[list[int]],
     sampling: Sampling = Sampling(),
     progress: Progress = lambda *_: None,
-    stop_texts: Sequence[str] = (),
 ) -> list[Answer]:
     """Answers to several prompts, computed side by side, in the order of the prompts.
 
@@ -148,46 +151,52 @@ def answer_all(
         model: in eval mode.
         tokenizer: the base's.
         prompts: token ids, as `data.prompts.encode_messages` gives them.
-        sampling: for all of them; its seed is that of the first draw.
+        sampling: for all of them; the seed is one more for each prompt.
         progress: called with answers done and answers in all.
-        stop_texts: an answer also ends after the first of these that is in it.
     """
-    if sampling.temperature > 0:
-        mx.random.seed(sampling.seed)
     longest = max(map(len, prompts), default=0) + sampling.max_tokens
+    surplus = surplus_ids(model, tokenizer)
     generator = BatchGenerator(
         model,
-        max_tokens=sampling.max_tokens,
         stop_tokens=[[token] for token in tokenizer.eos_token_ids],
-        sampler=make_sampler(temp=sampling.temperature, top_p=sampling.top_p),
-        logits_processors=_processors(model, tokenizer),
-        completion_batch_size=_num_at_once(model, longest),
+        completion_batch_size=num_at_once(model, longest),
     )
-    numbers = generator.insert([list(prompt) for prompt in prompts])
+    own = [replace(sampling, seed=sampling.seed + number) for number in range(len(prompts))]
+    numbers = generator.insert(
+        [list(prompt) for prompt in prompts],
+        max_tokens=[sampling.max_tokens] * len(prompts),
+        samplers=[make_sampler(each) for each in own],
+        logits_processors=[make_processors(sampling, surplus) for _ in prompts],
+    )
     tokens: dict[int, list[int]] = {number: [] for number in numbers}
     has_ended: dict[int, bool] = {}
     # More tokens than any of the stop texts has: each has a byte at least.
-    tail = max((len(text.encode()) for text in stop_texts), default=0) + 1
+    tail = max((len(text.encode()) for text in sampling.stop), default=0) + 1
     while responses := generator.next_generated():
         for response in responses:
             mine, is_end = tokens[response.uid], response.finish_reason == "stop"
             if not is_end:
                 mine.append(response.token)
-            is_stopped = stop_texts and _holds(tokenizer.decode(mine[-tail:]), stop_texts)
+            last = tokenizer.decode(mine[-tail:]) if sampling.stop else ""
+            is_stopped = any(stop in last for stop in sampling.stop)
             if is_stopped and not response.finish_reason:
                 generator.remove([response.uid])
             if is_stopped or response.finish_reason:
                 has_ended[response.uid] = bool(is_end or is_stopped)
                 progress(len(has_ended), len(prompts))
     generator.close()
-    return [Answer(tokenizer.decode(tokens[number]), has_ended[number]) for number in numbers]
+    return [
+        Answer(_before_stop(tokenizer.decode(tokens[number]), sampling.stop), has_ended[number])
+        for number in numbers
+    ]
 
 
-def _holds(text: str, stop_texts: Sequence[str]) -> bool:
-    return any(stop in text for stop in stop_texts)
+def _before_stop(text: str, stops: Sequence[str]) -> str:
+    found = StopTexts(stops)
+    return found.add(text) + found.rest()
 
 
-def _num_at_once(model: Model, num_tokens: int) -> int:
+def num_at_once(model: Model, num_tokens: int) -> int:
     """How many texts of so many tokens have room for their keys and values in the memory."""
     shape, dtype = model.args, model.transformer.ln_f.weight.dtype
     of_text = 2 * shape.num_hidden_layers * shape.hidden_size * dtype.size * num_tokens
@@ -195,25 +204,6 @@ def _num_at_once(model: Model, num_tokens: int) -> int:
     # Joining two batches copies their keys and values.
     room = (backend.machine().memory_bytes - weights) // (2 * of_text)
     return min(max(1, room), _MOST_AT_ONCE)
-
-
-def _processors(model: Model, tokenizer: TokenizerWrapper) -> list[Any]:
-    surplus = _surplus(model, tokenizer)
-    return [] if surplus is None else [partial(_hide, surplus)]
-
-
-def _surplus(model: Model, tokenizer: TokenizerWrapper) -> mx.array | None:
-    """Which of the model's ids the tokenizer has no token for, (V,) bool; None if there are none.
-
-    Embeddings are often rounded up, and nothing has taught a model not to choose those rows.
-    """
-    surplus = np.ones(model.args.vocab_size, bool)
-    surplus[list(tokenizer.get_vocab().values())] = False
-    return mx.array(surplus) if surplus.any() else None
-
-
-def _hide(surplus: mx.array, _: mx.array, logits: mx.array) -> mx.array:
-    return mx.where(surplus, -mx.inf, logits)
 
 
 def answer(

@@ -6,6 +6,9 @@ step is split changes speed and memory, but not the update, except for the rando
 numbers of dropout.
 """
 
+from interviewmate_mlx import backend as backend  # its BLAS must be loaded before MLX
+
+# isort: split
 import itertools
 import math
 from collections.abc import Sequence

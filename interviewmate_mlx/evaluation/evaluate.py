@@ -12,12 +12,8 @@ from interviewmate_mlx.adapter.card import CARD_FILE, set_section
 from interviewmate_mlx.adapter.folder import RUN_FILE, WEIGHTS_FILE, Adapter
 from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.base.tokenizer import TokenizerWrapper
-from interviewmate_mlx.coach.generate import (
-    Answer,
-    Sampling,
-    answer_all,
-    warn_of_other_weights,
-)
+from interviewmate_mlx.coach.generate import Answer, answer_all, warn_of_other_weights
+from interviewmate_mlx.coach.sampling import Sampling
 from interviewmate_mlx.config import DataConfig, RunConfig
 from interviewmate_mlx.data.prompts import Example, encode, encode_messages, encode_records
 from interviewmate_mlx.data.records import Record, load_splits

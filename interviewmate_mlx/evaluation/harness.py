@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from interviewmate_mlx.base.tokenizer import TokenizerWrapper
-from interviewmate_mlx.coach.generate import Sampling, answer_all
+from interviewmate_mlx.coach.generate import answer_all
+from interviewmate_mlx.coach.sampling import Sampling
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.errors import ConfigError
@@ -200,10 +201,10 @@ def as_lm(model: Model, tokenizer: TokenizerWrapper, progress: Progress = lambda
                     self.tok_encode(requests[number].args[0])[-(MAX_LENGTH - most) :]
                     for number in numbers
                 ]
-                sampling = Sampling(most, settings["temperature"], settings.get("top_p", 1.0))
-                answers = answer_all(
-                    model, tokenizer, prompts, sampling, reported(len(prompts)), stops
+                sampling = Sampling(
+                    most, settings["temperature"], settings.get("top_p", 1.0), stop=tuple(stops)
                 )
+                answers = answer_all(model, tokenizer, prompts, sampling, reported(len(prompts)))
                 for number, answer in zip(numbers, answers, strict=True):
                     texts[number] = postprocess_generated_text(answer.text, stops, None)
             return [texts[number] for number in range(len(requests))]

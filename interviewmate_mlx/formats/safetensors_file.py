@@ -5,6 +5,9 @@ header's length, the header in JSON, then the tensors' bytes without gaps,
 little-endian, row by row.
 """
 
+from interviewmate_mlx import backend as backend  # its BLAS must be loaded before MLX
+
+# isort: split
 import errno
 import json
 import math

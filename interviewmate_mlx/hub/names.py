@@ -5,30 +5,22 @@ The same rules hold for bases and for data sets.
 
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from interviewmate_mlx.config import shipped
+from interviewmate_mlx.config import shipped, shipped_data
 from interviewmate_mlx.errors import ConfigError, HubError, ModelError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.hub.pull import PulledFolder, pull, pull_dataset
 
 MINI = "mini"  # the base that is shipped with the package
 _log = logging.getLogger(__name__)
-_SHIPPED_NAME = re.compile(r"[a-z0-9-]+").fullmatch
 
 
 def shipped_base(name: str) -> Path | None:
     """The folder of a shipped base; None if the name is not one. `./mini` is a path."""
     return shipped(MINI) if name == MINI else None
-
-
-def shipped_data(name: str) -> Path | None:
-    """The folder of a shipped data set; None if the name is not one."""
-    folder = shipped(f"data/{name}")
-    return folder if _SHIPPED_NAME(name) and (folder / "train.jsonl").is_file() else None
 
 
 def local_path(name: str | Path) -> Path:

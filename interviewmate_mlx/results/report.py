@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from interviewmate_mlx.config import shipped_data
 from interviewmate_mlx.data.check import check_data
 from interviewmate_mlx.errors import InterviewMateError
-from interviewmate_mlx.hub.names import fetch_data, is_hub_id, shipped_data
+from interviewmate_mlx.hub.names import fetch_data, is_hub_id
 from interviewmate_mlx.results import findings
 from interviewmate_mlx.results.plots import Line, can_plot, line_plot
 from interviewmate_mlx.results.runs import Curve, FinishedRun, smoothed

@@ -17,7 +17,8 @@ from interviewmate_mlx.adapter.config import AdapterConfig
 from interviewmate_mlx.adapter.folder import Adapter, adapter_weights, save_adapter
 from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.base.convert import convert
-from interviewmate_mlx.coach.generate import Sampling, answer, load_coach, stream_answer
+from interviewmate_mlx.coach.generate import answer, load_coach, stream_answer
+from interviewmate_mlx.coach.sampling import Sampling
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.data.prompts import encode_question
 from interviewmate_mlx.errors import AdapterError, ConfigError, ModelError

@@ -11,7 +11,8 @@ import pytest
 
 from interviewmate_mlx.adapter.card import set_section
 from interviewmate_mlx.adapter.folder import Adapter, adapter_weights, save_adapter
-from interviewmate_mlx.coach.generate import Sampling, answer, answer_all, load_coach
+from interviewmate_mlx.coach.generate import answer, answer_all, load_coach
+from interviewmate_mlx.coach.sampling import Sampling
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.data.prompts import encode_question
 from interviewmate_mlx.errors import ConfigError, DataError
