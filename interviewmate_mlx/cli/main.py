@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "Train a run's LoRA adapter and write it as a PEFT folder.",
     "sweep": "Train several runs one after the other, and compare them.",
     "generate": "Answer an interview question.",
+    "chat": "Talk with a base and its adapters, over several turns.",
     "interview": "Be asked, answer, and see what was missing.",
     "evaluate": "Compare adapters with their base, on rows that none of them was trained on.",
     "report": "Write a page about runs: curves, costs, what they answer, and which to use.",
@@ -44,6 +45,7 @@ _OPTIONS = {
     "out": "--out",
     "replace": "--force",
     "resume": "--resume",
+    "system": "--system",
 }
 _PACKAGES = Path(__file__).parents[2]
 

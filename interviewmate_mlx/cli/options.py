@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -52,6 +52,13 @@ model_option = click.option(
     metavar="BASE",
     help="The base: mini (shipped), a folder or a Hub id. By default the run's or adapter's own.",
 )
+adapters_option = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="A PEFT folder, and a name for it; may be given several times.",
+)
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -75,7 +82,26 @@ _SAMPLING_OPTIONS = [
         help="With a temperature: sample from the likeliest tokens that make up this share.",
     ),
     click.option(
+        "--top-k", type=click.IntRange(1), help="With a temperature: from so many of the likeliest."
+    ),
+    click.option(
+        "--min-p",
+        type=Finite(0, 1, max_open=True),
+        help="With a temperature: no token below this share of the likeliest one's probability.",
+    ),
+    click.option(
         "--seed", type=click.IntRange(0, 2**32 - 1), help="With a temperature: its draws."
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=Finite(0, min_open=True),
+        help="Above 1 makes the last 64 tokens less likely.",
+    ),
+    click.option(
+        "--stop",
+        multiple=True,
+        metavar="TEXT",
+        help="An answer ends before this text; may be given several times.",
     ),
 ]
 _RUN = "run_name"  # the parameter, and in `Context.meta` the overrides of its keys
@@ -148,7 +174,9 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
-_SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
+# Of a `Sampling`; those of draws need a temperature.
+_DRAWS = ("top_p", "top_k", "min_p", "seed")
+_SAMPLING = ("max_tokens", "temperature", *_DRAWS, "repetition_penalty", "stop")
 
 
 def chosen_sampling(ctx: click.Context) -> dict[str, Any]:
@@ -158,9 +186,35 @@ def chosen_sampling(ctx: click.Context) -> dict[str, Any]:
         UsageError: an option would be ignored.
     """
     given = {key: ctx.params[key] for key in _SAMPLING}
-    if given["temperature"] == 0 and (given["top_p"], given["seed"]) != (None, None):
-        raise click.UsageError("--top-p and --seed need a --temperature above 0.", ctx)
+    ignored = [key for key in _DRAWS if given["temperature"] == 0 and given[key] is not None]
+    if ignored:
+        names = ", ".join(f"--{key.replace('_', '-')}" for key in ignored)
+        raise click.UsageError(f"{names} need a --temperature above 0.", ctx)
+    if "" in given["stop"]:
+        raise click.UsageError("--stop: got an empty text, which every answer begins with.", ctx)
     return {key: value for key, value in given.items() if value is not None}
+
+
+def chosen_adapters(given: Sequence[str]) -> dict[str, Path]:
+    """The folders that `adapters_option` gives, by name: the given one, or the folder's.
+
+    Raises:
+        UsageError: a name is empty, or there twice.
+    """
+    found: dict[str, Path] = {}
+    for word in given:
+        name, sign, rest = word.partition("=")
+        is_path = not sign or "/" in name or Path(word).exists()
+        path = Path(word if is_path else rest).expanduser()
+        name = path.resolve().name if is_path else name.strip()
+        if not name or not name.isprintable():
+            raise click.UsageError(f"--adapter {word!r}: expected NAME=PATH, got no name.")
+        if name in found:
+            raise click.UsageError(
+                f"--adapter: {name!r} is there twice. Give another name: NAME=PATH."
+            )
+        found[name] = path
+    return found
 
 
 def refuse_sampling(ctx: click.Context, option: str) -> None:
@@ -193,6 +247,11 @@ def harmless(text: str) -> str:
     """A message that quotes files of others: it must not steer the terminal, nor show a token."""
     text = redact_secrets(text)
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def shown_text(piece: str) -> str:
+    """Part of what a model says, without control characters: it must not steer the terminal."""
+    return "".join(char for char in piece if char.isprintable() or char in "\n\t")
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from interviewmate_mlx.coach.sampling import (
     make_sampler,
     surplus_ids,
 )
-from interviewmate_mlx.data.prompts import Template, encode_prompt
+from interviewmate_mlx.data.prompts import Template, encode_messages, encode_prompt
+from interviewmate_mlx.data.records import Message
 from interviewmate_mlx.errors import ConfigError, HubError, ModelError, WeightsError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.falcon import Model
@@ -51,7 +52,24 @@ def load_coach(
         UserWarning: the adapter fits, but was trained on other weights.
     """
     opened = Adapter.open(adapter) if adapter else None
-    name = base or (opened.config.base if opened else "")
+    opened_base = open_base(base, opened, progress)
+    model = opened_base.load(backend.resolve_dtype(dtype))
+    if opened:
+        opened.apply(model)
+        warn_of_other_weights(opened, opened_base)
+    model.eval()
+    return model, opened_base.tokenizer
+
+
+def open_base(
+    base: str | Path | None, adapter: Adapter | None, progress: Progress | None = None
+) -> Base:
+    """Open a base by its name, or the one that an adapter names.
+
+    Raises:
+        InterviewMateError: there is no name, or it cannot be opened.
+    """
+    name = base or (adapter.config.base if adapter else "")
     if not name:
         raise ConfigError(
             "No base: name one (mini, a folder, or a Hub id such as tiiuae/falcon-rw-1b), "
@@ -60,22 +78,16 @@ def load_coach(
             "adapter",
         )
     try:
-        opened_base = Base.open(name, progress)
+        return Base.open(name, progress)
     except (ConfigError, HubError, ModelError) as error:
-        if base or isinstance(error, WeightsError):
+        if base or adapter is None or isinstance(error, WeightsError):
             raise
         # The adapter may come from another machine, or the folder was moved.
         raise type(error)(
-            f"{adapter} names its base {name}, which cannot be opened here:\n{error}\n"
+            f"{adapter.folder} names its base {name}, which cannot be opened here:\n{error}\n"
             "If the base is elsewhere here, or on the Hub, give its name.",
             "base",
         ) from error
-    model = opened_base.load(backend.resolve_dtype(dtype))
-    if opened:
-        opened.apply(model)
-        warn_of_other_weights(opened, opened_base)
-    model.eval()
-    return model, opened_base.tokenizer
 
 
 def warn_of_other_weights(adapter: Adapter, base: Base) -> None:
@@ -90,6 +102,31 @@ def warn_of_other_weights(adapter: Adapter, base: Base) -> None:
             "its answers may make no sense.",
             stacklevel=3,
         )
+
+
+def prompt_for(
+    model: Model, tokenizer: TokenizerWrapper, question: str, system: str = "", raw: bool = False
+) -> list[int]:
+    """Token ids of a question as the model is asked it.
+
+    Args:
+        model: perhaps with an adapter, which says how it was asked in training.
+        tokenizer: the base's.
+        question: the question.
+        system: what is put before it; "" for nothing.
+        raw: take the question as it stands, without a template.
+
+    Raises:
+        ConfigError: a system text, where there is no template to put it into.
+    """
+    if system and (raw or template_for(model) == Template.VERBATIM):
+        why = "the prompt is taken as it stands" if raw else "the adapter knows verbatim texts only"
+        raise ConfigError(f"A system text has no place: {why}.\nPut it into the prompt.", "system")
+    if raw:
+        return encode_prompt(tokenizer, question, Template.VERBATIM)
+    if system:
+        return encode_messages(tokenizer, [Message("system", system), Message("user", question)])
+    return encode_prompt(tokenizer, question, template_for(model))
 
 
 def stream_answer(
@@ -115,7 +152,7 @@ def stream_answer(
     for piece in stream_generate(
         model,
         tokenizer,
-        list(prompt) or encode_prompt(tokenizer, question, template_for(model)),
+        list(prompt) or prompt_for(model, tokenizer, question),
         max_tokens=sampling.max_tokens,
         sampler=make_sampler(sampling),
         logits_processors=make_processors(sampling, surplus_ids(model, tokenizer)),

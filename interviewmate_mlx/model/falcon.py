@@ -46,6 +46,7 @@ class ModelArgs:
     bias: bool = False
     layer_norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = True
+    max_position_embeddings: int = 2048  # tokens of the texts it was trained on
     model_type: str = "falcon"
 
     @classmethod
@@ -67,6 +68,9 @@ class ModelArgs:
             got = config.get(key)
             if not isinstance(got, int) or isinstance(got, bool) or got < 1:
                 faults.append(f"{key}: got {got!r}, expected a positive integer")
+        longest = config.get("max_position_embeddings")
+        if longest is not None and (type(longest) is not int or longest < 1):
+            faults.append(f"max_position_embeddings: got {longest!r}, expected a positive integer")
         if not faults:
             hidden, heads = config["hidden_size"], config["num_attention_heads"]
             if hidden % heads:
