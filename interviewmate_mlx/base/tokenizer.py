@@ -201,12 +201,19 @@ def build_backend(files: TokenizerFiles) -> Tokenizer:
     return backend
 
 
+class _WholeTextDetokenizer(BPEStreamingDetokenizer):
+    """Keeps the space that a text begins with, as `decode` does: it may go on from another."""
+
+    def _maybe_trim_space(self, text: str) -> str:
+        return text
+
+
 def _wrap(backend: Tokenizer, special: dict[str, str]) -> TokenizerWrapper:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
     )
     is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
-    streaming = BPEStreamingDetokenizer if is_byte_level else NaiveStreamingDetokenizer
+    streaming = _WholeTextDetokenizer if is_byte_level else NaiveStreamingDetokenizer
     return TokenizerWrapper(tokenizer, streaming)
 
 

@@ -17,7 +17,8 @@ _COMPANIONS = ("-wal", "-shm")  # files that SQLite keeps beside its own
 def open_store(path: Path, tables: str, must_exist: bool = False) -> Iterator[sqlite3.Connection]:
     """Yield a connection to an SQLite file with some tables, and close it.
 
-    Each statement is on the disk when it returns. What is deleted is overwritten.
+    Each statement is on the disk when it returns. What is deleted is overwritten. A new file
+    can be read by its owner only.
     A damaged file is renamed, with a warning, and a new one begun.
 
     Args:
@@ -33,6 +34,7 @@ def open_store(path: Path, tables: str, must_exist: bool = False) -> Iterator[sq
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _set_damaged_aside(path)
+        path.touch(mode=0o600)  # what is said is the user's alone
         # Used by one thread at a time, but not always by the one that opened it.
         with closing(sqlite3.connect(path, _WAIT_S, check_same_thread=False)) as connection:
             connection.isolation_level = None  # no transaction but those that are written out

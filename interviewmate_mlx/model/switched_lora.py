@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.model.lora import LoRALinear, Projection, shape_of
 
 
@@ -82,7 +83,7 @@ class SwitchedLoRALinear(nn.Module):
 class SwitchedModel(nn.Module):
     """A network whose rows have updates of their own. The last cache says which."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Model) -> None:
         super().__init__()
         self.network = network
         self._current = RowUpdates([])
