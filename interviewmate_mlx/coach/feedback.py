@@ -140,7 +140,7 @@ class Feedback:
             ),
         )
 
-    def rate(self, answer_id: str, thumbs: str | None = None, better: str | None = None) -> bool:
+    def rate(self, answer_id: str, thumbs: str | None = None, better: str | None = None) -> str | None:
         """Say of an answer whether it is good, and what would be better. None leaves what is there.
 
         Args:
@@ -149,16 +149,17 @@ class Feedback:
             better: a better answer, or "" to take it back.
 
         Returns:
-            Whether there is such an answer.
+            Who gave the answer; None if no such answer is kept.
         """
         sets: dict[str, Any] = {"rated_at": datetime.now(UTC).isoformat()}
         sets |= {} if thumbs is None else {"thumbs": THUMBS.get(thumbs)}
         sets |= {} if better is None else {"better": better.strip()}
         columns = ", ".join(f"{name} = ?" for name in sets)
-        done = self._db.execute(
-            f"UPDATE answers SET {columns} WHERE id = ?", (*sets.values(), answer_id)
-        )
-        return done.rowcount > 0
+        row = self._db.execute(
+            f"UPDATE answers SET {columns} WHERE id = ? RETURNING voice",
+            (*sets.values(), answer_id),
+        ).fetchone()
+        return str(row["voice"]) if row else None
 
     def groups(self) -> list[Group]:
         """Counts by adapter and category."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from interviewmate_mlx.adapter.folder import WEIGHTS_FILE, Adapter, template_for
@@ -115,6 +116,7 @@ class Panel:
         model = SwitchedModel(network)
         for number, layers in updates.items():
             model.add(number, layers)
+        mx.eval(model.parameters())  # here: another thread has no stream of this one's
         context = opened_base.args.max_position_embeddings
         return cls(model, opened_base.tokenizer, voices, context)
 

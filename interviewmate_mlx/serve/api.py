@@ -99,15 +99,15 @@ def make_app(service: Service) -> FastAPI:
         if service.feedback is None:
             raise _not_kept()
         try:
-            is_known = await service.on_disk(
+            voice = await service.on_disk(
                 service.feedback.rate, body.answer, body.thumbs, body.better
             )
         except Exception as error:
             raise _cannot_keep() from error
-        if not is_known:
+        if voice is None:
             raise http_error(404, "No such answer is kept.", "answer_not_found", "answer")
         if body.thumbs:
-            service.metrics.ratings.labels("", body.thumbs).inc()
+            service.metrics.ratings.labels(voice, body.thumbs).inc()
         return {"status": "kept"}
 
     @app.get("/interview/questions")
