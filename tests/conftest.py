@@ -26,11 +26,16 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 from interviewmate_mlx import backend  # noqa: F401
 
 # isort: split
+import mlx.core as mx
 from checkpoints import tiny_falcon, write_checkpoint
 
+from interviewmate_mlx.adapter.config import AdapterConfig
+from interviewmate_mlx.adapter.folder import adapter_weights, save_adapter
+from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.base.convert import convert
 from interviewmate_mlx.cli import main
 from interviewmate_mlx.config import load_run
+from interviewmate_mlx.model.lora import add_lora, lora_layers
 from interviewmate_mlx.results import terminal
 from interviewmate_mlx.training.events import Stepped
 from interviewmate_mlx.training.loop import train
@@ -125,6 +130,22 @@ def tiny_adapter(
     for _ in train(run, out):
         pass
     return out
+
+
+@pytest.fixture(scope="session")
+def random_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on `tiny_base` of rank 4, on fewer targets than `tiny_adapter`. Read only."""
+    folder = tmp_path_factory.mktemp("adapters") / "random"
+    model = Base.open(tiny_base).load(mx.float32)
+    key = mx.random.key(1)
+    add_lora(model, ["query_key_value", "dense"], 4, 16)
+    for number, (_, layer) in enumerate(sorted(lora_layers(model), key=lambda item: item[0])):
+        for matrix, own in zip((layer.lora_A, layer.lora_B), mx.random.split(key), strict=True):
+            shape = matrix.weight.shape
+            matrix.weight = mx.random.normal(shape, key=mx.random.split(own, 99)[number]) * 0.3
+    config = AdapterConfig(str(tiny_base), 4, 16.0, targets=("query_key_value", "dense"))
+    save_adapter(folder, adapter_weights(model), config)
+    return folder
 
 
 @pytest.fixture

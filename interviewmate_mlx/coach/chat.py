@@ -82,7 +82,8 @@ class Chat:
         finally:
             pieces.close()
             if said.strip():
-                self.messages += [Message("user", text), Message("assistant", said.strip())]
+                both = Message("user", text), Message("assistant", said.strip())
+                self.messages = [*self.messages, *both]
 
     def retry(self) -> Generator[str, None, None]:
         """Answer the last message again, with other draws.

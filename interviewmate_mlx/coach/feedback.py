@@ -140,7 +140,9 @@ class Feedback:
             ),
         )
 
-    def rate(self, answer_id: str, thumbs: str | None = None, better: str | None = None) -> str | None:
+    def rate(
+        self, answer_id: str, thumbs: str | None = None, better: str | None = None
+    ) -> str | None:
         """Say of an answer whether it is good, and what would be better. None leaves what is there.
 
         Args:
@@ -301,12 +303,17 @@ def leaking(
         ("answer", ANSWER_THRESHOLD, _learned, lambda record: record.answer),
     ]
     for kind, threshold, of_row, of_record in kinds:
-        texts = [*map(of_row, rows), *map(of_record, held_out)]
+        # Of equal texts, `similar_pairs` compares only the first with others.
+        same: dict[str, list[int]] = {}
+        for index, row in enumerate(rows):
+            same.setdefault(" ".join(fold(of_row(row))), []).append(index)
+        groups = list(same.values())
+        texts = [*map(of_record, held_out), *(of_row(rows[group[0]]) for group in groups)]
         for pair in similar_pairs(texts, threshold):
-            is_across = pair.first < len(rows) <= pair.second
+            is_across = pair.first < len(held_out) <= pair.second
             if is_across and pair.similarity >= threshold:
-                record = held_out[pair.second - len(rows)]
-                found.setdefault(pair.first, (pair.first, kind, record))
+                for index in groups[pair.second - len(held_out)]:
+                    found.setdefault(index, (index, kind, held_out[pair.first]))
     return [found[index] for index in sorted(found)]
 
 

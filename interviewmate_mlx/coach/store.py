@@ -39,7 +39,7 @@ def open_store(path: Path, tables: str, must_exist: bool = False) -> Iterator[sq
         with closing(sqlite3.connect(path, _WAIT_S, check_same_thread=False)) as connection:
             connection.isolation_level = None  # no transaction but those that are written out
             connection.row_factory = sqlite3.Row
-            connection.execute("PRAGMA journal_mode = WAL")
+            _write_ahead(connection)
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA fullfsync = ON")  # macOS
             connection.execute("PRAGMA secure_delete = ON")
@@ -51,6 +51,19 @@ def open_store(path: Path, tables: str, must_exist: bool = False) -> Iterator[sq
             "Check the path, its permissions and the free space of its disk, "
             "or name another file."
         ) from error
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Log writes ahead. SQLite does not wait here by itself for a process that is writing."""
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _set_damaged_aside(path: Path) -> None:
