@@ -198,7 +198,9 @@ def _add_error_forms(app: FastAPI) -> None:
 
 def _fault(error: Any) -> tuple[str, str]:
     """The name of what is wrong, and the fault in words, without what was given."""
-    place = ".".join(str(part) for part in error["loc"] if part not in ("body", "query"))
+    # Without where it was looked for, and without the kinds among which one was tried.
+    parts = [str(part) for part in error["loc"] if part not in ("body", "query", "str")]
+    place = ".".join(part for part in parts if part.isidentifier() or part.isdecimal())
     text = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         text = "not supported here"
