@@ -155,10 +155,15 @@ def imate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resu
     What the command line does not turn into a message is raised here.
     """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "user_data"))
 
-    def run(*words: object, code: int = 0) -> Result:
+    def run(*words: object, code: int = 0, stdin: str | None = None) -> Result:
         result = CliRunner().invoke(
-            main, [str(word) for word in words], prog_name="imate-mlx", catch_exceptions=False
+            main,
+            [str(word) for word in words],
+            input=stdin,
+            prog_name="imate-mlx",
+            catch_exceptions=False,
         )
         assert result.exit_code == code, result.output
         return result

@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import click
+import httpx2
 import mlx.core as mx
 import pytest
 from checkpoints import tiny_falcon, write_checkpoint
 from hub_server import TOKEN, USER, HubServer
+from served import running
 
 from interviewmate_mlx import __version__
+from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.base.convert import convert
 from interviewmate_mlx.cli import main
-from interviewmate_mlx.cli.options import chosen_run
+from interviewmate_mlx.cli.options import chosen_run, shown_text
 from interviewmate_mlx.coach import generate
-from interviewmate_mlx.config import RunConfig, load_run
-from interviewmate_mlx.data.prompts import encode_question
+from interviewmate_mlx.coach.feedback import Feedback
+from interviewmate_mlx.config import RunConfig, load_run, shipped_data
+from interviewmate_mlx.data.prompts import encode, encode_messages, encode_question
+from interviewmate_mlx.data.records import Message
 from interviewmate_mlx.results import doctor
 
 SHOWN: dict[str, str] = {}  # an option -> the test that shows its effect
@@ -365,7 +370,7 @@ def sample(imate: Any, adapter: Path, *options: object) -> str:
 def test_generate_samples_with_a_temperature(imate, tiny_adapter):
     greedy = sample(imate, tiny_adapter)
     assert sample(imate, tiny_adapter, "--temperature", 0) == greedy
-    for option in ("--seed", "--top-p"):
+    for option in ("--seed", "--top-p", "--top-k", "--min-p"):
         imate(*ASK, "--adapter", tiny_adapter, option, 1, code=2)  # of no effect, so refused
     assert sample(imate, tiny_adapter, "--temperature", 1e-4) == greedy
     assert sample(imate, tiny_adapter, "--temperature", 3) != greedy
@@ -376,6 +381,96 @@ def test_generate_samples_from_the_likeliest(imate, tiny_adapter):
     greedy, hot = sample(imate, tiny_adapter), ["--temperature", 3, "--seed", 1]
     assert sample(imate, tiny_adapter, *hot, "--top-p", 1e-6) == greedy
     assert sample(imate, tiny_adapter, *hot, "--top-p", 0.9) != greedy
+
+
+@shows("generate --top-k")
+@shows("generate --min-p")
+def test_generate_leaves_out_unlikely_tokens(imate, tiny_adapter):
+    greedy, hot = sample(imate, tiny_adapter), ["--temperature", 3, "--seed", 1]
+    for one, several in (["--top-k", 1], ["--top-k", 50]), (["--min-p", 0.99], ["--min-p", 1e-3]):
+        assert sample(imate, tiny_adapter, *hot, *one) == greedy
+        assert sample(imate, tiny_adapter, *hot, *several) != greedy
+
+
+@shows("generate --repetition-penalty")
+def test_generate_repeats_less_with_a_penalty(imate, tiny_base):
+    words = [*ASK, "--model", tiny_base, "--dtype", "float32"]
+    coach, tokenizer = generate.load_coach(tiny_base)
+    ids = encode_question(tokenizer, "What is a mean?")
+    num_prompt = len(ids)
+    for _ in range(24):  # by hand: the last 64 tokens' logits, divided or multiplied
+        logits = coach(mx.array([ids]))[0, -1].tolist()
+        for token in set(ids[-64:]):
+            logits[token] *= 3 if logits[token] < 0 else 1 / 3
+        ids.append(max(range(len(logits)), key=logits.__getitem__))
+    said = imate(*words, "--repetition-penalty", 3).stdout
+    assert said.strip() == shown_text(tokenizer.decode(ids[num_prompt:])).strip()
+    assert said != imate(*words).stdout
+
+
+@shows("generate --stop")
+def test_generate_ends_before_a_stop_text(imate, tiny_adapter):
+    whole = sample(imate, tiny_adapter)
+    stop = whole[4:7]
+    assert (
+        sample(imate, tiny_adapter, "--stop", "never", "--stop", stop).rstrip("\n")
+        == (whole[: whole.index(stop)])
+    )
+    line = imate(*ASK, "--adapter", tiny_adapter, "--stop", stop, "--json").stdout
+    assert json.loads(line)["answer"] == whole[: whole.index(stop)].strip()
+    imate(*ASK, "--adapter", tiny_adapter, "--stop", "", code=2)
+
+
+@shows("generate --system")
+def test_generate_puts_a_system_text_first(imate, tiny_adapter):
+    coach, tokenizer = generate.load_coach(None, tiny_adapter)
+    prompt = encode_messages(
+        tokenizer, [Message("system", "Be brief."), Message("user", "What is a mean?")]
+    )
+    sampling = generate.Sampling(max_tokens=24)
+    expected = "".join(generate.stream_answer(coach, tokenizer, "", sampling, prompt))
+    said = imate(*ASK, "--adapter", tiny_adapter, "--system", "Be brief.").stdout
+    assert said.strip() == expected.strip()
+    imate(*ASK, "--adapter", tiny_adapter, "--system", "x", "--raw", code=1)
+
+
+@shows("generate --raw")
+def test_generate_goes_on_from_the_text_as_it_stands(imate, tiny_adapter):
+    coach, tokenizer = generate.load_coach(None, tiny_adapter)
+    ids = encode(tokenizer, "What is a mean?")
+    sampling = generate.Sampling(max_tokens=24)
+    expected = "".join(generate.stream_answer(coach, tokenizer, "", sampling, ids))
+    assert imate(*ASK, "--adapter", tiny_adapter, "--raw").stdout == expected + "\n"
+
+
+@shows("generate --samples")
+def test_generate_gives_several_samples(imate, tiny_adapter):
+    words = [*ASK, "--adapter", tiny_adapter, "--temperature", 3]
+    said = imate(*words, "--seed", 5, "--samples", 2).stdout
+    one, other = (imate(*words, "--seed", seed).stdout for seed in (5, 6))
+    assert said == f"--- 1 of 2\n{one}--- 2 of 2\n{other}"
+    line = json.loads(imate(*words, "--seed", 5, "--samples", 2, "--json").stdout)
+    assert list(map(shown_text, line["answers"])) == [one.strip(), other.strip()]
+    imate(*ASK, "--adapter", tiny_adapter, "--samples", 2, code=2)  # all would be the same
+
+
+@shows("generate --questions")
+def test_generate_answers_a_file_of_questions(imate, tiny_adapter, tmp_path):
+    file = tmp_path / "asked.jsonl"
+    file.write_text('{"id": "a", "question": "What is a mean?"}\n{"prompt": "What is a loss?"}\n')
+    words = ["generate", "--adapter", tiny_adapter, "--max-tokens", 24]
+    rows = list(map(json.loads, imate(*words, "--questions", file).stdout.splitlines()))
+    assert [row["question"] for row in rows] == ["What is a mean?", "What is a loss?"]
+    assert rows[0]["id"] == "a"
+    for row in rows:
+        said = imate(*words[:1], row["question"], *words[1:]).stdout.strip()
+        assert row["answer"] == said
+        assert said == imate(*words[:1], "-", *words[1:], stdin=row["question"]).stdout.strip()
+    file.write_text('{"question": ""}\n{}\n')
+    refused = imate(*words, "--questions", file, code=1).stderr
+    assert "asked.jsonl line 1" in refused
+    assert "asked.jsonl line 2" in refused
+    imate(*words, code=2)
 
 
 @shows("generate --json")
@@ -724,6 +819,27 @@ def test_evaluate_ends_answers(evaluated, tiny_base):
     assert short < long
 
 
+@shows("evaluate --top-k")
+@shows("evaluate --min-p")
+@shows("evaluate --repetition-penalty")
+@shows("evaluate --stop")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--temperature", 2, "--top-k", 2],
+        ["--temperature", 2, "--min-p", 0.3],
+        ["--repetition-penalty", 4],
+        ["--stop", "a", "--stop", "e"],
+    ],
+)
+def test_evaluate_samples_as_it_is_told(evaluated, tiny_base, options):
+    """Another text each time, with other scores."""
+    words = ["--model", tiny_base, "--max-tokens", 12, *options[:2]]
+    plain = evaluated("--model", tiny_base, "--max-tokens", 12, *options[: len(options) - 2])
+    changed = evaluated(*words, *options[2:])
+    assert changed["answers"] != plain["answers"]
+
+
 @shows("evaluate --temperature")
 @shows("evaluate --top-p")
 @shows("evaluate --seed")
@@ -875,3 +991,292 @@ def test_doctor_prints_json(imate, few_checks):
     assert found["passed"]
     checks = [(check["name"], check["dtype"]) for check in found["checks"]]
     assert checks == [("GELU", "float16"), ("AdamW", "")]
+
+
+CHAT = ["chat", "--max-tokens", 12, "--dtype", "float32"]
+SAY = "What is a mean?\n"
+
+
+@shows("chat --adapter")
+@shows("chat --model")
+def test_chat_lets_each_adapter_and_the_base_answer(imate, tiny_base, tiny_adapter, random_adapter):
+    ask = ["generate", "What is a mean?", "--max-tokens", 12, "--dtype", "float32"]
+    alone = {
+        "tiny": imate(*ask, "--model", tiny_base).stdout,
+        "learned": imate(*ask, "--adapter", tiny_adapter).stdout,
+        "other": imate(*ask, "--adapter", random_adapter).stdout,
+    }
+    expected = {name: " ".join(text.split("\n")).rstrip() for name, text in alone.items()}
+    named = ["--adapter", tiny_adapter, "--adapter", f"other={random_adapter}"]
+    for words in ([*CHAT, *named], [*CHAT, *named, "--model", tiny_base]):
+        lines = imate(*words, stdin=f"/compare {SAY}").stdout.splitlines()
+        assert [line.rstrip() for line in lines] == [
+            f"[{name}] {text}".rstrip() for name, text in expected.items()
+        ]
+    said = imate(*CHAT, *named, stdin=SAY + "/adapter other\n/undo\n" + SAY).stdout.splitlines()
+    assert [line.rstrip() for line in said] == [expected["learned"], expected["other"]]
+    assert imate(*CHAT, "--model", tiny_base, stdin=SAY).stdout.rstrip() == expected["tiny"]
+    imate("chat", code=2)
+    imate(*CHAT, "--adapter", tiny_adapter, "--adapter", tiny_adapter, code=2)
+
+
+@shows("chat --system")
+def test_chat_has_a_system_text(imate, tiny_adapter):
+    words = [*CHAT, "--adapter", tiny_adapter]
+    given = imate(*words, "--system", "Be brief.", stdin=SAY)
+    typed = imate(*words, stdin="/system Be brief.\n" + SAY)
+    assert given.stdout == typed.stdout != imate(*words, stdin=SAY).stdout
+    assert "system: Be brief." in typed.stderr
+
+
+@shows("chat --max-tokens")
+@shows("chat --temperature")
+@shows("chat --top-p")
+@shows("chat --top-k")
+@shows("chat --min-p")
+@shows("chat --seed")
+@shows("chat --repetition-penalty")
+@shows("chat --stop")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--max-tokens", 5],
+        ["--temperature", 3, "--seed", 4],
+        ["--temperature", 3, "--top-p", 0.5],
+        ["--temperature", 3, "--top-k", 3],
+        ["--temperature", 3, "--min-p", 0.2],
+        ["--repetition-penalty", 4],
+        ["--stop", "e"],
+    ],
+)
+def test_chat_samples_as_generate_does(imate, tiny_adapter, options):
+    words = ["--adapter", tiny_adapter, "--dtype", "float32", "--max-tokens", 24, *options]
+    alone = imate("generate", "What is a mean?", *words).stdout
+    assert imate("chat", *words, stdin=SAY).stdout.rstrip() == " ".join(alone.split("\n")).rstrip()
+
+
+@shows("chat --dtype")
+def test_chat_computes_in_the_dtype(imate, tiny_base, monkeypatch):
+    loaded = []
+    original = Base.load
+
+    def load(base: Base, dtype: mx.Dtype) -> Any:
+        loaded.append(dtype)
+        return original(base, dtype)
+
+    monkeypatch.setattr(Base, "load", load)
+    imate("chat", "--model", tiny_base, "--dtype", "bfloat16", "--max-tokens", 1, stdin=SAY)
+    assert loaded == [mx.bfloat16]
+
+
+def test_chat_by_its_commands(imate, tiny_base, tmp_path):
+    words = [*CHAT, "--model", tiny_base]
+    said = imate(*words, stdin=f"/help\n{SAY}/retry\n/save c.jsonl\n/undo\n/quit\nnever\n")
+    assert "/compare TEXT" in said.stderr
+    first, again = said.stdout.splitlines()
+    assert first == again
+    row = json.loads((tmp_path / "c.jsonl").read_text())
+    assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
+    assert "forgotten: What is a mean?" in said.stderr
+    for wrong, message in (
+        ("/nope", "expected one of: /help"),
+        ("/undo", "Nothing was said yet"),
+        ("/adapter none", "No adapter 'none' here"),
+        ("/save x.jsonl", "Nothing was said yet"),
+        ("/retry now", "/retry takes nothing after it"),
+        ("/compare", "/compare needs a message"),
+    ):
+        assert message in imate(*words, stdin=wrong + "\n", code=1).stderr
+
+
+ANSWER = "The sum is 0, 2 or 4\n\nnothing more\n\ngood\n"
+
+
+@pytest.fixture
+def deck(tmp_path):
+    rows = [
+        {"question": f"What is {n}?", "answer": f"The sum is {n}.", "follow_up": "And then?"}
+        | {"category": "even" if n % 2 == 0 else "odd"}
+        | {"difficulty": "beginner" if n < 4 else "advanced"}
+        for n in range(6)
+    ]
+    path = tmp_path / "deck.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@shows("interview --data")
+@shows("interview --category")
+@shows("interview --difficulty")
+@shows("interview --count")
+def test_interview_asks_what_is_wanted(imate, deck):
+    said = imate("interview", stdin="/skip\n" * 20).stdout
+    assert "Question 10 of 10" in said
+    words = ["interview", "--data", deck]
+    assert "Question 1 of 2" in imate(*words, "--count", 2, stdin="/quit\n").stdout
+    only = imate(*words, "--category", "odd", "--difficulty", "advanced", stdin="/quit\n").stdout
+    assert "What is 5?" in only
+    assert "Question 1 of 1" in only
+    assert "expected one of: even, odd" in imate(*words, "--category", "x", code=1).stderr
+
+
+@shows("interview --adapter")
+@shows("interview --model")
+def test_interview_has_a_coach(imate, deck, tiny_base, tiny_adapter):
+    words = ["interview", "--data", deck, "--count", 1, "--adapter", tiny_adapter]
+    for own in (words, [*words, "--model", tiny_base]):
+        said = imate(*own, stdin=ANSWER).stdout
+        question = re.search(r"What is \d\?", said)[0]
+        coach, tokenizer = generate.load_coach(tiny_base, tiny_adapter)
+        expected = generate.answer(coach, tokenizer, question)
+        shown = said.partition("which can be wrong")[2]
+        assert " ".join(expected.split()) in " ".join(shown.split())
+    assert "The coach" not in imate("interview", "--data", deck, stdin=ANSWER).stdout
+    imate("interview", "--model", tiny_base, code=2)
+
+
+@shows("interview --progress")
+@shows("interview --export")
+@shows("interview --json")
+def test_interview_shows_what_was_practised(imate, deck):
+    assert "Nothing was practised yet" in imate("interview", "--progress").stdout
+    said = imate("interview", "--data", deck, "--category", "even", stdin=ANSWER).stdout
+    assert "Your answer has 1 of 1 points" in said
+    assert "overlap, not judgement" in said
+    assert "And then?" in said
+    assert "This question returns in" in said
+    assert "1 answered and graded" in said
+    table = imate("interview", "--progress").stdout
+    assert re.search(r"even +1 +1 +100% +100% +0", table)
+    facts = json.loads(imate("interview", "--progress", "--json").stdout)
+    assert facts["categories"][0]["asked"] == 1
+    assert list(facts["days"].values()) == [1]
+    (line,) = imate("interview", "--export").stdout.splitlines()
+    assert json.loads(line)["follow_up"] == "nothing more"
+    for wrong in (["--json"], ["--progress", "--export"], ["--progress", "--count", 3]):
+        imate("interview", *wrong, code=2)
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """Feedback on three answers, one of them to a question of the shipped test rows."""
+    held = json.loads((shipped_data("interview") / "test.jsonl").read_text().splitlines()[0])
+    path = tmp_path / "feedback.sqlite"
+    with Feedback.open(path) as feedback:
+        for number, question in enumerate(["What is A?", "What is A?", held["question"]]):
+            asked = [Message("user", question)]
+            feedback.keep(f"{number}", asked, f"Answer {number}.", "coach", "hash", "statistics")
+        feedback.rate("0", "up")
+        feedback.rate("1", "down")
+        feedback.rate("2", "down", "Quite another answer.")
+    return path
+
+
+@shows("feedback show --keep")
+@shows("feedback show --json")
+@shows("feedback show --conversations")
+def test_feedback_show(imate, kept):
+    kept.rename(kept.with_name("other.sqlite"))
+    assert "No file feedback.sqlite" in imate("feedback", "show", code=1).stderr
+    words = ["feedback", "show", "--keep", "other.sqlite"]
+    assert re.search(r"coach +statistics +3 +3 +33% +1", imate(*words).stdout)
+    assert "What is A?" not in imate(*words).stdout
+    assert "What is A?" in imate(*words, "--conversations").stdout
+    facts = json.loads(imate(*words, "--json", "--conversations").stdout)
+    assert facts["groups"][0]["rated"] == 3
+    assert len(facts["conversations"]) == 3
+
+
+@shows("feedback export --keep")
+@shows("feedback export --as")
+@shows("feedback export --out")
+@shows("feedback export --force")
+@shows("feedback export --data")
+@shows("feedback export --leave-out")
+def test_feedback_export(imate, kept, questions):
+    kept = kept.rename(kept.with_name("other.sqlite"))
+    words = ["feedback", "export", "--keep", kept, "--out", "rows.jsonl", "--as"]
+    refused = imate(*words, "pairs", code=1).stderr
+    assert "1 of 2 rows are in the valid or test rows" in refused
+    assert "--leave-out" in refused
+    assert not Path("rows.jsonl").exists()
+    assert "left out: " in imate(*words, "pairs", "--leave-out").stderr
+    pair = {"prompt": "What is A?", "chosen": "Answer 0.", "rejected": "Answer 1."}
+    assert json.loads(Path("rows.jsonl").read_text()) == pair | {"category": "statistics"}
+    assert "--force" in imate(*words, "sft", "--leave-out", code=1).stderr
+    imate(*words, "sft", "--force", "--data", questions)  # where the question is not held out
+    rows = list(map(json.loads, Path("rows.jsonl").read_text().splitlines()))
+    assert [row["answer"] for row in rows] == ["Answer 0.", "Quite another answer."]
+    imate("data", "check", "rows.jsonl")
+
+
+@shows("feedback forget --keep")
+@shows("feedback forget --all")
+def test_feedback_forget(imate, kept):
+    words = ["feedback", "forget", "--keep", kept]
+    with Feedback.open(kept) as feedback:
+        first = feedback.conversations()[0][0]
+    assert "forgotten: 1 answer" in imate(*words, first[:10]).stdout
+    assert "forgotten: 2 answers" in imate(*words, "--all").stdout
+    imate(*words, code=2)
+    imate(*words, "--all", first, code=2)
+
+
+ASKED = {"messages": [{"role": "user", "content": "What is a mean?"}], "max_tokens": 4}
+
+
+@shows("serve --adapter")
+@shows("serve --model")
+@shows("serve --port")
+@shows("serve --api-key")
+@shows("serve --cors")
+@shows("serve --keep")
+@shows("serve --data")
+@shows("serve --dtype")
+def test_serve_as_it_is_told(tmp_path, tiny_base, tiny_adapter, deck):
+    key = {"Authorization": "Bearer k"}
+    words = ["--model", tiny_base, "--adapter", f"mine={tiny_adapter}", "--api-key", "k"]
+    words += ["--cors", "http://localhost:3000", "--keep", "kept.sqlite", "--data", deck]
+    with running(tmp_path, *words) as served:  # with --port 0 and --dtype float32
+        assert served.port > 0
+        assert served.get("/v1/models").status_code == 401
+        assert [m["id"] for m in served.get("/v1/models", **key).json()["data"]] == ["tiny", "mine"]
+        there = {"Origin": "http://localhost:3000"}
+        headers = served.get("/health", **there).headers
+        assert headers["access-control-allow-origin"] == "http://localhost:3000"
+        assert served.get("/interview/questions", **key).json()["categories"] == ["even", "odd"]
+        found = served.post("/v1/chat/completions", ASKED | {"temperature": 0}, **key).json()
+        coach, tokenizer = generate.load_coach(tiny_base, tiny_adapter, "float32")
+        expected = generate.answer(coach, tokenizer, "What is a mean?", generate.Sampling(4))
+        assert found["choices"][0]["message"]["content"].strip() == expected
+    with Feedback.open(tmp_path / "kept.sqlite") as feedback:
+        assert feedback.conversations()[0][3] == "What is a mean?"
+
+
+@shows("serve --queue")
+@shows("serve --timeout")
+def test_serve_has_limits(tmp_path, tiny_base):
+    with running(tmp_path, "--model", tiny_base, "--queue", 0, "--timeout", 0.001) as served:
+        many = served.post("/v1/chat/completions", ASKED | {"n": 16, "max_tokens": 500})
+        assert many.status_code == 504
+    with running(tmp_path, "--model", tiny_base, "--queue", 0) as served:
+        body = ASKED | {"n": 16, "max_tokens": 1900, "stream": True, "temperature": 2}
+        url = f"{served.url}/v1/chat/completions"
+        with (
+            httpx2.stream("POST", url, json=body) as one,
+            httpx2.stream("POST", url, json=body) as other,
+        ):
+            next(one.iter_lines())
+            next(other.iter_lines())
+            assert served.post("/v1/chat/completions", body).status_code == 429
+
+
+@shows("serve --host")
+def test_serve_asks_for_a_key_where_others_can_reach_it(imate, tiny_base):
+    refused = imate("serve", "--model", tiny_base, "--host", "0.0.0.0", code=1).stderr
+    assert "others can reach it, so an API key is needed" in refused
+    assert "--api-key" in refused
+    words = ["serve", "--model", tiny_base, "--host", "192.0.2.1", "--api-key", "k"]
+    assert "Cannot listen on 192.0.2.1:8080" in imate(*words, code=1).stderr
+    imate("serve", code=2)
+    imate("serve", "--model", tiny_base, "--api-key", " k", code=2)
