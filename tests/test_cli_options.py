@@ -468,8 +468,8 @@ def test_generate_answers_a_file_of_questions(imate, tiny_adapter, tmp_path):
         assert said == imate(*words[:1], "-", *words[1:], stdin=row["question"]).stdout.strip()
     file.write_text('{"question": ""}\n{}\n')
     refused = imate(*words, "--questions", file, code=1).stderr
-    assert "asked.jsonl line 1" in refused
-    assert "asked.jsonl line 2" in refused
+    assert "asked.jsonl: 2 faults" in refused
+    assert "2 rows (lines 1, 2)" in refused
     imate(*words, code=2)
 
 
@@ -1266,8 +1266,8 @@ def test_serve_has_limits(tmp_path, tiny_base):
             httpx2.stream("POST", url, json=body) as one,
             httpx2.stream("POST", url, json=body) as other,
         ):
-            next(one.iter_lines())
-            next(other.iter_lines())
+            lines = one.iter_lines(), other.iter_lines()
+            assert all(next(each) for each in lines)
             assert served.post("/v1/chat/completions", body).status_code == 429
 
 
