@@ -94,7 +94,7 @@ sys.exit(", ".join(sorted(heavy & set(sys.modules))) or 0)
         ("train --resume --force", "--resume goes on with a run, --force replaces it: choose one."),
         ("convert", "Missing argument 'SOURCE'."),
         ("convert x --dtype int8", "Invalid value for '--dtype': 'int8' is not one of"),
-        ("generate", "Missing argument 'QUESTION'."),
+        ("generate", "Give a question, - for stdin, or --questions FILE"),
         ("generate ' '", "The question is empty."),
         ("generate x --max-tokens 0", "Invalid value for '--max-tokens': 0 is not in the range"),
         ("generate x --temperature -1", "Invalid value for '--temperature': -1.0 is not in the"),

@@ -56,6 +56,7 @@ def expected_files() -> dict[str, Path]:
     """What the wheel holds of the package, by name, and where each file lies here."""
     ours = [p for p in (CHECKOUT / PACKAGE).rglob("*") if p.suffix == ".py" or p.name == "py.typed"]
     ours += (CHECKOUT / PACKAGE / "mini").iterdir()
+    ours += (CHECKOUT / PACKAGE / "serve" / "page").iterdir()
     ours += (path for path in (CHECKOUT / PACKAGE / "doctor").rglob("*") if path.is_file())
     files = {path.relative_to(CHECKOUT).as_posix(): path for path in ours}
     for source, target in SHIPPED.items():

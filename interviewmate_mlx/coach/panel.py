@@ -62,7 +62,7 @@ class Panel:
     Attributes:
         model: whose rows may have different adapters.
         tokenizer: the base's.
-        voices: by name, the base first.
+        voices: by name, the base first; `-base` is added to its name where an adapter has it.
         context: tokens that a prompt and its answer may have together.
     """
 
@@ -97,6 +97,8 @@ class Panel:
         opened_base = open_base(base, next(iter(opened.values()), None), progress)
         base_name = public_name(opened_base.name)
         base_name = Path(base_name).resolve().name if is_path(base_name) else base_name
+        if base_name in opened:  # as that of `imate-mlx train --run mini`, in adapters/mini
+            base_name += "-base"
         if base_name in opened:
             raise ConfigError(
                 f"An adapter is named {brief(base_name)}, as the base is.\n"

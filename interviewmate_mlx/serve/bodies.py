@@ -29,7 +29,10 @@ def _as_utf8(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_as_utf8)]
-StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
+# The limits come before the function, so that they are in the routes' description, too.
+Name = Annotated[str, Field(max_length=1000), BeforeValidator(_as_utf8)]
+StopText = Annotated[str, Field(min_length=1, max_length=1000), BeforeValidator(_as_utf8)]
+Said = Annotated[str, Field(max_length=20_000), BeforeValidator(_as_utf8)]
 
 
 class Body(BaseModel):
@@ -58,7 +61,7 @@ class StreamOptions(Body):
 class Generation(Body):
     """What both routes of OpenAI have."""
 
-    model: Annotated[Text, Field(max_length=1000)] | None = None
+    model: Name | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -178,23 +181,23 @@ class CompletionBody(Generation):
 class RatingBody(Body):
     """`POST /feedback`: what a user says of an answer."""
 
-    answer: Annotated[Text, Field(max_length=200)]
+    answer: Name
     thumbs: Literal["up", "down", ""] | None = None
-    better: Annotated[Text, Field(max_length=20_000)] | None = None
+    better: Said | None = None
 
 
 class CompareBody(Body):
     """`POST /interview/compare`: an answer to a question of the mock interview."""
 
-    question: Annotated[Text, Field(max_length=200)]
-    answer: Annotated[Text, Field(min_length=1, max_length=20_000)]
+    question: Name
+    answer: Said
 
 
 class GradeBody(CompareBody):
     """`POST /interview/grade`: the same, with the grade that the user gives it."""
 
-    grade: Annotated[Literal["again", "hard", "good", "easy"], Field()]
-    follow_up: Annotated[Text, Field(max_length=20_000)] = ""
+    grade: Literal["again", "hard", "good", "easy"]
+    follow_up: Said = ""
 
     def as_grade(self) -> Grade:
         return Grade(self.grade)

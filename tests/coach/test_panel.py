@@ -125,9 +125,14 @@ def test_row_updates_do_what_a_batch_does_with_caches():
     assert (rows.numbers, rows.nbytes, rows.state) == ([3, 1], 0, ())
 
 
-def test_name_of_the_base_is_not_an_adapters(tiny_base, folders):
-    with pytest.raises(ConfigError, match="An adapter is named 'tiny', as the base is"):
-        Panel.load(tiny_base, {"tiny": folders["random"]})
+def test_base_makes_way_for_an_adapter_of_its_name(tiny_base, folders):
+    panel = Panel.load(tiny_base, {"tiny": folders["random"]})
+    assert [(voice.name, voice.number) for voice in panel.voices.values()] == [
+        ("tiny-base", 0),
+        ("tiny", 1),
+    ]
+    with pytest.raises(ConfigError, match="An adapter is named 'tiny-base', as the base is"):
+        Panel.load(tiny_base, {"tiny": folders["random"], "tiny-base": folders["random"]})
 
 
 def test_no_base_and_no_adapter_is_refused():
