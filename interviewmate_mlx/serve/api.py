@@ -1,5 +1,6 @@
 """The routes: OpenAI's, the mock interview's, feedback, metrics, and the page."""
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -78,7 +79,8 @@ def make_app(service: Service) -> FastAPI:
         roles = {"developer": "system"}
         messages = [Message(roles.get(m.role, m.role), m.text) for m in body.messages]
         try:
-            prompt = voice.prompt(service.engine.panel.tokenizer, messages)
+            # In a thread: a megabyte of text takes a second.
+            prompt = await asyncio.to_thread(voice.prompt, service.engine.panel.tokenizer, messages)
         except ConfigError as error:
             raise http_error(400, str(error), "not_supported", "messages") from error
         num_likely = (body.top_logprobs or 0) if body.logprobs else None
@@ -90,7 +92,10 @@ def make_app(service: Service) -> FastAPI:
     async def complete(body: CompletionBody, request: Request) -> Any:
         voice = service.voice(body.model)
         tokenizer = service.engine.panel.tokenizer
-        prompts = [encode_prompt(tokenizer, text, Template.VERBATIM) for text in body.prompts]
+        prompts = [
+            await asyncio.to_thread(encode_prompt, tokenizer, text, Template.VERBATIM)
+            for text in body.prompts
+        ]
         wanted = Wanted("cmpl", voice, prompts, body, body.max_tokens, body.logprobs)
         return await respond(service, wanted, request)
 

@@ -203,13 +203,19 @@ class Engine:
 
     def _start(self, generator: BatchGenerator, job: Job) -> None:
         job.detokenizer = self.panel.tokenizer.detokenizer
-        (number,) = generator.insert(
-            [job.prompt],
-            max_tokens=[job.sampling.max_tokens],
-            caches=[self.panel.model.make_cache(job.voice.number)],
-            samplers=[make_sampler(job.sampling)],
-            logits_processors=[make_processors(job.sampling, self._surplus)],
-        )
+        try:
+            (number,) = generator.insert(
+                [job.prompt],
+                max_tokens=[job.sampling.max_tokens],
+                caches=[self.panel.model.make_cache(job.voice.number)],
+                samplers=[make_sampler(job.sampling)],
+                logits_processors=[make_processors(job.sampling, self._surplus)],
+            )
+        except Exception:
+            _log.exception("an answer could not be begun")
+            self._release()
+            job.deliver(Ended("error", 0))
+            return
         self._jobs[number] = job
 
     def _handle(self, generator: BatchGenerator, response: Any) -> None:
@@ -258,6 +264,9 @@ class Engine:
 
     def _forget(self, number: int) -> None:
         del self._jobs[number]
+        self._release()
+
+    def _release(self) -> None:
         with self._lock:
             self._num_jobs -= 1
 
