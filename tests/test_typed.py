@@ -21,20 +21,22 @@ class Terminal:
     def __init__(self, pid: int, descriptor: int) -> None:
         self._pid, self._descriptor = pid, descriptor
         self.shown = ""
+        self._seen = 0  # characters of it, up to what was waited for last
 
     def type(self, text: str) -> None:
         os.write(self._descriptor, text.encode())
 
     def wait_for(self, text: str) -> None:
         """Read until a text is shown after what was waited for before."""
-        start, deadline = len(self.shown), time.monotonic() + _WAIT_S
-        while text not in self.shown[start:]:
+        deadline = time.monotonic() + _WAIT_S
+        while (place := self.shown.find(text, self._seen)) < 0:
             assert time.monotonic() < deadline, self.shown
             if select.select([self._descriptor], [], [], 0.1)[0]:
                 data = os.read(self._descriptor, 65536)
                 if _WHERE in data:
                     os.write(self._descriptor, b"\x1b[1;1R")
                 self.shown += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data.decode(errors="replace"))
+        self._seen = place + len(text)
 
     def exit_code(self) -> int:
         deadline = time.monotonic() + _WAIT_S
@@ -73,13 +75,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:Deprecati
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal, tiny_base, tmp_path):
-    words = ["--max-tokens", 1900, "--temperature", 2, "--dtype", "float32"]
+    # By this seed the answer has all its 1,900 tokens, which take a second at least.
+    words = ["--max-tokens", 1900, "--temperature", 1, "--seed", 0, "--dtype", "float32"]
     with terminal("chat", "--model", tiny_base, *words) as chat:
         chat.wait_for("tiny>")
         chat.type("What is it all?\r")
         chat.wait_for("\n")
         time.sleep(0.3)
         chat.type("\x03")
+        chat.wait_for("[stopped]")
         chat.wait_for("tiny>")
         chat.type("\x03")  # at the prompt it clears the line
         chat.type("/save said.jsonl\r")

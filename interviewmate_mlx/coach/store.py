@@ -11,6 +11,8 @@ from interviewmate_mlx.errors import StorageError
 
 _WAIT_S = 10.0  # for another process that is writing
 _COMPANIONS = ("-wal", "-shm")  # files that SQLite keeps beside its own
+_ENDING, _HEADER = ".sqlite", b"SQLite format 3\0"
+_APPLICATION = 0x494D4154  # "IMAT", by which SQLite files tell whose they are
 
 
 @contextmanager
@@ -39,7 +41,9 @@ def open_store(path: Path, tables: str, must_exist: bool = False) -> Iterator[sq
         with closing(sqlite3.connect(path, _WAIT_S, check_same_thread=False)) as connection:
             connection.isolation_level = None  # no transaction but those that are written out
             connection.row_factory = sqlite3.Row
+            _refuse_others(path, connection)
             _write_ahead(connection)
+            connection.execute(f"PRAGMA application_id = {_APPLICATION}")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA fullfsync = ON")  # macOS
             connection.execute("PRAGMA secure_delete = ON")
@@ -51,6 +55,16 @@ def open_store(path: Path, tables: str, must_exist: bool = False) -> Iterator[sq
             "Check the path, its permissions and the free space of its disk, "
             "or name another file."
         ) from error
+
+
+def _refuse_others(path: Path, connection: sqlite3.Connection) -> None:
+    """Refuse the file of another program: nothing is to be added to that."""
+    (owner,) = connection.execute("PRAGMA application_id").fetchone()
+    (num_tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    if owner != _APPLICATION and (owner or num_tables):
+        raise StorageError(
+            f"{path} is another program's SQLite file.\nName another file; it may be a new one."
+        )
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
@@ -69,6 +83,10 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
 def _set_damaged_aside(path: Path) -> None:
     if not path.exists() or _is_sound(path):
         return
+    with path.open("rb") as file:
+        has_header = file.read(len(_HEADER)) == _HEADER
+    if not has_header and path.suffix != _ENDING:
+        raise StorageError(f"{path} is no SQLite file.\nName another file; it may be a new one.")
     aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
     path.rename(aside)
     for ending in _COMPANIONS:

@@ -172,6 +172,24 @@ def test_folder_in_place_of_the_file_is_refused(tmp_path):
         pass
 
 
+def test_file_of_something_else_is_refused_and_unchanged(tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("My own notes, a hundred times. " * 100)
+    with pytest.raises(StorageError, match=r"notes\.txt is no SQLite file"), Practice.open(notes):
+        pass
+    assert notes.read_text().startswith("My own notes")
+    other = tmp_path / "cookies.sqlite"
+    connection = sqlite3.connect(other)
+    connection.execute("CREATE TABLE cookies (name TEXT)")
+    connection.commit()
+    connection.close()
+    before = other.read_bytes()
+    with pytest.raises(StorageError, match="another program's SQLite file"), Practice.open(other):
+        pass
+    assert other.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cookies.sqlite", "notes.txt"]
+
+
 def test_answers_survive_kill_and_two_processes(tmp_path, deck):
     """Two processes write until they are killed; all that they said was written is there."""
     path = tmp_path / "practice.sqlite"
