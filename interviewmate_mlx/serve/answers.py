@@ -301,7 +301,7 @@ async def respond(
 
 
 class _Came:
-    """The events of a request, each after it was added to its answer; None where nothing came."""
+    """The events of a request, each after it was added to its answer."""
 
     def __init__(
         self,
@@ -316,6 +316,11 @@ class _Came:
         self._request, self._inbox, self._facts = request, inbox, facts
 
     async def events(self) -> AsyncGenerator[tuple[int, Event] | None, None]:
+        """Each event with the index of its answer; None where none came for a while.
+
+        Raises:
+            LeftError: the client has closed the connection.
+        """
         started = looked = time.monotonic()
         first_s = None
         try:

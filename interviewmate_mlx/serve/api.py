@@ -54,17 +54,29 @@ def make_app(service: Service) -> FastAPI:
     )
     _add_error_forms(app)
     _add_page(app)
+    _add_state(app, service)
+    _add_openai(app, service)
+    _add_feedback(app, service)
+    _add_interview(app, service)
+    return app
 
+
+def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
+        """Is the server there?"""
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
+        """Numbers since the start, in Prometheus' form."""
         return Response(service.metrics.text(), media_type=metrics_.CONTENT_TYPE)
 
+
+def _add_openai(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
+        """The base and each adapter."""
         return {
             "object": "list",
             "data": [
@@ -75,6 +87,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Any:
+        """Answer a conversation."""
         voice = service.voice(body.model)
         roles = {"developer": "system"}
         messages = [Message(roles.get(m.role, m.role), m.text) for m in body.messages]
@@ -90,6 +103,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/v1/completions")
     async def complete(body: CompletionBody, request: Request) -> Any:
+        """Go on from texts as they stand."""
         voice = service.voice(body.model)
         tokenizer = service.engine.panel.tokenizer
         prompts = [
@@ -99,8 +113,11 @@ def make_app(service: Service) -> FastAPI:
         wanted = Wanted("cmpl", voice, prompts, body, body.max_tokens, body.logprobs)
         return await respond(service, wanted, request)
 
+
+def _add_feedback(app: FastAPI, service: Service) -> None:
     @app.post("/feedback")
     async def rate(body: RatingBody) -> dict[str, str]:
+        """Keep what a user says of an answer."""
         if service.feedback is None:
             raise _not_kept()
         try:
@@ -115,10 +132,13 @@ def make_app(service: Service) -> FastAPI:
             service.metrics.ratings.labels(voice, body.thumbs).inc()
         return {"status": "kept"}
 
+
+def _add_interview(app: FastAPI, service: Service) -> None:
     @app.get("/interview/questions")
     async def questions(
         category: str = "", difficulty: str = "", count: int = 10
     ) -> dict[str, Any]:
+        """The next questions of the mock interview."""
         if not 1 <= count <= _MAX_QUESTIONS:
             text = f"count: expected from 1 to {_MAX_QUESTIONS}."
             raise http_error(400, text, "invalid_value", "count")
@@ -139,6 +159,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/interview/compare")
     async def compare(body: CompareBody) -> dict[str, Any]:
+        """The points of the written answer that an answer has, by the words that they share."""
         question = _question(service, body.question)
         points = service.deck.compare(question, body.answer)
         return {
@@ -149,6 +170,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/interview/grade")
     async def grade(body: GradeBody) -> dict[str, str]:
+        """Keep a grade; tell when the question is due again."""
         question = _question(service, body.question)
         if service.practice is None:
             raise _not_kept()
@@ -161,8 +183,6 @@ def make_app(service: Service) -> FastAPI:
         except Exception as error:
             raise _cannot_keep() from error
         return {"due": due.isoformat()}
-
-    return app
 
 
 def _add_page(app: FastAPI) -> None:
