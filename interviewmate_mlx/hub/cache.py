@@ -136,7 +136,11 @@ def _report(progress: Progress | None, before: int, total: int, arrived: int = 0
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    """The size of a file, 0 if it is not there. Another process may rename it at any moment."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _part_of(blob: Path) -> Path:

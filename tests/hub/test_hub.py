@@ -331,6 +331,15 @@ def test_a_file_that_arrives_damaged_is_refused_and_not_kept(serve, falcon, name
     assert (pull(FALCON).path / name).read_bytes() == (falcon / name).read_bytes()
 
 
+def test_file_that_another_pull_renames_has_no_size(tmp_path, monkeypatch):
+    """Between the question whether it is there and that for its size, it may go."""
+    part = tmp_path / "blob.incomplete"
+    monkeypatch.setattr(type(part), "is_file", lambda _: True)
+    assert hub_cache._size(part) == 0
+    part.write_bytes(b"four")
+    assert hub_cache._size(part) == 4
+
+
 def test_two_pulls_at_once_fetch_each_file_once(serve, falcon):
     hub = serve({FALCON: falcon})
     folders: list[PulledFolder] = []
