@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 import time
@@ -20,6 +21,7 @@ from interviewmate_mlx.serve.api import make_app
 from interviewmate_mlx.serve.guard import App, Guard, Message, Receive, Scope, Send
 
 _MAX_CONNECTIONS = 1000  # more are answered with 503
+_OTHER_FILES = 200
 _HEAD_S = 10.0  # in which a request's head must have come
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -162,6 +164,7 @@ def serve(service: Service, address: Address, sock: socket.socket) -> int:
     Returns:
         The signal's number.
     """
+    _allow_connections()
     port = sock.getsockname()[1]
     app: Any = Guard(make_app(service), address.names(port), address.origins, address.api_key)
     config = uvicorn.Config(
@@ -180,6 +183,15 @@ def serve(service: Service, address: Address, sock: socket.socket) -> int:
     server = _Server(config)
     server.run(sockets=[sock])
     return server.received
+
+
+def _allow_connections() -> None:
+    """Raise the limit of open files, as far as the system lets us: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_CONNECTIONS + _OTHER_FILES
+    wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def set_up_log() -> None:
