@@ -1157,6 +1157,14 @@ def test_interview_shows_what_was_practised(imate, deck):
         imate("interview", *wrong, code=2)
 
 
+def test_interview_takes_a_line_with_a_slash_and_stops_at_the_follow_up(imate, deck):
+    words = ["interview", "--data", deck, "--category", "even"]
+    typed = "first\n/usr/bin/env\nthird\n\n/skip\ngood\nthe sum\n\n/quit\n"
+    assert "1 answered and graded" in imate(*words, stdin=typed).stdout
+    (line,) = map(json.loads, imate("interview", "--export").stdout.splitlines())
+    assert (line["answer"], line["follow_up"]) == ("first\n/usr/bin/env\nthird", "")
+
+
 @pytest.fixture
 def kept(tmp_path):
     """Feedback on three answers, one of them to a question of the shipped test rows."""

@@ -147,7 +147,7 @@ def _interview(
         console.print(" · ".join(filter(None, labels)), style="dim")
         console.print(harmless(question.text), style="bold")
         try:
-            answer = typed.text("> ")
+            answer = typed.text("> ", (_SKIP, _QUIT))
             if answer == _QUIT:
                 break
             if answer in ("", _SKIP):
@@ -163,7 +163,10 @@ def _interview(
             if question.follow_up:
                 console.print("\nA follow-up", style="bold")
                 console.print(harmless(question.follow_up))
-                follow_up = typed.text("> ")
+                follow_up = typed.text("> ", (_SKIP, _QUIT))
+                if follow_up == _QUIT:
+                    break
+                follow_up = "" if follow_up == _SKIP else follow_up
             grade = _ask_grade(console, typed)
         except EOFError:
             break

@@ -1,6 +1,7 @@
 """Lines that a user types, or that come through a pipe."""
 
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -50,11 +51,15 @@ class Typed:
             raise EOFError
         return line.rstrip("\r\n")
 
-    def text(self, prompt: str) -> str:
+    def text(self, prompt: str, commands: Collection[str] = ()) -> str:
         """Several lines, up to an empty one or the end; `/edit` opens $EDITOR with them.
 
+        Args:
+            prompt: shown at a terminal.
+            commands: words that are returned at once if they are the first line.
+
         Raises:
-            EOFError: there is nothing more.
+            EOFError: there are no more lines.
         """
         lines: list[str] = []
         while True:
@@ -66,8 +71,9 @@ class Typed:
                 raise
             if line.strip() == EDIT and self.is_terminal:
                 return (click.edit("\n".join(lines) + "\n") or "").strip()
-            if not line.strip() or line.startswith("/"):
-                lines += [line] if line.strip() else []
+            if not lines and line.strip() in commands:
+                return line.strip()
+            if not line.strip():
                 break
             lines.append(line)
         return "\n".join(lines).strip()

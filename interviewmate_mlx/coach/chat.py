@@ -88,10 +88,19 @@ class Chat:
     def retry(self) -> Generator[str, None, None]:
         """Answer the last message again, with other draws.
 
+        If it is stopped before there is an answer, the one before is kept.
+
         Raises:
             ConfigError: there is none.
         """
-        return self.ask(self.undo())
+        before = self.messages
+        asked = self.undo()
+        undone = self.messages
+        try:
+            yield from self.ask(asked)
+        finally:
+            if self.messages is undone:
+                self.messages = before
 
     def undo(self) -> str:
         """Forget the last message and its answer; return the message.
@@ -116,9 +125,9 @@ class Chat:
         )
         unread = memory.keep_shared(prompt)
         self.num_read = len(unread)
-        sampling, self._num_answers = self.sampling, self._num_answers + 1
+        sampling = replace(self.sampling, seed=self.sampling.seed + self._num_answers)
+        self._num_answers += 1
         stops = StopTexts(sampling.stop)
-        draws = make_sampler(_reseeded(sampling, self._num_answers - 1))
         said: list[int] = []
         try:
             for piece in stream_generate(
@@ -126,7 +135,7 @@ class Chat:
                 self._panel.tokenizer,
                 unread,
                 max_tokens=sampling.max_tokens,
-                sampler=draws,
+                sampler=make_sampler(sampling),
                 logits_processors=make_processors(sampling, self._surplus),
                 prompt_cache=memory.cache,
             ):
@@ -163,7 +172,3 @@ class Chat:
             f"{self._panel.context}, and {self.sampling.max_tokens} of them are for the answer.\n"
             "Make it shorter, or let answers have fewer tokens."
         )
-
-
-def _reseeded(sampling: Sampling, number: int) -> Sampling:
-    return replace(sampling, seed=sampling.seed + number)

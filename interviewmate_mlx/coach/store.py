@@ -86,7 +86,9 @@ def _set_damaged_aside(path: Path) -> None:
     with path.open("rb") as file:
         has_header = file.read(len(_HEADER)) == _HEADER
     if not has_header and path.suffix != _ENDING:
-        raise StorageError(f"{path} is no SQLite file.\nName another file; it may be a new one.")
+        raise StorageError(
+            f"{path} is not an SQLite file.\nName another file; it may be a new one."
+        )
     aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
     path.rename(aside)
     for ending in _COMPANIONS:

@@ -24,7 +24,7 @@ _OFF: dict[str, Any] = {
 
 def _as_utf8(value: Any) -> Any:
     if isinstance(value, str) and not is_utf8(value):
-        raise ValueError("holds half of a surrogate pair, which is no text")
+        raise ValueError("holds half of a surrogate pair, which is not text")
     return value
 
 
@@ -36,7 +36,7 @@ Said = Annotated[str, Field(max_length=20_000), BeforeValidator(_as_utf8)]
 
 
 class Body(BaseModel):
-    """Nothing but the known keys, and nothing converted: `"5"` is no number."""
+    """Nothing but the known keys, and nothing converted: `"5"` is not a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

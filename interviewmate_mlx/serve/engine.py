@@ -222,7 +222,6 @@ class Engine:
         job = self._jobs[response.uid]
         is_end_token = response.finish_reason == "stop"
         job.num_tokens += 1
-        text = ""
         if not is_end_token:
             job.detokenizer.add_token(response.token)
         if response.finish_reason:

@@ -85,6 +85,10 @@ def test_undo_and_retry(chat, panel):
     answers = [said(warm.ask(TURNS[0])), said(warm.retry()), said(warm.retry())]
     assert len(set(answers)) > 1
     assert len(warm.messages) == 2
+    warm.system = "why " * 3000
+    with pytest.raises(ConfigError, match="expected at most"):
+        said(warm.retry())
+    assert warm.messages[-1].content == answers[-1]  # no answer: the one before stays
     warm.undo()
     with pytest.raises(ConfigError, match="Nothing was said yet"):
         warm.undo()
