@@ -49,8 +49,8 @@ def main(job: Job) -> Result:
         head_tokens=head,
         peak_process_bytes=peak_process_bytes(),
         peak_device_bytes=mx.get_peak_memory(),
-        products=time_mlx_products(job, task.model.transformer.ln_f.weight.dtype),
-        dtype=str(task.model.transformer.ln_f.weight.dtype).removeprefix("mlx.core."),
+        products=time_mlx_products(job, task.model.dtype),
+        dtype=str(task.model.dtype).removeprefix("mlx.core."),
         device=f"{here.device}: {here.device_name}",
         versions=versions("interviewmate-mlx", "mlx"),
     )

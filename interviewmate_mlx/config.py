@@ -21,7 +21,7 @@ from interviewmate_mlx.files import is_utf8, read_bounded
 _MAX_BYTES = 1 << 16  # of a run's file
 _MAX_SHOWN_CHARS = 200  # of a wrong value
 _SHIPPED_NAME = re.compile(r"[a-z0-9-]+").fullmatch
-_NAMES = 'a list of names, as in ["query_key_value"]'
+_NAMES = 'attention, all-linear, or a list of names, as in ["query_key_value"]'
 
 
 def _option(default: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
@@ -62,6 +62,7 @@ class ModelConfig:
     base: str = _name("tiiuae/falcon-rw-1b")  # mini, a folder or a Hub id
     # auto: float32 on a CPU, bfloat16 on a GPU
     dtype: str = _one_of("auto", "float32", "bfloat16", "float16")
+    untested_base: bool = False  # train also a network that no test holds against transformers
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class LoraConfig:
     alpha: float = _above_zero(16.0)  # their product is scaled by alpha / rank
     # share of a layer's inputs that the LoRA does not see, drawn again each step
     dropout: float = _option(0.05, lambda v: 0 <= v < 1, "from 0 to below 1")
-    # layers that get one, in every block
-    targets: tuple[str, ...] = _option(("query_key_value",), bool, _NAMES)
+    # layers that get one, in every block: names, or the base's own attention, or all-linear
+    targets: tuple[str, ...] = _option(("attention",), bool, _NAMES)
     rslora: bool = False  # scale by alpha / sqrt(rank)
 
 

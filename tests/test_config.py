@@ -60,7 +60,7 @@ def test_shipped_run_has_the_values_of_the_original(letter, original):
     assert run.name == f"run_{letter}"
     assert run.model.base == "tiiuae/falcon-rw-1b"
     assert (run.train.learning_rate, run.lora.rank, run.lora.alpha) == (learning_rate, rank, alpha)
-    assert run.lora.targets == ("query_key_value",)
+    assert run.lora.targets == ("attention",)
     channels, layers = 2048, 24
     assert layers * run.lora.rank * (channels + 3 * channels) == num_trainable
     assert (run.train.batch_size, run.train.grad_accumulation, run.train.epochs) == (1, 4, 3)
@@ -119,6 +119,7 @@ def test_every_key_of_a_file_is_read(write_run):
         [model]
         base = "models/mine"
         dtype = "bfloat16"
+        untested_base = true
         [lora]
         rank = 16
         alpha = 32
@@ -152,7 +153,7 @@ def test_every_key_of_a_file_is_read(write_run):
     run = load_run(path)
     assert run == RunConfig(
         name="mine",
-        model=ModelConfig("models/mine", "bfloat16"),
+        model=ModelConfig("models/mine", "bfloat16", True),
         lora=LoraConfig(16, 32.0, 0.0, ("dense", "query_key_value"), True),
         data=DataConfig("rows", 128, "all"),
         train=TrainConfig(5.0, 11, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, True, 6.5, 0),
@@ -230,7 +231,11 @@ WRONG_TYPES = [
     ("lora.alpha", "true", "got True, expected a number"),
     ("lora.rslora", "1", "got 1, expected true or false"),
     ("train.gradient_checkpointing", "1", "got 1, expected true or false"),
-    ("lora.targets", "[]", 'got [], expected a list of names, as in ["query_key_value"]'),
+    (
+        "lora.targets",
+        "[]",
+        'got [], expected attention, all-linear, or a list of names, as in ["query_key_value"]',
+    ),
     ("lora.targets", '["dense", 1]', "got ['dense', 1], expected a list of names"),
     ("lora.targets", '[""]', "got [''], expected a list of names"),
     ("data.path", "8", "got 8, expected a string"),

@@ -14,14 +14,15 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from interviewmate_mlx.base.convert import convert, source_of
-from interviewmate_mlx.base.source import check_depth, model_files, read_args
+from interviewmate_mlx.base.quantize import Quantization, read_quantization
+from interviewmate_mlx.base.source import check_depth, model_files, read_network
 from interviewmate_mlx.base.tokenizer import (
     build_tokenizer,
     check_tokenizer_class,
     check_vocab,
     read_tokenizer_files,
 )
-from interviewmate_mlx.errors import ModelError, WeightsError, brief, one_line
+from interviewmate_mlx.errors import ModelError, WeightsError, one_line
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.formats.cast import FLOAT_DTYPES, cast
 from interviewmate_mlx.formats.json_file import parse_json, read_file
@@ -34,8 +35,9 @@ from interviewmate_mlx.formats.safetensors_file import (
 )
 from interviewmate_mlx.formats.samples import add_samples
 from interviewmate_mlx.hub.names import fetch_model, is_hub_id, is_path, local_path, shipped_base
-from interviewmate_mlx.model import falcon
+from interviewmate_mlx.model.architectures import NetworkConfig
 from interviewmate_mlx.model.tree import named_arrays
+from interviewmate_mlx.model.zoo import build_network
 
 _SAMPLE_NUMBERS = 2048  # of each tensor
 _GRID_STEPS = 1024  # per unit: weights are rounded to 1/1024
@@ -50,8 +52,8 @@ class Base:
     Attributes:
         name: as the user gave it: `mini`, a path, or a Hub id.
         folder: the model folder.
-        args: the network's shape.
-        quantization: `group_size` and `bits` of quantised weights; None if they are not.
+        network: which network it is, and its shape.
+        quantization: how its weights are quantised; None if they are not.
         headers: headers of the weight files, by path.
         tokenizer: stops on its own end token, whatever config.json says.
         small_files: a sha256 of `config.json` and `tokenizer.json`, to be continued.
@@ -60,8 +62,8 @@ class Base:
 
     name: str
     folder: Path
-    args: falcon.ModelArgs
-    quantization: dict[str, int] | None
+    network: NetworkConfig
+    quantization: Quantization | None
     headers: dict[Path, SafetensorsHeader]
     tokenizer: TokenizerWrapper
     small_files: "hashlib._Hash"
@@ -78,8 +80,8 @@ class Base:
             progress: called with bytes done and bytes in all during pull and conversion.
 
         Raises:
-            ModelError: there is no such folder, it is not a Falcon-RW in safetensors, or
-                its files do not fit together.
+            ModelError: there is no such folder, it holds no network that can be trained
+                here, or its files do not fit together.
             ConfigError, HubError, StorageError: as for `fetch_base`.
         """
         name = str(name)
@@ -94,48 +96,53 @@ class Base:
         path = folder / "config.json"
         config_bytes = read_file(path)
         config = parse_json(path, config_bytes)
-        args = read_args(folder, config)
+        network = read_network(folder, config)
         headers = {path: read_safetensors_header(path) for path in paths}
         names = [name for header in headers.values() for name in header.tensors]
-        check_depth(args, names)
-        quantization = _read_quantization(folder, config, names)
-        check_tokenizer_class(folder / "config.json", config)
+        check_depth(network.num_layers, names)
+        quantization = read_quantization(folder, config, names)
         files = read_tokenizer_files(folder)
-        check_vocab(files, args.vocab_size)
+        check_tokenizer_class(files, folder / "config.json", config)
+        check_vocab(files, network.vocab_size)
         tokenizer = build_tokenizer(files)
         small_files = hashlib.sha256(config_bytes + files.contents.get("tokenizer.json", b""))
-        return cls(name, folder, args, quantization, headers, tokenizer, small_files)
+        return cls(name, folder, network, quantization, headers, tokenizer, small_files)
 
-    def build(self, dtype: mx.Dtype) -> falcon.Model:
-        """Build the network. Its weights are not in memory yet; `read` loads them.
+    @property
+    def tensor_names(self) -> set[str]:
+        """The names of the tensors in its files."""
+        return {name for header in self.headers.values() for name in header.tensors}
+
+    def build(self, dtype: mx.Dtype) -> Any:
+        """Build the `Network`. Its weights are not in memory yet; `read` loads them.
 
         Args:
             dtype: of the float weights.
 
         Raises:
+            ModelError: mlx-lm cannot build the network that config.json describes.
             WeightsError: the tensors do not fit the network.
         """
-        model = falcon.Model(self.args)
+        try:
+            model = build_network(self.network)
+        except ValueError as error:
+            raise ModelError(f"{self.folder}: {error}\nChoose another base.") from error
         weights = dict(self.weights or {})
         for path in self.headers if self.weights is None else ():
             weights |= self._load(path)
-        weights = model.sanitize(weights)
         try:
+            if self.weights is None and hasattr(model, "sanitize"):
+                weights = model.sanitize(weights)
             if self.quantization:
-                nn.quantize(
-                    model,
-                    group_size=self.quantization["group_size"],
-                    bits=self.quantization["bits"],
-                    class_predicate=lambda path, _: f"{path}.scales" in weights,
-                )
+                self.quantization.apply(model, weights)
             model.load_weights(list(weights.items()))
-        except ValueError as error:
+        except Exception as error:  # of any kind, from mlx-lm's `sanitize`
             raise self._as_weights_error(error) from error
         model.set_dtype(dtype)
         model.eval()
         return model
 
-    def read(self, model: falcon.Model) -> None:
+    def read(self, model: nn.Module) -> None:
         """Load the weights of a built network into memory.
 
         Raises:
@@ -157,7 +164,7 @@ class Base:
         """
         return replace(self, weights=named_arrays(self.load(dtype).parameters()))
 
-    def load(self, dtype: mx.Dtype) -> falcon.Model:
+    def load(self, dtype: mx.Dtype) -> Any:
         """Build the network and load its weights into memory: `build`, then `read`."""
         model = self.build(dtype)
         self.read(model)
@@ -258,23 +265,3 @@ def is_here(name: str) -> bool:
 
 def _is_only_on_hub(name: str) -> bool:
     return not (shipped_base(name) or local_path(name).exists()) and is_hub_id(name)
-
-
-def _read_quantization(
-    folder: Path, config: dict[str, Any], names: list[str]
-) -> dict[str, int] | None:
-    quantization = config.get("quantization")
-    if quantization is None:
-        return None
-    settings = quantization if isinstance(quantization, dict) else {}
-    sizes: dict[str, Any] = {key: settings.get(key) for key in ("group_size", "bits")}
-    fault = ""
-    if not all(type(size) is int and 0 < size <= 1024 for size in sizes.values()):
-        fault = f"got {brief(quantization)}, expected group_size and bits, whole numbers above 0"
-    elif not any(name.endswith(".scales") for name in names):
-        fault = f"got {sizes['bits']} bits, expected none: the weights are not quantised"
-    if fault:
-        raise ModelError(
-            f"{folder}/config.json: quantization: {fault}.\nConvert or quantise it again."
-        )
-    return sizes

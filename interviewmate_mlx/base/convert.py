@@ -258,7 +258,7 @@ def _fit(
     tensors: dict[str, TensorEntry], args: falcon.ModelArgs, dtype: str | None
 ) -> dict[str, TensorEntry]:
     """Check that the tensors are exactly the model's; return them in the model's order."""
-    check_depth(args, tensors)
+    check_depth(args.num_hidden_layers, tensors)
     expected = {
         name: value.shape for name, value in named_arrays(falcon.Model(args).parameters()).items()
     }

@@ -20,7 +20,8 @@ from interviewmate_mlx.formats.model_files import (
 )
 from interviewmate_mlx.formats.safetensors_file import TensorEntry, read_safetensors_header
 from interviewmate_mlx.formats.torch_file import read_torch_file
-from interviewmate_mlx.model import falcon
+from interviewmate_mlx.model import falcon, zoo
+from interviewmate_mlx.model.architectures import NetworkConfig
 
 _OLD_NAMES = {
     "n_layer": "num_hidden_layers",
@@ -83,7 +84,31 @@ def read_args(folder: Path, config: dict[str, Any]) -> falcon.ModelArgs:
         ) from error
 
 
-def check_depth(args: falcon.ModelArgs, tensors: Collection[str]) -> None:
+def read_network(folder: Path, config: dict[str, Any]) -> NetworkConfig:
+    """Read and check which network a `config.json` describes.
+
+    Raises:
+        ModelError: it is none that is trained here, or a value is impossible. All such keys
+            are named.
+    """
+    if is_falcon(config):
+        return NetworkConfig("falcon", read_args(folder, config), activation="gelu")
+    try:
+        return zoo.read_network(config)
+    except ValueError as error:
+        faults = list_faults(str(error).splitlines(), max_shown=20)
+        raise ModelError(
+            f"{folder}/config.json describes no network that is trained here:\n{faults}\n"
+            "Choose another base; docs/bases.md lists the networks."
+        ) from error
+
+
+def is_falcon(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is a Falcon's, by its old names or today's."""
+    return config.get("model_type", "falcon") in ("falcon", *_OLD_MODEL_TYPES)
+
+
+def check_depth(num_layers: int, tensors: Collection[str]) -> None:
     """Refuse a config with more layers than the weights have tensors.
 
     Such a config could name millions of layers, and they would be built before the
@@ -92,9 +117,9 @@ def check_depth(args: falcon.ModelArgs, tensors: Collection[str]) -> None:
     Raises:
         WeightsError: there are more layers than tensors.
     """
-    if args.num_hidden_layers > len(tensors):
+    if num_layers > len(tensors):
         raise WeightsError(
-            f"config.json: num_hidden_layers: got {args.num_hidden_layers}, expected at most "
+            f"config.json: num_hidden_layers: got {num_layers}, expected at most "
             f"{len(tensors)}, the number of tensors in the weights.\n"
             "Correct config.json, or download the model again."
         )

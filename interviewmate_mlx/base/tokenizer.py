@@ -125,10 +125,13 @@ def check_vocab(files: TokenizerFiles, vocab_size: object) -> None:
         )
 
 
-def check_tokenizer_class(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse a `tokenizer_class` that is not one of the known ones.
+def check_tokenizer_class(files: TokenizerFiles, path: Path, settings: dict[str, Any]) -> None:
+    """Refuse a `tokenizer_class` that may read its files in another way than this package.
+
+    `tokenizer.json` describes a whole tokenizer, whatever its class is called.
 
     Args:
+        files: the tokenizer's.
         path: the file with the settings, for messages.
         settings: its content.
 
@@ -136,6 +139,8 @@ def check_tokenizer_class(path: Path, settings: dict[str, Any]) -> None:
         ModelError: the class is another one.
     """
     known = (*TOKENIZER_CLASSES, _NEW_CLASS)
+    if "tokenizer.json" in files.contents:
+        return
     if (found := settings.get("tokenizer_class")) not in (None, *known):
         raise ModelError(
             f"{path}: tokenizer_class: got {brief(found)}, expected one of {', '.join(known)}.\n"
@@ -150,7 +155,7 @@ def build_tokenizer(files: TokenizerFiles) -> TokenizerWrapper:
         ModelError: the tokenizers library cannot build it, or it is of an unknown class.
     """
     settings = files.objects.get("tokenizer_config.json", {})
-    check_tokenizer_class(files.folder / "tokenizer_config.json", settings)
+    check_tokenizer_class(files, files.folder / "tokenizer_config.json", settings)
     if "Precompiled" in json.dumps(files.objects.get("tokenizer.json", {}).get("normalizer")):
         # The tokenizers library panics if its bytes are damaged.
         raise ModelError(

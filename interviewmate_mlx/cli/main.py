@@ -52,6 +52,7 @@ _OPTIONS = {
     "replace": "--force",
     "resume": "--resume",
     "system": "--system",
+    "untested_base": "--untested-base",
 }
 _PACKAGES = Path(__file__).parents[2]
 

@@ -109,13 +109,20 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _key_option(
-    name: str, key: str, type_: Any, metavar: str, help_: str, *, multiple: bool = False
+    name: str,
+    key: str,
+    type_: Any,
+    metavar: str | None,
+    help_: str,
+    *,
+    multiple: bool = False,
+    is_flag: bool = False,
 ) -> Any:
-    """An option that is the same as `--set KEY=VALUE`."""
+    """An option that is the same as `--set KEY=VALUE`; a flag, as `--set KEY=true`."""
 
     def store(ctx: click.Context, param: click.Parameter, value: Any) -> None:
-        if value is not None and value != ():
-            is_text = isinstance(value, str | tuple)
+        if value is not None and value not in ((), False):
+            is_text = isinstance(value, str | tuple | bool)
             given = json.dumps(value, ensure_ascii=False) if is_text else value
             ctx.meta.setdefault(_RUN, {})[key] = (name, f"{key}={given}")
 
@@ -127,6 +134,7 @@ def _key_option(
         expose_value=False,
         help=help_,
         multiple=multiple,
+        is_flag=is_flag,
     )
 
 
@@ -150,6 +158,14 @@ _RUN_OPTIONS = [
         help="A shipped run, or the path of a .toml file.",
     ),
     _key_option("--model", "model.base", str, "BASE", "mini (shipped), a folder or a Hub id."),
+    _key_option(
+        "--untested-base",
+        "model.untested_base",
+        bool,
+        None,
+        "Train also a network that no test holds against transformers.",
+        is_flag=True,
+    ),
     _key_option("--data", "data.path", str, "DATA", "A folder, a file, or a Hub data set."),
     _key_option("--epochs", "train.epochs", float, "NUMBER", "Times over the rows; may be 0.5."),
     _key_option(

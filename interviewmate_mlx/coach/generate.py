@@ -24,8 +24,8 @@ from interviewmate_mlx.data.prompts import Template, encode_messages, encode_pro
 from interviewmate_mlx.data.records import Message
 from interviewmate_mlx.errors import ConfigError, HubError, ModelError, WeightsError
 from interviewmate_mlx.files import Progress
-from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.model.tree import named_arrays
+from interviewmate_mlx.model.zoo import Network
 
 _MOST_AT_ONCE = 32  # answers; more at once gain nothing
 
@@ -35,7 +35,7 @@ def load_coach(
     adapter: Path | str | None = None,
     dtype: str = "auto",
     progress: Progress | None = None,
-) -> tuple[Model, TokenizerWrapper]:
+) -> tuple[Network, TokenizerWrapper]:
     """Load a base and, if given, an adapter onto it.
 
     Args:
@@ -78,7 +78,7 @@ def open_base(
             "adapter",
         )
     try:
-        return Base.open(name, progress)
+        opened = Base.open(name, progress)
     except (ConfigError, HubError, ModelError) as error:
         if base or adapter is None or isinstance(error, WeightsError):
             raise
@@ -88,6 +88,9 @@ def open_base(
             "If the base is elsewhere here, or on the Hub, give its name.",
             "base",
         ) from error
+    for doubt in opened.network.doubts:
+        warnings.warn(f"{name}: {doubt}; its answers may be wrong.", stacklevel=2)
+    return opened
 
 
 def warn_of_other_weights(adapter: Adapter, base: Base) -> None:
@@ -105,7 +108,7 @@ def warn_of_other_weights(adapter: Adapter, base: Base) -> None:
 
 
 def prompt_for(
-    model: Model, tokenizer: TokenizerWrapper, question: str, system: str = "", raw: bool = False
+    model: Network, tokenizer: TokenizerWrapper, question: str, system: str = "", raw: bool = False
 ) -> list[int]:
     """Token ids of a question as the model is asked it.
 
@@ -130,7 +133,7 @@ def prompt_for(
 
 
 def stream_answer(
-    model: Model,
+    model: Network,
     tokenizer: TokenizerWrapper,
     question: str,
     sampling: Sampling = Sampling(),
@@ -174,7 +177,7 @@ class Answer:
 
 
 def answer_all(
-    model: Model,
+    model: Network,
     tokenizer: TokenizerWrapper,
     prompts: Sequence[list[int]],
     sampling: Sampling = Sampling(),
@@ -233,10 +236,12 @@ def _before_stop(text: str, stops: Sequence[str]) -> str:
     return found.add(text) + found.rest()
 
 
-def num_at_once(model: Model, num_tokens: int) -> int:
+def num_at_once(model: Network, num_tokens: int) -> int:
     """How many texts of so many tokens have room for their keys and values in the memory."""
-    shape, dtype = model.args, model.transformer.ln_f.weight.dtype
-    of_text = 2 * shape.num_hidden_layers * shape.hidden_size * dtype.size * num_tokens
+    shape = model.args
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    of_text = 2 * len(model.layers) * heads * head_dim * model.dtype.size * num_tokens
     weights = sum(array.nbytes for array in named_arrays(model.parameters()).values())
     # Joining two batches copies their keys and values.
     room = (backend.machine().memory_bytes - weights) // (2 * of_text)
@@ -244,7 +249,7 @@ def num_at_once(model: Model, num_tokens: int) -> int:
 
 
 def answer(
-    model: Model,
+    model: Network,
     tokenizer: TokenizerWrapper,
     question: str,
     sampling: Sampling = Sampling(),

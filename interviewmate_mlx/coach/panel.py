@@ -119,7 +119,7 @@ class Panel:
         for number, layers in updates.items():
             model.add(number, layers)
         mx.eval(model.parameters())  # here: another thread has no stream of this one's
-        context = opened_base.args.max_position_embeddings
+        context = opened_base.network.context
         return cls(model, opened_base.tokenizer, voices, context)
 
     @property

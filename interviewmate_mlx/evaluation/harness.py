@@ -24,7 +24,7 @@ from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.errors import ConfigError
 from interviewmate_mlx.evaluation.loss import row_losses
 from interviewmate_mlx.files import Progress
-from interviewmate_mlx.model.falcon import Model
+from interviewmate_mlx.model.zoo import Network
 
 # Of a task: metric -> number, as lm-eval names them.
 Metrics = dict[str, float]
@@ -48,7 +48,7 @@ def check_installed() -> None:
 
 
 def run_tasks(
-    model: Model,
+    model: Network,
     tokenizer: TokenizerWrapper,
     tasks: Sequence[str],
     *,
@@ -108,7 +108,7 @@ def run_tasks(
     }
 
 
-def as_lm(model: Model, tokenizer: TokenizerWrapper, progress: Progress = lambda *_: None) -> Any:
+def as_lm(model: Network, tokenizer: TokenizerWrapper, progress: Progress = lambda *_: None) -> Any:
     """A model as an `lm_eval.api.model.LM`.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 
 from interviewmate_mlx.data.batches import Microbatch, collate, split_step
 from interviewmate_mlx.data.prompts import Example
-from interviewmate_mlx.model.falcon import Model
+from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.loss import CHUNK_ELEMENTS
 
 # Padded tokens that go through the network at once.
@@ -72,7 +72,7 @@ class Difference:
 
 
 def row_losses(
-    model: Model,
+    model: Network,
     examples: Sequence[Example],
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[RowLoss]:
@@ -106,10 +106,10 @@ def _of_row(microbatch: Microbatch, row: int) -> np.ndarray:
 
 
 def _token_losses(
-    model: Model, inputs: mx.array, positions: mx.array, targets: mx.array
+    model: Network, inputs: mx.array, positions: mx.array, targets: mx.array
 ) -> tuple[mx.array, mx.array]:
     """The loss of each predicted token and whether the model thinks it likeliest, (N,) each."""
-    hidden = model.transformer(inputs)
+    hidden = model.states(inputs)[-1]
     predicting = hidden.reshape(-1, hidden.shape[-1])[positions]
     nats: list[mx.array] = []
     is_correct: list[mx.array] = []

@@ -20,8 +20,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.base import scaled_dot_product_attention
 
-from interviewmate_mlx.model.falcon import Model
+from interviewmate_mlx.model.falcon import exact_gelu
+from interviewmate_mlx.model.zoo import Network
 
 # exp(x) = 2**k * exp(r) with x = k * ln 2 + r, |r| <= ln(2) / 2. exp(r): a minimax fit
 # (iteratively reweighted least squares in float64); relative error 2e-9.
@@ -236,12 +238,14 @@ def _cross_entropy_vjp(
     return _times_difference(cotangent[:, None], probabilities, is_target), mx.zeros_like(targets)
 
 
-def use_cpu_kernels(model: Model) -> None:
+def use_cpu_kernels(model: Network) -> None:
     """Let a float32 model on a CPU compute with these functions, in place."""
-    for block in model.layers:
-        block.mlp.activation = gelu
-        block.self_attention.attend = attention
     for module in model.modules():
         if type(module) is nn.LayerNorm:
             module.__class__ = _LayerNorm
+        # What a module lets be replaced; mlx-lm's networks have no such places.
+        if getattr(module, "attend", None) is scaled_dot_product_attention:
+            module.attend = attention
+        if getattr(module, "activation", None) is exact_gelu:
+            module.activation = gelu
     model.cross_entropy = cross_entropy

@@ -284,9 +284,34 @@ class Model(nn.Module):
             return self.transformer.word_embeddings.as_linear(hidden)
         return self.lm_head(hidden)
 
+    def states(self, inputs: mx.array) -> list[mx.array]:
+        """Token ids (B, L) int32 -> what leaves each block, and the last, normalised: for `head`.
+
+        (B, L, C) each, in the order of their computation.
+        """
+        states = self.transformer.hidden_states(inputs)
+        return [*states, self.transformer.ln_f(states[-1])]
+
+    @property
+    def head_layer(self) -> nn.Module:
+        """The layer whose matrix makes the logits."""
+        tied = self.args.tie_word_embeddings
+        return self.transformer.word_embeddings if tied else self.lm_head
+
     @property
     def layers(self) -> list[Block]:
         return self.transformer.h
+
+    @property
+    def attention_targets(self) -> list[str]:
+        """The layers of attention that a LoRA changes by default: those that runs A, B, C have."""
+        return ["query_key_value"]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the activations."""
+        dtype: mx.Dtype = self.transformer.ln_f.weight.dtype
+        return dtype
 
     def make_cache(self) -> list[KVCache]:
         # Not a rotating cache: ALiBi needs every key at its own position.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 
-from interviewmate_mlx.model.falcon import Model
+from interviewmate_mlx.model.zoo import Network
 
 # The head sizes that this works for, and the next one that MLX's kernels know.
 _WIDENED = {64: 72}
@@ -96,24 +96,31 @@ def attention(
     return out[..., :length, :head_dim]
 
 
-def fused_width(model: Model) -> int:
-    """How wide a model's heads become for `attention`; 0 if it is not for their size."""
-    return _WIDENED.get(model.layers[0].self_attention.head_dim, 0)
+def fused_width(model: Network) -> int:
+    """How wide a model's heads become for `attention`; 0 if it is not for them."""
+    attentions = _attentions(model)
+    return _WIDENED.get(attentions[0].head_dim, 0) if attentions else 0
 
 
-def use_fused_attention(model: Model, multiple: int = 1) -> None:
+def _attentions(model: Network) -> list[Any]:
+    """The modules that let their attention with ALiBi be replaced."""
+    return [module for module in model.modules() if hasattr(module, "attend")]
+
+
+def use_fused_attention(model: Network, multiple: int = 1) -> None:
     """Let a model's attention without a cache go through `attention`, in place.
 
     Args:
         model: with a `fused_width`.
         multiple: of the row lengths that the kernels take.
     """
-    head_dim = model.layers[0].self_attention.head_dim
+    attentions = _attentions(model)
+    head_dim = attentions[0].head_dim
     model.transformer.make_mask = partial(alibi_terms, head_dim=head_dim, multiple=multiple)
-    for block in model.layers:
-        block.self_attention.attend = attention
+    for module in attentions:
+        module.attend = attention
 
 
-def use_fused_cross_entropy(model: Model) -> None:
+def use_fused_cross_entropy(model: Network) -> None:
     """Let a model's loss be taken from logits in its own dtype; summed in float32, in place."""
     model.cross_entropy = mx.fast.cross_entropy

@@ -12,11 +12,14 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from interviewmate_mlx.errors import AdapterError, list_faults
 from interviewmate_mlx.model.tree import named_arrays
 
 Projection: TypeAlias = nn.Linear | nn.QuantizedLinear
+ATTENTION, ALL_LINEAR = "attention", "all-linear"  # words for layers that a network has
+LORA_NAMES = ("lora_A", "lora_B")  # of the matrices' modules, as in PEFT
 
 
 class Dropout(nn.Module):
@@ -152,6 +155,44 @@ def linear_paths(model: nn.Module) -> list[str]:
     """Paths of the linear layers of a model, in its order."""
     leaves: Any = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
     return [path for path, module in leaves if isinstance(module, Projection)]
+
+
+def base_linear_paths(model: nn.Module) -> list[str]:
+    """`linear_paths` as they are without LoRA, whether the model has it or not."""
+    paths = (path for path in linear_paths(model) if not path.endswith(LORA_NAMES))
+    return [path.removesuffix(".base_layer") for path in paths]
+
+
+def resolve_targets(model: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
+    """The names of layers that targets mean in a network: `attention` and `all-linear` are words.
+
+    Args:
+        model: a `Network`, with LoRA or without.
+        targets: the words or names of layers.
+
+    Returns:
+        Names as in PEFT's `target_modules`. `all-linear` is each linear layer of the blocks, as
+        in PEFT: not the head.
+
+    Raises:
+        AdapterError: `all-linear` in a mixture of experts, whose experts are no linear layers.
+    """
+    if ALL_LINEAR in targets and any(
+        isinstance(m, SwitchLinear | QuantizedSwitchLinear) for m in model.modules()
+    ):
+        raise AdapterError(
+            f"lora.targets: got {ALL_LINEAR}, and the base is a mixture of experts, which are no "
+            f"linear layers.\nChoose {ATTENTION}, or name the layers."
+        )
+    words = {
+        ATTENTION: tuple(model.attention_targets),
+        ALL_LINEAR: tuple(
+            dict.fromkeys(
+                path.rpartition(".")[2] for path in base_linear_paths(model) if path != "lm_head"
+            )
+        ),
+    }
+    return tuple(dict.fromkeys(name for target in targets for name in words.get(target, (target,))))
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:

@@ -5,38 +5,42 @@ of some 16 C, for one more forward pass (https://arxiv.org/abs/1604.06174).
 """
 
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from interviewmate_mlx.model.falcon import Block, Model
 from interviewmate_mlx.model.lora import Dropout
 
 
-class _CheckpointedBlock(Block):
-    """A block that keeps nothing but its input for the backward pass."""
+@cache
+def _checkpointed(block: type[nn.Module]) -> type[nn.Module]:
+    """A class of blocks that keep nothing but their input for the backward pass."""
 
-    def __call__(self, x: mx.array, mask: Any, cache: Any = None) -> mx.array:
-        if not self.training or cache is not None:
-            return super().__call__(x, mask, cache)
+    def call(self: Any, x: mx.array, *rest: Any, **settings: Any) -> Any:
+        if not self.training or any(hasattr(a, "state") for a in (*rest, *settings.values())):
+            return block.__call__(self, x, *rest, **settings)  # with a cache, there is no training
         dropouts = [m for m in self.modules() if isinstance(m, Dropout) and m.draws]
         # Dropout must draw the same the second time, so each draws from a key of its own. (Not
         # from rows of one array: `mx.compile` loses track of those inside a checkpoint.)
         keys = [mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) for _ in dropouts]
 
-        def forward(x: mx.array) -> mx.array:
+        def forward(x: mx.array) -> Any:
             with ExitStack() as stack:
                 for dropout, key in zip(dropouts, keys, strict=True):
                     # The second time x is another array: then masks are not kept, but drawn again.
                     key = mx.stop_gradient(mx.depends([key], [x])[0])
                     stack.enter_context(dropout.drawing_from(key))
-                return Block.__call__(self, x, mask)
+                return block.__call__(self, x, *rest, **settings)
 
         return nn.utils.checkpoint(self, forward)(x)
 
+    return type(f"Checkpointed{block.__name__}", (block,), {"__call__": call})
 
-def use_gradient_checkpointing(model: Model) -> None:
-    """Let a model's blocks compute their activations twice instead of keeping them, in place."""
+
+def use_gradient_checkpointing(model: Any) -> None:
+    """Let a network's blocks compute their activations twice instead of keeping them, in place."""
     for block in model.layers:
-        block.__class__ = _CheckpointedBlock
+        kind: Any = type(block)
+        block.__class__ = _checkpointed(kind)

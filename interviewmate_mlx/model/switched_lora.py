@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.model.lora import LoRALinear, Projection, shape_of
+from interviewmate_mlx.model.zoo import Network
 
 
 class RowUpdates:
@@ -83,7 +83,7 @@ class SwitchedLoRALinear(nn.Module):
 class SwitchedModel(nn.Module):
     """A network whose rows have updates of their own. The last cache says which."""
 
-    def __init__(self, network: Model) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
         self._current = RowUpdates([])

@@ -9,8 +9,8 @@ from interviewmate_mlx import backend
 from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.data.batches import collate
 from interviewmate_mlx.files import Progress
-from interviewmate_mlx.model.falcon import Model
-from interviewmate_mlx.model.lora import linear_paths, shape_of
+from interviewmate_mlx.model.lora import LORA_NAMES, linear_paths, shape_of
+from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.events import Stepped
 from interviewmate_mlx.training.loop import rows_of_steps, run_steps
 from interviewmate_mlx.training.optimizer import adamw
@@ -91,7 +91,7 @@ def bench(
         run=run.name,
         base=run.model.base,
         device=backend.machine().device_name,
-        dtype=str(task.model.transformer.ln_f.weight.dtype).removeprefix("mlx.core."),
+        dtype=str(task.model.dtype).removeprefix("mlx.core."),
         steps=steps,
         warmup_steps=warmup,
         rows=rows,
@@ -124,7 +124,7 @@ def new_shapes(task: Task, warmup: int, steps: int) -> list[int]:
 
 
 def needed_products(
-    model: Model, num_tokens: int, num_predicted: int, steps: int
+    model: Network, num_tokens: int, num_predicted: int, steps: int
 ) -> tuple[float, float]:
     """Seconds that training's matrix products would take at the machine's speed, and that speed.
 
@@ -151,7 +151,7 @@ def needed_products(
             inner=product[1],
             columns=product[0],
             seconds=_PRODUCT_SECONDS,
-            dtype=model.transformer.ln_f.weight.dtype,
+            dtype=model.dtype,
         )
         for product in set(work)
     }
@@ -162,4 +162,4 @@ def needed_products(
 
 def is_of_base(path: str) -> bool:
     """Whether a linear layer is the base's, and not an adapter's or an untied head."""
-    return not path.endswith(("lora_A", "lora_B", "lm_head"))
+    return not path.endswith((*LORA_NAMES, "lm_head"))

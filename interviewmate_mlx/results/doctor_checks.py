@@ -112,7 +112,7 @@ def build_network(name: str, dtype: str) -> falcon.Model:
     return model
 
 
-def as_trained(model: falcon.Model, dtype: str) -> falcon.Model:
+def as_trained(model: Any, dtype: str) -> Any:
     """A network with the kernels that training takes here, in place."""
     choose_kernels(model, backend.resolve_dtype(dtype))
     return model
@@ -438,7 +438,7 @@ def check_end_of_text(_: str) -> Finding:
         def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
             # All but the last token of a prompt go in together, and nothing is said then.
             token = next(self.told) if inputs.shape[1] == 1 else 0
-            return (mx.arange(base.args.vocab_size) == token)[None, None].astype(mx.float32)
+            return (mx.arange(base.network.vocab_size) == token)[None, None].astype(mx.float32)
 
     scripted: Any = Scripted()
     pieces = stream_generate(scripted, tokenizer, [41, 40, 41], max_tokens=len(script))

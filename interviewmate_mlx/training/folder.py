@@ -174,16 +174,18 @@ def write_run(run: RunConfig, out: Path) -> None:
         temporary.write_text(to_toml(run), encoding="utf-8")
 
 
-def adapter_config(run: RunConfig) -> AdapterConfig:
-    """What the adapter's folder says of it."""
+def adapter_config(run: RunConfig, targets: tuple[str, ...]) -> AdapterConfig:
+    """What the adapter's folder says of it; `targets` are the names of the layers."""
     lora, base = run.lora, run.model.base
     # A folder by its whole path: the adapter is loaded from other folders too.
     if not shipped_base(base) and local_path(base).exists():
         base = str(local_path(base).resolve())
-    return AdapterConfig(base, lora.rank, lora.alpha, lora.dropout, lora.targets, lora.rslora)
+    return AdapterConfig(base, lora.rank, lora.alpha, lora.dropout, targets, lora.rslora)
 
 
-def write_run_card(out: Path, run: RunConfig, summary: Summary, template: Template) -> None:
+def write_run_card(
+    out: Path, run: RunConfig, config: AdapterConfig, summary: Summary, template: Template
+) -> None:
     """Write the model card of a run's adapter."""
     base = run.model.base
     facts = {
@@ -202,7 +204,7 @@ def write_run_card(out: Path, run: RunConfig, summary: Summary, template: Templa
     write_card(
         out,
         run.name,
-        replace(adapter_config(run), base=base),
+        replace(config, base=base),
         facts,
         trained_on=f"Trained with InterviewMate (`interviewmate_mlx` {summary.package_version}) "
         f"on {summary.train_rows} {rows_in_words(template)} ({run.data.path}).",

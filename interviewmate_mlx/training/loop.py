@@ -190,7 +190,7 @@ def run_task(
     best_step = state.best_step if best else None
     stopped_early = is_over(task, state) and state.step < task.total_steps
     summary = write_summary(out, run, started, state.step, best_step, stopped_early)
-    write_run_card(out, run, summary, task.rows.template)
+    write_run_card(out, run, adapter_config(run, task.targets), summary, task.rows.template)
     yield Finished(state.step, best_step, not is_over(task, state), stopped_early, summary)
 
 
@@ -246,7 +246,8 @@ def save(
 
 def write_adapter(task: Task, out: Path, weights: dict[str, mx.array]) -> None:
     """Write the adapter in PEFT's format, with what it was trained on and how it was asked."""
-    save_adapter(out, weights, adapter_config(task.run), task.base.weights_hash, task.rows.template)
+    config = adapter_config(task.run, task.targets)
+    save_adapter(out, weights, config, task.base.weights_hash, task.rows.template)
 
 
 class Dispatched(NamedTuple):

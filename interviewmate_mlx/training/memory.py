@@ -4,26 +4,67 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from interviewmate_mlx.data.batches import padded_width
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.errors import BackendError
-from interviewmate_mlx.model.falcon import Model, ModelArgs
-from interviewmate_mlx.model.lora import lora_layers, shape_of
+from interviewmate_mlx.model.lora import LORA_NAMES, Projection, lora_layers, shape_of
 from interviewmate_mlx.model.tree import named_arrays
+from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.step import Executor
 
-# What a token takes on a CPU at the peak, which is at the loss. A layer keeps for its backward pass
-# the norms or their inputs and the inputs of attention and GELU, in units of C; and the scores,
-# H * L, unless attention computes them again. On top come arrays that MLX has planned ahead: copies
-# of the last layers' scores and, V each, of the logits.
-_KEPT_CHANNELS = 16
+# What a token takes on a CPU at the peak, which is at the loss. A block keeps for its backward pass
+# what its linear layers take in and give out; and the scores, H * L, unless attention computes them
+# again. On top come arrays that MLX has planned ahead: copies of the last layers' scores and, V
+# each, of the logits.
 _KEPT_SCORES = 3
 _PLANNED_SCORES = 11
 _PLANNED_LOGITS = 7
 # On a GPU, at the same peak: logits in the base's dtype, and in float32 they, their softmax and
 # their gradient, which is cast back.
 _GPU_LOGITS = 2, 3
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How wide a network's arrays are, in numbers a token.
+
+    Attributes:
+        hidden: C.
+        vocab: V.
+        heads: of the queries.
+        head_dim: of a head.
+        layers: number of blocks.
+        taken: by all linear layers of the blocks, summed.
+        given: by them, summed.
+    """
+
+    hidden: int
+    vocab: int
+    heads: int
+    head_dim: int
+    layers: int
+    taken: int
+    given: int
+
+
+def widths_of(model: Network) -> Widths:
+    """Read the widths of a network, with LoRA or without."""
+    args, taken, given = model.args, 0, 0
+    for block in model.layers:
+        for path, module in block.named_modules():
+            if isinstance(module, Projection) and not path.endswith(LORA_NAMES):
+                given, taken = given + shape_of(module)[0], taken + shape_of(module)[1]
+            elif isinstance(module, SwitchLinear | QuantizedSwitchLinear):
+                # A token goes through some experts.
+                given += args.num_experts_per_tok * module.output_dims
+                taken += args.num_experts_per_tok * module.input_dims
+    heads = args.num_attention_heads
+    head_dim = getattr(args, "head_dim", None) or args.hidden_size // heads
+    return Widths(
+        args.hidden_size, args.vocab_size, heads, head_dim, len(model.layers), taken, given
+    )
 
 
 def weight_bytes(model: nn.Module, num_streams: int = 1) -> int:
@@ -39,7 +80,7 @@ def weight_bytes(model: nn.Module, num_streams: int = 1) -> int:
 
 
 def cpu_bytes_per_token(
-    args: ModelArgs,
+    widths: Widths,
     width: int,
     itemsize: int,
     keeps_scores: bool,
@@ -53,7 +94,7 @@ def cpu_bytes_per_token(
     may take less.
 
     Args:
-        args: the model's shape.
+        widths: of the network.
         width: tokens of a padded row; attention while training is unfused.
         itemsize: bytes of an activation.
         keeps_scores: false with `use_cpu_kernels`, whose attention computes them again.
@@ -61,18 +102,18 @@ def cpu_bytes_per_token(
         num_streams: that run side by side. What MLX plans ahead, it plans for all of them
             together; measured, this does not hold with gradient checkpointing.
     """
-    layers, inputs = args.num_hidden_layers, 0
+    layers, inputs = widths.layers, 0
     if gradient_checkpointing:
         layers, inputs, num_streams = 1, layers, 1
-    channels = inputs + _KEPT_CHANNELS * layers
+    channels = inputs * widths.hidden + layers * (widths.taken + widths.given) / widths.layers
     scores = _PLANNED_SCORES / num_streams + (_KEPT_SCORES * layers if keeps_scores else 0)
-    floats = channels * args.hidden_size + scores * args.num_attention_heads * width
-    logits = _PLANNED_LOGITS / num_streams * args.vocab_size
+    floats = channels + scores * widths.heads * width
+    logits = _PLANNED_LOGITS / num_streams * widths.vocab
     return int(floats * itemsize + logits * 4)  # which are float32
 
 
 def gpu_bytes_per_token(
-    model: Model,
+    model: Network,
     width: int,
     itemsize: int,
     widened: int,
@@ -82,9 +123,11 @@ def gpu_bytes_per_token(
     """Bytes that one padded token of a microbatch takes on a GPU: what is kept, and the logits.
 
     A block keeps for its backward pass, in its own dtype: its input and that of its second norm,
-    the first norm's output and attention's, C numbers each; queries, keys and values, each as
-    wide as attention took them; and GELU's input, 4 C. A LoRA keeps its input in float32 and,
-    with dropout, what is left of that and a mask of bytes. What is not trained keeps nothing.
+    the first norm's output and attention's; queries, keys and values, each as wide as attention
+    took them; and what its MLP's activation takes. That is C, the output of attention, and what
+    its linear layers give, since two of them give what is added to the residual. A LoRA keeps
+    its input in float32 and, with dropout, what is left of that and a mask of bytes. What is not
+    trained keeps nothing.
 
     Measured in bfloat16 on a CPU, 128 and 384 tokens a row: within 10 % of a block's share.
 
@@ -96,20 +139,21 @@ def gpu_bytes_per_token(
         keeps_scores: whether attention keeps its scores, H numbers a token and key.
         gradient_checkpointing: all blocks but one keep their input alone.
     """
-    args, layers = model.args, model.args.num_hidden_layers
-    heads = args.num_attention_heads
+    widths = widths_of(model)
+    layers, heads = widths.layers, widths.heads
     of_lora = sum(
         shape_of(layer.base_layer)[1] * (4 + (5 if layer.dropout.draws else 0))
         for _, layer in lora_layers(model)
     )
-    block = (8 * args.hidden_size + 3 * heads * widened) * itemsize + of_lora / layers
+    attended = heads * (widths.head_dim + 3 * (widened - widths.head_dim))
+    block = (widths.hidden + attended + widths.given / layers) * itemsize + of_lora / layers
     scores = heads * width * itemsize if keeps_scores else 0
     block += scores
-    inputs = args.hidden_size * itemsize
+    inputs = widths.hidden * itemsize
     kept = block + layers * inputs if gradient_checkpointing else layers * block
     kept += _PLANNED_SCORES * scores
     narrow, wide = _GPU_LOGITS
-    return int(kept + args.vocab_size * (narrow * itemsize + wide * 4))
+    return int(kept + widths.vocab * (narrow * itemsize + wide * 4))
 
 
 @dataclass(frozen=True)
@@ -137,7 +181,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: Model,
+    model: Network,
     rows: Sequence[Example],
     effective_batch: int,
     bytes_per_token: Callable[[int, int], int],

@@ -109,7 +109,7 @@ class Step:
     ) -> None:
         """
         Args:
-            model: a network with `transformer` and `head`.
+            model: a `Network`.
             optimizer: initialised here.
             max_grad_norm: the global norm to clip to; 0 does not clip.
             executor: where microbatches are computed; by default one after the other.
@@ -192,7 +192,7 @@ def microbatch_loss(
     """Loss sum and token count of a microbatch. Logits exist only where there is a loss.
 
     Args:
-        model: a network with `transformer` and `head`.
+        model: a `Network`.
         inputs, positions, targets, mask: see `Microbatch`.
 
     Returns:
@@ -200,8 +200,8 @@ def microbatch_loss(
         num_tokens: () int32.
         on_the_way: arrays that lead to the loss, in the order of their computation.
     """
-    states = model.transformer.hidden_states(inputs)
-    hidden = model.transformer.ln_f(states[-1])
+    states = model.states(inputs)
+    hidden = states[-1]
     predicting = hidden.reshape(-1, hidden.shape[-1])[positions]
     if model.training and not _has_trainable_head(model):
         chunk = CHUNK_ELEMENTS // model.args.vocab_size
@@ -215,8 +215,7 @@ def microbatch_loss(
 
 def _has_trainable_head(model: nn.Module) -> bool:
     """Whether training changes the matrix that makes logits."""
-    head = model.transformer.word_embeddings if model.args.tie_word_embeddings else model.lm_head
-    return bool(head.trainable_parameters())
+    return bool(model.head_layer.trainable_parameters())
 
 
 def _compile_gradients(model: nn.Module) -> Compute:

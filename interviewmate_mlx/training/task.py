@@ -14,19 +14,33 @@ from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.data.batches import steps_per_epoch
 from interviewmate_mlx.data.prompts import Example, Template, encode_records, template_of
 from interviewmate_mlx.data.records import Record, load_splits
-from interviewmate_mlx.errors import Checks, DataError, StorageError, TrainingError
+from interviewmate_mlx.errors import (
+    AdapterError,
+    Checks,
+    DataError,
+    ModelError,
+    StorageError,
+    TrainingError,
+    list_faults,
+)
 from interviewmate_mlx.files import Progress, check_free_space, is_utf8, scratch_file
 from interviewmate_mlx.formats.safetensors_file import save_tensors
 from interviewmate_mlx.hub.names import fetch_data
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
-from interviewmate_mlx.model.falcon import Model, scaled_dot_product_attention
+from interviewmate_mlx.model.falcon import scaled_dot_product_attention
 from interviewmate_mlx.model.gpu_kernels import (
     fused_width,
     use_fused_attention,
     use_fused_cross_entropy,
 )
-from interviewmate_mlx.model.lora import add_lora, count_parameters
+from interviewmate_mlx.model.lora import (
+    add_lora,
+    count_parameters,
+    find_targets,
+    resolve_targets,
+)
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
+from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.checkpoint import State
 from interviewmate_mlx.training.cpu_streams import CpuStreams
 from interviewmate_mlx.training.events import Started
@@ -35,6 +49,7 @@ from interviewmate_mlx.training.memory import (
     cpu_bytes_per_token,
     gpu_bytes_per_token,
     plan_memory,
+    widths_of,
 )
 from interviewmate_mlx.training.optimizer import learning_rate_at
 from interviewmate_mlx.training.step import Executor, OneStream
@@ -64,11 +79,16 @@ class Task:
 
     run: RunConfig
     base: Base
-    model: Model
+    model: Network
     rows: Rows
     memory: MemoryPlan
     executor: Executor
     fingerprint: dict[str, str]  # of base and data
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the layers that have a LoRA."""
+        return resolve_targets(self.model, self.run.lora.targets)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -97,7 +117,7 @@ class Task:
             num_parameters=num_parameters,
             peak_bytes=self.memory.peak_bytes,
             disk_bytes=checkpoint_bytes(self.run, self.model),
-            notes=(*notes, *idle_options(self.run, self.rows)),
+            notes=(*notes, *self.base.network.doubts, *idle_options(self.run, self.rows)),
         )
 
 
@@ -127,9 +147,11 @@ def prepare(
     # A base is not pulled for a run whose data is at fault.
     needs = [] if base or is_here(run.model.base) else [splits]
     base = checks.run(lambda *_: base or Base.open(run.model.base, progress), *needs)
+    checks.run(check_network, run, base)
     model = checks.run(build_model, run, base)
     checks.run(check_disk, run, model, out)
     rows = checks.run(encode_rows, run, splits, base)
+    checks.run(check_row_lengths, rows, base)
     checks.run(check_steps, run, rows, state)
     fingerprint = checks.run(hash_inputs, base, rows)
     checks.run(check_unchanged, fingerprint, state)
@@ -169,7 +191,7 @@ def encode_rows(run: RunConfig, splits: dict[str, list[Record]], base: Base) -> 
     return Rows(train, valid, len(train_dropped) + len(valid_dropped))
 
 
-def build_model(run: RunConfig, base: Base) -> Model:
+def build_model(run: RunConfig, base: Base) -> Network:
     """A run's base with the LoRA on, its weights not in memory yet.
 
     Raises:
@@ -180,11 +202,59 @@ def build_model(run: RunConfig, base: Base) -> Model:
     model = base.build(dtype)
     mx.random.seed(run.train.seed)
     lora = run.lora
-    add_lora(model, lora.targets, lora.rank, lora.alpha, lora.dropout, rslora=lora.rslora)
+    targets = resolve_targets(model, lora.targets)
+    check_names(model, base, targets)
+    add_lora(model, targets, lora.rank, lora.alpha, lora.dropout, rslora=lora.rslora)
     choose_kernels(model, dtype)
     if run.train.gradient_checkpointing:
         use_gradient_checkpointing(model)
     return model
+
+
+def check_network(run: RunConfig, base: Base) -> None:
+    """Refuse a network of which it is not known that it computes what its config describes.
+
+    Raises:
+        ModelError: why, all of it.
+    """
+    doubts = base.network.doubts
+    if doubts and not run.model.untested_base:
+        raise ModelError(
+            f"{base.name} may not compute what its config.json describes:\n{list_faults(doubts)}\n"
+            "Choose another base, or set model.untested_base to train it all the same.",
+            "untested_base",
+        )
+
+
+def check_row_lengths(rows: Rows, base: Base) -> None:
+    """Refuse rows that are longer than the network computes as transformers does.
+
+    Raises:
+        DataError: there are such rows.
+    """
+    limit = base.network.longest_row
+    longest = max(map(len, rows.all))
+    if limit and longest > limit:
+        raise DataError(
+            f"The longest row has {longest} tokens, and mlx-lm computes {base.network.model_type} "
+            f"only up to {limit} as config.json describes it (sliding_window, or the length that "
+            f"its rotary factors hold for).\nSet data.max_length to {limit}."
+        )
+
+
+def check_names(model: Network, base: Base, targets: tuple[str, ...]) -> None:
+    """Refuse layers whose adapter PEFT could not load: those that its own files name otherwise.
+
+    Raises:
+        AdapterError: all such layers.
+    """
+    names = base.tensor_names
+    faults = [path for path in find_targets(model, targets) if f"{path}.weight" not in names]
+    if faults:
+        raise AdapterError(
+            f"{base.name} does not have these layers under the names of mlx-lm's network, so PEFT "
+            f"could not load their adapter:\n{list_faults(faults)}\nChoose other lora.targets."
+        )
 
 
 def choose_executor() -> Executor:
@@ -199,7 +269,7 @@ def memory_for(run: RunConfig) -> int:
     return min(given, int(run.train.memory_gb * 1e9)) if run.train.memory_gb else given
 
 
-def choose_kernels(model: Model, dtype: mx.Dtype) -> None:
+def choose_kernels(model: Network, dtype: mx.Dtype) -> None:
     """Let a model train with the kernels that are fastest here, in place."""
     here = backend.machine()
     if here.path == "cpu":
@@ -211,6 +281,16 @@ def choose_kernels(model: Model, dtype: mx.Dtype) -> None:
         use_fused_attention(model, multiple)
     if here.device != "cpu":  # there MLX would add up in the dtype of the logits
         use_fused_cross_entropy(model)
+
+
+def attends_unfused(model: Network, dtype: mx.Dtype) -> bool:
+    """Whether a model's attention keeps its scores, as it trains with the chosen kernels."""
+    replaceable = [module for module in model.modules() if hasattr(module, "attend")]
+    if replaceable:
+        return replaceable[0].attend is scaled_dot_product_attention
+    # The others ask MLX for causal attention, at the lengths that their rows have.
+    head_dim = widths_of(model).head_dim
+    return backend.machine().path == "cpu" or backend.fused_attention_multiple(head_dim, dtype) != 1
 
 
 def versions() -> dict[str, str]:
@@ -303,7 +383,7 @@ def idle_options(run: RunConfig, rows: Rows) -> list[str]:
     return said
 
 
-def check_disk(run: RunConfig, model: Model, out: Path | None) -> None:
+def check_disk(run: RunConfig, model: Network, out: Path | None) -> None:
     """Refuse to start if checkpoints cannot be written, or will not fit on the disk.
 
     Raises:
@@ -321,7 +401,7 @@ def check_disk(run: RunConfig, model: Model, out: Path | None) -> None:
         check_free_space(out, checkpoint_bytes(run, model))
 
 
-def checkpoint_bytes(run: RunConfig, model: Model) -> int:
+def checkpoint_bytes(run: RunConfig, model: Network) -> int:
     """Bytes that a run's checkpoints take on the disk.
 
     Each holds the adapter, two moments and the best adapter, float32 each; one more than is
@@ -330,26 +410,26 @@ def checkpoint_bytes(run: RunConfig, model: Model) -> int:
     return 4 * 4 * count_parameters(model)[0] * (run.train.keep_checkpoints + 1)
 
 
-def plan(run: RunConfig, model: Model, rows: Rows, state: State | None) -> MemoryPlan:
+def plan(run: RunConfig, model: Network, rows: Rows, state: State | None) -> MemoryPlan:
     """Plan a run's memory.
 
     Raises:
         BackendError: not even the longest row fits.
     """
-    here, attention = backend.machine(), model.layers[0].self_attention
-    itemsize = backend.resolve_dtype(run.model.dtype).size
+    here, widths = backend.machine(), widths_of(model)
+    dtype = backend.resolve_dtype(run.model.dtype)
     recomputes = run.train.gradient_checkpointing
-    is_unfused = attention.attend is scaled_dot_product_attention
+    is_unfused = attends_unfused(model, dtype)
 
     def bytes_per_token(width: int, num_streams: int) -> int:
         if here.path == "cpu":
             return cpu_bytes_per_token(
-                model.args, width, itemsize, is_unfused, recomputes, num_streams
+                widths, width, dtype.size, is_unfused, recomputes, num_streams
             )
-        widened = attention.head_dim if is_unfused else fused_width(model)
+        widened = widths.head_dim if is_unfused else fused_width(model) or widths.head_dim
         # MLX's CPU backend computes fused attention by parts.
         keeps_scores = is_unfused or here.device == "cpu"
-        return gpu_bytes_per_token(model, width, itemsize, widened, keeps_scores, recomputes)
+        return gpu_bytes_per_token(model, width, dtype.size, widened, keeps_scores, recomputes)
 
     return plan_memory(
         model,

@@ -46,7 +46,7 @@ def test_options_table_names_every_key_once_with_its_default(hooks):
     assert [row[0].strip("`") for row in rows if row[0].startswith("`")] == keys
     assert defaults["lora.rank"] == "8"
     assert defaults["model.base"] == '"tiiuae/falcon-rw-1b"'
-    assert defaults["lora.targets"] == '["query_key_value"]'
+    assert defaults["lora.targets"] == '["attention"]'
 
 
 def test_options_table_tells_ranges_and_what_the_source_says_of_a_key(hooks):

@@ -121,12 +121,13 @@ def test_frozen_head_s_gradient_is_on_the_way_to_the_loss():
     model, arrays = tiny_model(), collate(rows_of_unequal_length()).arrays()
     num_layers = len(model.layers)
     *_, pieces = microbatch_loss(model, *arrays)
-    assert len(pieces) == num_layers + 1
+    # What leaves each block, the last of them normalised, and the gradient.
+    assert len(pieces) == num_layers + 2
     assert pieces[-1].shape == (len(arrays[1]), model.args.hidden_size)
     model.eval()
-    assert len(microbatch_loss(model, *arrays)[2]) == num_layers
+    assert len(microbatch_loss(model, *arrays)[2]) == num_layers + 1
     model.train().unfreeze()
-    assert len(microbatch_loss(model, *arrays)[2]) == num_layers
+    assert len(microbatch_loss(model, *arrays)[2]) == num_layers + 1
 
 
 def test_memory_does_not_grow_with_the_number_of_microbatches():
