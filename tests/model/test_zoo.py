@@ -204,10 +204,10 @@ def test_unknown_keys_that_transformers_ignores_change_nothing(tmp_path):
 def test_untested_network_is_opened_with_a_doubt(tmp_path):
     folder = tmp_path / "ours"
     write_network(folder, "llama")
-    edit_config(folder, model_type="iquestcoder", tie_word_embeddings=False)
+    edit_config(folder, model_type="xverse", tie_word_embeddings=False)
     doubts = Base.open(folder).network.doubts
-    assert "no test holds iquestcoder of mlx-lm against transformers" in doubts
-    assert "transformers does not know iquestcoder" in doubts
+    assert "no test holds xverse of mlx-lm against transformers" in doubts
+    assert "transformers does not know xverse" in doubts
 
 
 @pytest.mark.parametrize(

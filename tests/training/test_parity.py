@@ -4,15 +4,21 @@ import copy
 
 import numpy as np
 import pytest
-import torch
 from checkpoints import our_model, tiny_falcon
 from peft import LoraConfig, get_peft_model
+from peft_training import (
+    CLIP,
+    DECAY,
+    our_name,
+    random_rows,
+    start_alike,
+    steps_of,
+    train_in_torch,
+)
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from interviewmate_mlx.adapter.folder import PREFIX, adapter_weights
-from interviewmate_mlx.data.batches import collate, epoch_steps, split_step
-from interviewmate_mlx.data.prompts import Example
-from interviewmate_mlx.data.records import Record
+from interviewmate_mlx.adapter.folder import adapter_weights
+from interviewmate_mlx.data.batches import collate, split_step
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.gpu_kernels import use_fused_attention
 from interviewmate_mlx.model.lora import add_lora
@@ -20,53 +26,7 @@ from interviewmate_mlx.model.recompute import use_gradient_checkpointing
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
 from interviewmate_mlx.training.step import Step
 
-STEPS, BATCH, CLIP, DECAY = 50, 4, 0.5, 0.01
-
-
-def random_rows(count: int) -> list[Example]:
-    """Rows of unequal length with answers of unequal length."""
-    rng = np.random.default_rng(3)
-    rows = []
-    for _ in range(count):
-        length = int(rng.integers(8, 60))
-        prompt = int(rng.integers(2, length - 2))
-        tokens = rng.integers(0, 384, length).astype(np.int32)
-        rows.append(Example(Record("row"), tokens, np.arange(length) >= prompt))
-    return rows
-
-
-def steps_of(rows: list[Example]) -> list[list[Example]]:
-    lengths, epoch, steps = [len(row) for row in rows], 0, []
-    while len(steps) < STEPS:
-        steps += [[rows[i] for i in s] for s in epoch_steps(lengths, BATCH, 0, epoch)]
-        epoch += 1
-    return steps[:STEPS]
-
-
-def train_in_torch(model, steps, schedule, peak) -> list[float]:
-    """A row at a time; the sum of the losses divided by the tokens of the whole step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=DECAY)
-    scheduler = schedule(optimizer, num_warmup_steps=5, num_training_steps=STEPS)
-    losses = []
-    for rows in steps:
-        num_tokens = sum(int(row.loss_mask.sum()) for row in rows)
-        total = 0.0
-        for row in rows:
-            ids = torch.tensor(row.tokens[None].astype(np.int64))
-            labels = torch.where(torch.tensor(row.loss_mask[None]), ids, -100)
-            logits = model(input_ids=ids).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum"
-            )
-            (loss / num_tokens).backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        losses.append(total / num_tokens)
-    return losses
+STEPS = 50
 
 
 @pytest.mark.parametrize(
@@ -98,12 +58,9 @@ def test_fifty_updates_equal_peft_s(schedule, reference_schedule, targets, paths
     reference = get_peft_model(copy.deepcopy(base), lora)
     add_lora(model, targets, rank=4, alpha=8, dropout=0.0)
     start = {name: np.array(array) for name, array in adapter_weights(model).items()}
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.tensor(start[_ours(name)]))
+    start_alike(reference, start)
 
-    steps, peak = steps_of(random_rows(22)), 5e-3
+    steps, peak = steps_of(random_rows(22), STEPS), 5e-3
     expected = train_in_torch(reference, steps, reference_schedule, peak)
 
     for use in paths:
@@ -123,10 +80,6 @@ def test_fifty_updates_equal_peft_s(schedule, reference_schedule, targets, paths
     assert losses[-1] < losses[0] - 0.1  # and something was learned
     trained = {n: p.detach().numpy() for n, p in reference.named_parameters() if p.requires_grad}
     ours = adapter_weights(model)
-    assert {_ours(name) for name in trained} == set(ours)
+    assert {our_name(name) for name in trained} == set(ours)
     for name, matrix in trained.items():
-        np.testing.assert_allclose(np.array(ours[_ours(name)]), matrix, atol=1e-3)
-
-
-def _ours(name: str) -> str:
-    return name.removeprefix(PREFIX).replace(".default", "")
+        np.testing.assert_allclose(np.array(ours[our_name(name)]), matrix, atol=1e-3)
