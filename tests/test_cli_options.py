@@ -160,6 +160,20 @@ def test_convert_trims_the_vocabulary_to_the_tokenizers(imate, tmp_path):
         assert weights["transformer.word_embeddings.weight"].shape == (rows, 64)
 
 
+@shows("convert --quantize")
+@shows("convert --group-size")
+def test_convert_quantises_to_the_bits_in_groups(imate, tiny_checkpoint):
+    for bits, group in (("4", 32), ("8", 64)):
+        options = ["--group-size", "32"] if group == 32 else []
+        said = imate("convert", tiny_checkpoint, "--out", bits, "--quantize", bits, *options)
+        assert f", {bits} bits" in said.stdout
+        expected = {"group_size": group, "bits": int(bits)}
+        assert read_json(Path(bits, "config.json"))["quantization"] == expected
+    assert "--group-size is of --quantize" in imate(
+        "convert", tiny_checkpoint, "--group-size", "32", code=2
+    ).stderr
+
+
 @shows("convert --force")
 def test_convert_replaces_an_earlier_conversion_with_force_alone(imate, tiny_checkpoint):
     words = ["convert", tiny_checkpoint, "--out", "out", "--dtype"]

@@ -13,8 +13,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from interviewmate_mlx.base.convert import convert, source_of
-from interviewmate_mlx.base.quantize import Quantization, read_quantization
+from interviewmate_mlx.base.convert import convert
+from interviewmate_mlx.base.fit import put_weights
+from interviewmate_mlx.base.quantization import Quantization, read_quantization
+from interviewmate_mlx.base.record import source_of
 from interviewmate_mlx.base.source import check_depth, model_files, read_network
 from interviewmate_mlx.base.tokenizer import (
     build_tokenizer,
@@ -131,11 +133,7 @@ class Base:
         for path in self.headers if self.weights is None else ():
             weights |= self._load(path)
         try:
-            if self.weights is None and hasattr(model, "sanitize"):
-                weights = model.sanitize(weights)
-            if self.quantization:
-                self.quantization.apply(model, weights)
-            model.load_weights(list(weights.items()))
+            put_weights(model, weights, self.quantization, are_own=self.weights is not None)
         except Exception as error:  # of any kind, from mlx-lm's `sanitize`
             raise self._as_weights_error(error) from error
         model.set_dtype(dtype)
@@ -180,28 +178,32 @@ class Base:
 
     @cached_property
     def weights_hash(self) -> str:
-        """A hash that tells whether two bases have the same weights; empty if quantised.
+        """A hash that tells whether two bases have the same weights.
 
         It is the same in float32, bfloat16 and float16, in one file or in shards, with a
         trimmed vocabulary or not. It covers the first numbers of each tensor, rounded to a
         grid. The grid is so coarse that the dtype does not matter (if the weights were
-        bfloat16 once), and so fine that any training shows.
+        bfloat16 once), and so fine that any training shows. Of quantised weights it tells only
+        from others that are quantised alike; it begins with how.
         """
-        if self.quantization:
-            return ""
         digest = hashlib.sha256()
         tensors = [item for header in self.headers.values() for item in header.tensors.items()]
         with ExitStack() as stack:
             files = {path: stack.enter_context(path.open("rb")) for path in self.headers}
             for name, entry in sorted(tensors, key=lambda item: item[0]):
-                if entry.dtype in FLOAT_DTYPES and name != "lm_head.weight":
+                is_packed = entry.dtype == "uint32"
+                if (is_packed or entry.dtype in FLOAT_DTYPES) and name != "lm_head.weight":
                     count = min(_SAMPLE_NUMBERS, math.prod(entry.shape))
                     files[entry.path].seek(entry.offset)
                     data = files[entry.path].read(count * ITEM_BYTES[entry.dtype])
+                    if is_packed:
+                        digest.update(name.encode() + data + b".")
+                        continue
                     sample = np.frombuffer(cast(memoryview(data), entry.dtype, "float32"), "<f4")
                     steps = np.nan_to_num(sample.astype(np.float64) * _GRID_STEPS)
                     digest.update(name.encode() + (np.rint(steps) + 0.0).tobytes() + b".")
-        return digest.hexdigest()
+        kind = f"{self.quantization.bits} bits:" if self.quantization else ""
+        return kind + digest.hexdigest()
 
     def _load(self, path: Path) -> dict[str, mx.array]:
         try:

@@ -14,36 +14,39 @@ from interviewmate_mlx.data.prompts import CHAT_TEMPLATE
 from interviewmate_mlx.errors import WeightsError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.formats.cast import cast
-from interviewmate_mlx.formats.json_file import read_json
+from interviewmate_mlx.formats.json_file import read_file, read_json
 from interviewmate_mlx.formats.safetensors_file import ITEM_BYTES, TensorEntry, safetensors_header
 
 MODEL_FILE = "falcon.py"
 
 
 def write_weights(
-    path: Path, tensors: dict[str, TensorEntry], dtype: str, progress: Progress | None
+    path: Path,
+    tensors: dict[str, TensorEntry],
+    dtypes: dict[str, str],
+    progress: Progress | None,
 ) -> None:
     """Copy tensors into one safetensors file, in the given order.
 
     Args:
         path: the file to write.
         tensors: where each tensor lies, by name.
-        dtype: of all tensors in the new file.
+        dtypes: of each tensor in the new file.
         progress: called with bytes done and bytes in all.
 
     Raises:
-        WeightsError: a number is too large for `dtype`, or a source file became shorter
+        WeightsError: a number is too large for its dtype, or a source file became shorter
             since its header was read.
     """
-    layout = [(name, dtype, entry.shape) for name, entry in tensors.items()]
-    total = sum(math.prod(shape) for _, _, shape in layout) * ITEM_BYTES[dtype]
+    layout = [(name, dtypes[name], entry.shape) for name, entry in tensors.items()]
+    total = sum(math.prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in layout)
     done = 0
     with open(path, "wb") as file:
         file.write(safetensors_header(layout, {"format": "pt"}))
         for name, entry in tensors.items():
             try:
                 for chunk in entry.chunks():
-                    done += file.write(cast(chunk, entry.dtype, dtype))
+                    done += file.write(cast(chunk, entry.dtype, dtypes[name]))
                     if progress:
                         progress(done, total)
             except OverflowError as error:
@@ -88,10 +91,32 @@ def write_config(
     write_json(folder / "generation_config.json", generation)
 
 
-def write_tokenizer(folder: Path, tokenizer: TokenizerFiles) -> None:
+def write_network_config(folder: Path, source: Path, config: dict[str, Any], dtype: str) -> None:
+    """Write the `config.json` of a network as it is, without what would run code.
+
+    Args:
+        folder: the converted folder.
+        source: the source folder, for its `generation_config.json`.
+        config: the source's `config.json`.
+        dtype: of the converted weights.
+    """
+    dropped = ("auto_map", "_name_or_path", "dtype")
+    config = {key: value for key, value in config.items() if key not in dropped}
+    write_json(folder / "config.json", config | {"torch_dtype": dtype})
+    path = source / "generation_config.json"
+    if path.is_file():
+        write_json(folder / path.name, read_json(path))
+
+
+def write_tokenizer(folder: Path, tokenizer: TokenizerFiles, keeps_template: bool = False) -> None:
     """Write a tokenizer's files, and the chat template in both places where loaders look.
 
     If the source has no `tokenizer.json`, one is built.
+
+    Args:
+        folder: the converted folder.
+        tokenizer: the source's.
+        keeps_template: leave the chat template that the source has, if it has one.
     """
     for name, data in tokenizer.contents.items():
         (folder / name).write_bytes(data)
@@ -99,12 +124,25 @@ def write_tokenizer(folder: Path, tokenizer: TokenizerFiles) -> None:
         build_backend(tokenizer).save(str(folder / "tokenizer.json"))
     settings = dict(tokenizer.objects.get("tokenizer_config.json", {}))
     settings.pop("auto_map", None)
+    if keeps_template and (found := _own_template(tokenizer, settings)):
+        (folder / "chat_template.jinja").write_text(found, encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", settings)
+        return
     if settings.get("tokenizer_class") not in TOKENIZER_CLASSES:
         settings["tokenizer_class"] = TOKENIZER_CLASSES[-1]
     settings |= {key: text for key, text in tokenizer.special.items() if not settings.get(key)}
     settings["chat_template"] = CHAT_TEMPLATE
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     write_json(folder / "tokenizer_config.json", settings)
+
+
+def _own_template(tokenizer: TokenizerFiles, settings: dict[str, Any]) -> str:
+    """The chat template that a tokenizer came with; "" for none."""
+    path = tokenizer.folder / "chat_template.jinja"
+    if path.is_file():
+        return read_file(path).decode("utf-8")
+    found = settings.get("chat_template")
+    return found if isinstance(found, str) else ""
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,122 +1,89 @@
-"""Quantised weights: how a folder's are, and quantising a folder's anew."""
+"""Quantises the weights of a folder, one tensor at a time."""
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from interviewmate_mlx.errors import ModelError, brief, list_faults
-
-# MLX's kinds, and the sizes of a group and of a number that each has.
-_MODES = {
-    "affine": ({32, 64, 128}, {2, 3, 4, 5, 6, 8}),
-    "mxfp4": ({32}, {4}),
-    "mxfp8": ({32}, {8}),
-    "nvfp4": ({16}, {4}),
-}
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How the weights of a folder are quantised, as mlx-lm writes it.
-
-    Attributes:
-        default: `group_size`, `bits` and `mode` of a layer.
-        by_path: of single layers, where they differ.
-    """
-
-    default: dict[str, Any]
-    by_path: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def bits(self) -> int:
-        """Of a number in most layers."""
-        return int(self.default["bits"])
-
-    def apply(self, model: nn.Module, weights: dict[str, mx.array]) -> None:
-        """Quantise the layers of a network whose weights are, in place.
-
-        Raises:
-            ValueError: a layer's shape does not allow it.
-        """
-        nn.quantize(
-            model,
-            **self.default,
-            class_predicate=lambda path, _: (
-                self.by_path.get(path, True) if f"{path}.scales" in weights else False
-            ),
-        )
+from interviewmate_mlx.base.fit import put_weights
+from interviewmate_mlx.base.quantization import Quantization
+from interviewmate_mlx.errors import ModelError
+from interviewmate_mlx.formats.json_file import read_json
+from interviewmate_mlx.formats.safetensors_file import load_tensors, safetensors_header
+from interviewmate_mlx.model.architectures import NetworkConfig
+from interviewmate_mlx.model.tree import named_arrays
+from interviewmate_mlx.model.zoo import build_network
 
 
-def read_quantization(
-    folder: Path, config: dict[str, Any], names: Collection[str]
-) -> Quantization | None:
-    """How a folder's weights are quantised; None if they are not.
+def quantize_file(path: Path, network: NetworkConfig, quantization: Quantization) -> int:
+    """Quantise the weights in a file, in place, and say so in the `config.json` beside it.
 
     Args:
-        folder: the model's, for messages.
-        config: its `config.json`.
-        names: of its tensors.
+        path: a safetensors file with all weights of the network.
+        network: which it is.
+        quantization: of each layer whose width its groups divide, embedding and head included,
+            unless mlx-lm's network has other wishes.
+
+    Returns:
+        Bytes of the new weights.
 
     Raises:
-        ModelError: they are not quantised as MLX does it, or the config contradicts the
-            weights.
+        ModelError: no layer can be quantised so.
     """
-    settings = config.get("quantization")
-    other = config.get("quantization_config")
-    if settings is None and isinstance(other, dict) and other.get("quant_method"):
+    model = build_network(network)
+    put_weights(model, load_tensors(path), None)
+    chosen = choose_layers(model, quantization)
+    if not any(chosen.values()):
         raise ModelError(
-            f"{folder}/config.json: quantization_config: quantised by "
-            f"{brief(other['quant_method'])}, expected weights as they are, or quantised by MLX.\n"
-            "Choose the model that it was made from."
+            f"No layer of this network can be quantised in groups of "
+            f"{quantization.default['group_size']}.\nChoose a smaller group.",
+            "group_size",
         )
-    settings = other if settings is None else settings
-    if settings is None:
-        return None
-    fault = ""
-    if not isinstance(settings, dict):
-        fault = f"got {brief(settings)}, expected a table"
-    else:
-        defaults = {"mode": "affine", **settings}
-        faults = _faults(defaults)
-        if faults:
-            fault = f"got {brief(settings)}, expected {' and '.join(faults)}"
-        elif not any(name.endswith(".scales") for name in names):
-            fault = f"got {defaults['bits']} bits, expected none: the weights are not quantised"
-    if fault:
-        raise ModelError(
-            f"{folder}/config.json: quantization: {fault}.\nConvert or quantise it again."
-        )
-    by_path = {path: value for path, value in defaults.items() if isinstance(value, dict)}
-    by_path = {path: {"mode": "affine", **value} for path, value in by_path.items()}
-    wrong = [
-        f"{path}: expected {' and '.join(_faults(by_path[path]))}"
-        for path in by_path
-        if _faults(by_path[path])
-    ]
-    if wrong:
-        raise ModelError(
-            f"{folder}/config.json: quantization of single layers:\n{list_faults(wrong)}\n"
-            "Convert or quantise it again."
-        )
-    return Quantization(_sizes(defaults), {path: _sizes(v) for path, v in by_path.items()})
+    nn.quantize(
+        model, **quantization.default, class_predicate=lambda layer, _: chosen.get(layer, False)
+    )
+    arrays = named_arrays(model.parameters())
+    del model
+    nbytes = sum(array.nbytes for array in arrays.values())
+    temporary = path.with_name(f"quantized-{path.name}")
+    write_arrays(temporary, arrays)
+    os.replace(temporary, path)
+    settings = {k: v for k, v in quantization.default.items() if k != "mode" or v != "affine"}
+    settings |= {layer: how for layer, how in chosen.items() if isinstance(how, dict)}
+    config_path = path.parent / "config.json"
+    config = read_json(config_path) | {"quantization": settings}
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return nbytes
 
 
-def _sizes(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: settings[key] for key in ("group_size", "bits", "mode")}
+def choose_layers(model: nn.Module, quantization: Quantization) -> dict[str, bool | dict[str, Any]]:
+    """Which layers of a network are quantised, by path, and how, where a layer has its own way."""
+    wish = getattr(model, "quant_predicate", None)
+    chosen: dict[str, bool | dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        if not hasattr(module, "to_quantized"):
+            continue
+        fits = module.weight.shape[-1] % quantization.default["group_size"] == 0
+        found: Any = wish(path, module) if wish and fits else fits
+        chosen[path] = {"mode": "affine", **found} if isinstance(found, dict) else bool(found)
+    return chosen
 
 
-def _faults(settings: dict[str, Any]) -> list[str]:
-    mode = settings.get("mode")
-    if not isinstance(mode, str) or mode not in _MODES:
-        return [f"a mode out of {', '.join(_MODES)}"]
-    groups, bits = _MODES[mode]
-    expected = {"group_size": groups, "bits": bits}
-    return [
-        f"{key} out of {', '.join(map(str, sorted(allowed)))}"
-        for key, allowed in expected.items()
-        if type(settings.get(key)) is not int or settings[key] not in allowed
-    ]
+def write_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
+    """Write arrays to a safetensors file, computing one at a time; `arrays` is emptied."""
+    layout = [(name, _dtype_name(array), array.shape) for name, array in arrays.items()]
+    with open(path, "wb") as file:
+        file.write(safetensors_header(layout, {"format": "mlx"}))
+        for name, _, _ in layout:
+            array = arrays.pop(name)
+            # numpy has no bfloat16.
+            plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+            file.write(np.asarray(plain).tobytes())
+
+
+def _dtype_name(array: mx.array) -> str:
+    return str(array.dtype).removeprefix("mlx.core.")

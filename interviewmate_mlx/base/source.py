@@ -136,8 +136,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read `config.json`; old names become those that transformers uses today.
 
     Raises:
-        ModelError: there is none, it describes quantised weights, or an old name in it
-            has another value than the new one.
+        ModelError: there is none, or an old name in it has another value than the new one.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -145,11 +144,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         hint = "It is an adapter: give its base." if is_adapter else "Give a model's folder."
         raise ModelError(f"{folder} holds no config.json.\n{hint}")
     config = read_json(path)
-    for key in ("quantization", "quantization_config"):
-        if config.get(key):
-            raise ModelError(
-                f"{path} describes quantised weights ({key}).\nConvert the model it came from."
-            )
     if config.get("model_type") in _OLD_MODEL_TYPES:
         config["model_type"] = "falcon"
         config.setdefault("new_decoder_architecture", "n_head_kv" in config)

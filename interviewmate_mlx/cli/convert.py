@@ -19,6 +19,17 @@ from interviewmate_mlx.cli.options import UserPath, json_option, make_console, p
     help="Of the weights written; by default the source's own.",
 )
 @click.option("--trim-vocab", is_flag=True, help="Cut the embedding to the tokenizer's size.")
+@click.option(
+    "--quantize",
+    type=click.IntRange(2, 8),
+    metavar="BITS",
+    help="Quantise the weights, to 4 or 8 bits as a rule. For this package and mlx-lm alone.",
+)
+@click.option(
+    "--group-size",
+    type=click.IntRange(1),
+    help="With --quantize: weights that share a scale; 32, 64 or 128. By default 64.",
+)
 @click.option("--force", is_flag=True, help="Convert again, replacing what is there.")
 @json_option
 def command(
@@ -27,24 +38,30 @@ def command(
     revision: str | None,
     dtype: str | None,
     trim_vocab: bool,
+    quantize: int | None,
+    group_size: int | None,
     force: bool,
     as_json: bool,
 ) -> None:
-    """Convert a Falcon-RW of the Hub, or a folder in its layout, to MLX.
+    """Convert a model of the Hub, or a folder in its layout, to MLX.
 
     The folder that comes out serves this package, the stock mlx-lm commands
-    (with --trust-remote-code) and transformers.
+    (a Falcon-RW with --trust-remote-code) and transformers.
 
     \b
     Example: imate-mlx convert tiiuae/falcon-rw-1b --dtype bfloat16
     """
+    if group_size and not quantize:
+        raise click.UsageError("--group-size is of --quantize: give that too.")
     with prepared():
         from interviewmate_mlx.base.base import models_folder
         from interviewmate_mlx.base.convert import convert
+        from interviewmate_mlx.base.quantization import Quantization
         from interviewmate_mlx.hub.names import fetch_model, shipped_base
         from interviewmate_mlx.results.terminal import byte_bar
 
         console = make_console()
+        quantization = Quantization.of(quantize, group_size or 64) if quantize else None
         with byte_bar(f"pulling {source}", console) as progress:
             found = fetch_model(source, revision, progress)
         is_of_hub, folder = bool(found.revision), found.path
@@ -57,6 +74,7 @@ def command(
                 out,
                 dtype=dtype,
                 trim_vocab=trim_vocab,
+                quantization=quantization,
                 force=force,
                 source_name=name,
                 revision=found.revision,
@@ -72,5 +90,5 @@ def command(
     else:
         click.echo(
             f"{out}: {converted.num_parameters:,} parameters, {converted.dtype}, "
-            f"{converted.nbytes / 1e9:.2f} GB"
+            f"{converted.nbytes / 1e9:.2f} GB" + (f", {quantize} bits" if quantize else "")
         )

@@ -21,7 +21,7 @@ TRACEBACK_VARIABLE = "INTERVIEWMATE_TRACEBACK"
 # By name: each is `command` in the file of that name. Their first lines are repeated here, so
 # that `--help` loads none of them.
 COMMANDS = {
-    "convert": "Convert a Falcon-RW of the Hub, or a folder in its layout, to MLX.",
+    "convert": "Convert a model of the Hub, or a folder in its layout, to MLX.",
     "train": "Train a run's LoRA adapter and write it as a PEFT folder.",
     "sweep": "Train several runs one after the other, and compare them.",
     "generate": "Answer an interview question.",
@@ -45,13 +45,16 @@ _OPTIONS = {
     "data": "--data",
     "dtype": "--dtype",
     "force": "--force",
+    "group_size": "--group-size",
     "host": "--host",
     "leave_out": "--leave-out",
     "out": "--out",
     "port": "--port",
+    "quantize": "--quantize",
     "replace": "--force",
     "resume": "--resume",
     "system": "--system",
+    "trim_vocab": "--trim-vocab",
     "untested_base": "--untested-base",
 }
 _PACKAGES = Path(__file__).parents[2]

@@ -99,7 +99,9 @@ def warn_of_other_weights(adapter: Adapter, base: Base) -> None:
     This is not an error: only the user can know whether the base was trained further.
     """
     expected, got = adapter.base_hash, base.weights_hash
-    if expected and got and expected != got:
+    # Whether quantised weights are those of a base that is not, cannot be told from hashes.
+    are_comparable = expected and expected.rpartition(":")[0] == got.rpartition(":")[0]
+    if are_comparable and expected != got:
         warnings.warn(
             f"{adapter.folder} was trained on other weights than those in {base.folder}; "
             "its answers may make no sense.",

@@ -335,7 +335,7 @@ def test_old_and_new_name_that_disagree_are_refused(source: Path, out: Path) -> 
         ("new_decoder_architecture", True),
         ("n_head_kv", 8),
         ("hidden_size", None),
-        ("model_type", "llama"),
+        ("model_type", "lama"),
         ("quantization_config", {"bits": 4}),
     ],
 )
@@ -685,7 +685,7 @@ def test_second_conversion_casts_nothing_whenever_the_files_were_made(
     shutil.copytree(source, copy)  # elsewhere, with times of its own
     for path in copy.iterdir():
         os.utime(path)
-    monkeypatch.setattr("interviewmate_mlx.base.convert._fit", None)
+    monkeypatch.setattr("interviewmate_mlx.base.convert.fit_falcon", None)
     assert convert(copy, out).already_there
 
 
