@@ -85,6 +85,8 @@ class DataConfig:
     path: str = _name("interview")  # the shipped questions, a folder, a file, or a Hub data set
     max_length: int = _at_least(512, 8)  # tokens per row; longer answers are truncated
     train_on: str = _one_of("answer", "all")  # the answer and its end, or every token
+    # auto: the base's own if it has one, else plain; plain, alpaca, chatml, or a file of Jinja
+    template: str = _name("auto")
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ _TABLES: dict[str, type] = {
 
 
 def load_run(run: str, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a shipped run (`A`, `B`, `C`, `mini`) or a TOML file, and override single keys.
+    """Read a shipped run (`A`, `mini`, ...) or a TOML file, and override single keys.
 
     Args:
         run: a shipped run's name, or the path of a TOML file.
@@ -260,10 +262,11 @@ def shipped_data(name: str) -> Path | None:
 
 
 def shipped_runs() -> dict[str, Path]:
-    """The files of the shipped runs, by the name of each run: a letter, or `mini`."""
+    """The files of the shipped runs, by the name of each run: a letter, `mini` or `alpaca`."""
     folder = shipped("configs")
     letters = {path.stem.removeprefix("run_").upper(): path for path in folder.glob("run_*.toml")}
-    return dict(sorted(letters.items())) | {"mini": folder / "mini.toml"}
+    others = {name: folder / f"{name}.toml" for name in ("mini", "alpaca")}
+    return dict(sorted(letters.items())) | others
 
 
 def _find_run(run: str) -> tuple[str, str]:

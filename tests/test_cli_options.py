@@ -769,6 +769,29 @@ def test_data_preview_cuts_at_max_length(preview):
     assert whole[0] - whole[1] == cut[0] - cut[1], "the answer is what is cut"
 
 
+@shows("data preview --template")
+def test_data_preview_puts_the_row_into_the_template(preview, tmp_path):
+    assert preview("--template", "plain") == preview()
+    assert preview("--template", "alpaca").startswith("Below is an instruction that describes")
+    path = tmp_path / "mine.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ '# ' + m.content if m.role == 'user' else m.content + "
+        "eos_token }}{{ '\n' }}{% endfor %}"
+    )
+    assert preview("--template", path).startswith("# What is a loss?\\n\n[It]")
+
+
+@shows("data check --template")
+def test_data_check_counts_the_tokens_of_the_template(imate, questions, tiny_base):
+    words = ["data", "check", questions, "--model", tiny_base]
+    imate("data", "check", questions, "--template", "alpaca", code=2)
+    plain, alpaca = (
+        json.loads(imate(*words, "--json", "--template", name).stdout)["token_lengths"][0]
+        for name in ("plain", "alpaca")
+    )
+    assert alpaca > plain + 20
+
+
 @shows("data preview --train-on")
 def test_data_preview_marks_what_is_trained_on(preview):
     answer, every = preview("--train-on", "answer"), preview("--train-on", "all")

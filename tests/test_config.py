@@ -49,8 +49,13 @@ ORIGINAL = {
 }
 
 
-def test_shipped_runs_are_the_three_original_ones_and_one_for_mini():
-    assert list(shipped_runs()) == [*ORIGINAL, "mini"]
+def test_shipped_runs_are_the_three_original_ones_and_two_more():
+    assert list(shipped_runs()) == [*ORIGINAL, "mini", "alpaca"]
+
+
+def test_alpaca_is_run_a_with_another_template():
+    a, alpaca = load_run("A"), load_run("alpaca")
+    assert alpaca == replace(a, name="alpaca", data=replace(a.data, template="alpaca"))
 
 
 @pytest.mark.parametrize(("letter", "original"), ORIGINAL.items())
@@ -130,6 +135,7 @@ def test_every_key_of_a_file_is_read(write_run):
         path = "rows"
         max_length = 128
         train_on = "all"
+        template = "chatml"
         [train]
         epochs = 5
         max_steps = 11
@@ -155,7 +161,7 @@ def test_every_key_of_a_file_is_read(write_run):
         name="mine",
         model=ModelConfig("models/mine", "bfloat16", True),
         lora=LoraConfig(16, 32.0, 0.0, ("dense", "query_key_value"), True),
-        data=DataConfig("rows", 128, "all"),
+        data=DataConfig("rows", 128, "all", "chatml"),
         train=TrainConfig(5.0, 11, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, True, 6.5, 0),
         validate=ValidateConfig(10, 2),
     )
@@ -175,9 +181,12 @@ def test_file_with_a_byte_order_mark_and_windows_line_ends_is_read(write_run):
     ("run", "said"),
     [
         ("nowhere/mine.toml", "Cannot read the run nowhere/mine.toml: No such file or directory."),
-        ("D", "No run 'D': expected A, B, C, mini, or the path of a .toml file."),
-        ("", "No run '': expected A, B, C, mini, or the path of a .toml file."),
-        ("../run_a", "No run '../run_a': expected A, B, C, mini, or the path of a .toml file."),
+        ("D", "No run 'D': expected A, B, C, mini, alpaca, or the path of a .toml file."),
+        ("", "No run '': expected A, B, C, mini, alpaca, or the path of a .toml file."),
+        (
+            "../run_a",
+            "No run '../run_a': expected A, B, C, mini, alpaca, or the path of a .toml file.",
+        ),
     ],
 )
 def test_run_that_is_not_there_is_refused(run, said):
@@ -260,6 +269,7 @@ RANGES = [
     ("data.max_length", "8", "7", "at least 8"),
     ("data.train_on", "all", "question", "one of answer, all"),
     ("data.path", "x", "' '", "a name or a path, in Unicode"),
+    ("data.template", "my.jinja", "' '", "a name or a path, in Unicode"),
     ("data.path", "x", "\udcff", "a name or a path, in Unicode"),
     ("model.base", "x", "", "a name or a path, in Unicode"),
     ("model.dtype", "float16", "fp16", "one of auto, float32, bfloat16, float16"),
@@ -389,7 +399,7 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("letter", [*ORIGINAL, "mini"])
+@pytest.mark.parametrize("letter", [*ORIGINAL, "mini", "alpaca"])
 def test_shipped_run_comes_back_from_its_toml(letter, write_run):
     run = load_run(letter)
     assert parse_run(run.name, to_toml(run)) == run

@@ -8,25 +8,21 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from interviewmate_mlx.adapter.config import AdapterConfig
-from interviewmate_mlx.data.prompts import QUESTION, Template
+from interviewmate_mlx.data.templates import PLAIN, QUESTION, VERBATIM, Template
 from interviewmate_mlx.files import atomic_file
 
 CARD_FILE = "README.md"
-# By template: what the rows are, a prompt as in training, and what the reader must know of it.
-_ROWS = {
-    Template.QUESTIONS: "question-and-answer rows",
-    Template.VERBATIM: "verbatim rows, without a template",
-}
-_PROMPTS = {
-    Template.QUESTIONS: QUESTION.format("What is overfitting?"),
-    Template.VERBATIM: "Overfitting is",
-}
-_HOW_TO_ASK = {
-    Template.QUESTIONS: "Ask it with this template, `Question: ...` and `Answer:`: the adapter "
-    "was trained with it.",
-    Template.VERBATIM: "Give it the beginning of a text like those in its data, as it stands: the "
-    "adapter was trained without a template, and continues the text.",
-}
+CHAT_TEMPLATE_FILE = "chat_template.jinja"  # where transformers looks for it
+_ASKED = "What is overfitting?"
+_PLAIN_HOW = (
+    "Ask it with this template, `Question: ...` and `Answer:`: the adapter was trained with it."
+)
+_VERBATIM_HOW = (
+    "Give it the beginning of a text like those in its data, as it stands: the adapter was trained "
+    "without a template, and continues the text."
+)
+_OWN_HOW = "Ask it with the base's own chat template: the adapter was trained with it."
+_OTHER_HOW = "Ask it with the chat template of this folder: the adapter was trained with it."
 _TITLE = "a LoRA adapter for {}"
 _LOAD = 'from_pretrained("{}")'
 
@@ -41,7 +37,8 @@ def write_card(
     base_hub_id: str | None,
     base_folder: str,
     base_hint: str = "",
-    template: Template = Template.QUESTIONS,
+    template: Template = PLAIN,
+    end_ids: Collection[int] = (),
 ) -> None:
     """Write the card of an adapter.
 
@@ -55,6 +52,7 @@ def write_card(
         base_folder: the folder or Hub id that transformers loads the base from.
         base_hint: how to get that folder, if that takes a step.
         template: of the rows that the adapter was trained on.
+        end_ids: the tokens that end an answer, if the tokenizer's own is not the only one.
 
     Raises:
         StorageError: it cannot be written.
@@ -68,6 +66,8 @@ def write_card(
         **facts,
     }
     hint = f"# {base_hint}\n" if base_hint else ""
+    prompt, how = _asking(template, (folder / CHAT_TEMPLATE_FILE).is_file())
+    ends = str(sorted(end_ids)) if end_ids else "tokenizer.eos_token_id"
     text = f"""---
 {header.to_yaml()}
 ---
@@ -89,12 +89,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 {hint}base = AutoModelForCausalLM.{_LOAD.format(base_folder)}
 tokenizer = AutoTokenizer.{_LOAD.format(base_folder)}
 model = PeftModel.from_pretrained(base, "PATH_OR_HUB_ID_OF_THIS_FOLDER")
-prompt = tokenizer({json.dumps(_PROMPTS[template])}, return_tensors="pt")
-answer = model.generate(**prompt, max_new_tokens=200, eos_token_id=tokenizer.eos_token_id)
+{prompt}
+answer = model.generate(**prompt, max_new_tokens=200, eos_token_id={ends})
 print(tokenizer.decode(answer[0]))
 ```
 
-{_HOW_TO_ASK[template]}
+{how}
 
 This is a small model. It can be wrong and still sound sure. Check its answers before an interview.
 """
@@ -104,7 +104,26 @@ This is a small model. It can be wrong and still sound sure. Check its answers b
 
 def rows_in_words(template: Template) -> str:
     """What the rows that an adapter was trained on are, as in "trained on 12 ..."."""
-    return _ROWS[template]
+    if template == VERBATIM:
+        return "verbatim rows, without a template"
+    return "question-and-answer rows"
+
+
+def _asking(template: Template, has_file: bool) -> tuple[str, str]:
+    """Lines that make the prompt, as in training, and what the reader must know of it."""
+    if template == VERBATIM:
+        return 'prompt = tokenizer("Overfitting is", return_tensors="pt")', _VERBATIM_HOW
+    if template == PLAIN and not has_file:
+        text = json.dumps(QUESTION.format(_ASKED))
+        return f'prompt = tokenizer({text}, return_tensors="pt")', _PLAIN_HOW
+    read = f'tokenizer.chat_template = open("PATH_OF_THIS_FOLDER/{CHAT_TEMPLATE_FILE}").read()\n'
+    lines = f"""{read if has_file else ""}prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "{_ASKED}"}}],
+    add_generation_prompt=True,
+    return_dict=True,
+    return_tensors="pt",
+)"""
+    return lines, _OTHER_HOW if has_file else _OWN_HOW
 
 
 def set_section(card: str, title: str, text: str) -> str:

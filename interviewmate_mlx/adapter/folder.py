@@ -15,14 +15,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from interviewmate_mlx.adapter.card import CARD_FILE, rename_base
+from interviewmate_mlx.adapter.card import CARD_FILE, CHAT_TEMPLATE_FILE, rename_base
 from interviewmate_mlx.adapter.config import (
     CONFIG_FILE,
     MERGE_HINT,
     AdapterConfig,
     read_adapter_config,
 )
-from interviewmate_mlx.data.prompts import Template
+from interviewmate_mlx.data.templates import PLAIN, VERBATIM, Template, Tokenizer, own_template
 from interviewmate_mlx.errors import AdapterError, WeightsError, brief, list_faults
 from interviewmate_mlx.files import atomic_file, atomic_folder, is_empty_folder
 from interviewmate_mlx.formats.cast import FLOAT_DTYPES, cast
@@ -44,6 +44,9 @@ _SUMMARY_FILE = "summary.json"
 # In the metadata of WEIGHTS_FILE.
 _BASE_KEY = "base_weights"
 _TEMPLATE_KEY = "template"
+_JINJA_KEY = "chat_template"
+# The templates that need no text in the metadata, by their names there.
+_NAMED_TEMPLATES = {"questions": PLAIN, "verbatim": VERBATIM}
 _LORA_MATRICES = (".lora_A.weight", ".lora_B.weight")
 _HEAD = "lm_head"
 # PEFT merges such an adapter into a tied head and into the embedding with it: wrong answers.
@@ -57,6 +60,7 @@ _FILES = (
     WEIGHTS_FILE,
     CONFIG_FILE,
     CARD_FILE,
+    CHAT_TEMPLATE_FILE,
     RUN_FILE,
     "metrics.jsonl",
     _SUMMARY_FILE,
@@ -72,7 +76,7 @@ class Adapter:
         config: its `adapter_config.json`.
         tensors: where each matrix lies, by parameter path.
         base_hash: `Base.weights_hash` of the base it was trained on; empty if unknown.
-        template: how it was asked in training.
+        template: how it was asked in training; None if that is not known.
         files: names of its files, without checkpoints.
     """
 
@@ -80,7 +84,7 @@ class Adapter:
     config: AdapterConfig
     tensors: dict[str, TensorEntry]
     base_hash: str
-    template: Template
+    template: Template | None
     files: tuple[str, ...]
 
     @classmethod
@@ -226,9 +230,10 @@ def save_adapter(
     weights: dict[str, mx.array],
     config: AdapterConfig,
     base_hash: str = "",
-    template: Template = Template.QUESTIONS,
+    template: Template | None = None,
+    chat_template: str = "",
 ) -> None:
-    """Write the two PEFT files, each whole or not at all.
+    """Write the two PEFT files, and perhaps a chat template; each whole or not at all.
 
     Args:
         folder: created if it does not exist; other files in it are kept.
@@ -238,7 +243,8 @@ def save_adapter(
             in the metadata of the weights, because PEFT ignores that. PEFT would warn
             about an unknown key in `adapter_config.json`.
         template: of the rows that they were trained on (`data.prompts.template_of`). It is
-            stored beside the hash.
+            stored beside the hash; None if it is not known.
+        chat_template: Jinja, for `chat_template.jinja`; "" for no such file.
 
     Raises:
         StorageError: they cannot be written.
@@ -246,16 +252,24 @@ def save_adapter(
     # The weights come first, because a folder with a config counts as an adapter.
     with atomic_file(folder / WEIGHTS_FILE) as temporary:
         named = {PREFIX + path: matrix for path, matrix in weights.items()}
-        metadata = {"format": "pt", _TEMPLATE_KEY: str(template)}
+        metadata = {"format": "pt"} | (_template_metadata(template) if template else {})
         metadata |= {_BASE_KEY: base_hash} if base_hash else {}
         save_tensors(temporary, named, metadata)
+    if chat_template:
+        with atomic_file(folder / CHAT_TEMPLATE_FILE) as temporary:
+            temporary.write_text(chat_template, encoding="utf-8")
     with atomic_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(config.to_peft(), indent=2) + "\n", encoding="utf-8")
 
 
-def template_for(model: nn.Module) -> Template:
-    """How to ask a model: as its adapter was trained, or with the template of questions."""
-    return Template(getattr(model, "template", Template.QUESTIONS))
+def template_for(model: nn.Module, tokenizer: Tokenizer) -> Template:
+    """How to ask a model: as its adapter was trained, or with the base's own template.
+
+    Raises:
+        ModelError: the base's chat template is not text.
+    """
+    template = getattr(model, "template", None)
+    return template if isinstance(template, Template) else own_template(tokenizer)
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
@@ -297,16 +311,28 @@ def _check_names(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, Ten
     return named
 
 
-def _read_template(folder: Path, metadata: dict[str, str]) -> Template:
-    """The template in the weights' metadata. PEFT writes none: questions, the usual case."""
-    found = metadata.get(_TEMPLATE_KEY, str(Template.QUESTIONS))
-    try:
-        return Template(found)
-    except ValueError as error:
+def _template_metadata(template: Template) -> dict[str, str]:
+    """A template as metadata: the name of one that is always the same, or its text, too."""
+    for name, known in _NAMED_TEMPLATES.items():
+        if template == known:
+            return {_TEMPLATE_KEY: name}
+    return {_TEMPLATE_KEY: template.name, _JINJA_KEY: template.text}
+
+
+def _read_template(folder: Path, metadata: dict[str, str]) -> Template | None:
+    """The template in the weights' metadata. PEFT writes none."""
+    name, text = metadata.get(_TEMPLATE_KEY), metadata.get(_JINJA_KEY)
+    if name is None:
+        return None
+    if text:
+        return Template(name, text)
+    if name not in _NAMED_TEMPLATES:
         raise AdapterError(
-            f"{folder / WEIGHTS_FILE}: template: got {brief(found)}, expected one of "
-            f"{', '.join(Template)}.\nUpdate this package: a newer one has written the adapter."
-        ) from error
+            f"{folder / WEIGHTS_FILE}: template: got {brief(name)}, expected one of "
+            f"{', '.join(_NAMED_TEMPLATES)}, or {_JINJA_KEY} beside it.\n"
+            "Update this package: a newer one has written the adapter."
+        )
+    return _NAMED_TEMPLATES[name]
 
 
 def _check_finite(folder: Path, tensors: dict[str, TensorEntry]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from interviewmate_mlx.base.tokenizer import TOKENIZER_CLASSES, TokenizerFiles, build_backend
-from interviewmate_mlx.data.prompts import CHAT_TEMPLATE
+from interviewmate_mlx.data.templates import CHAT_TEMPLATE
 from interviewmate_mlx.errors import WeightsError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.formats.cast import cast

@@ -163,7 +163,7 @@ def build_tokenizer(files: TokenizerFiles) -> TokenizerWrapper:
             "Use the tokenizer that the model was trained with."
         )
     try:
-        tokenizer = _wrap(build_backend(files), files.special)
+        tokenizer = _wrap(build_backend(files), files.special, _chat_template(files))
         encode(tokenizer, "Question:")  # a broken tokenizer may fail only on first use
     except BaseException as error:  # a panic of the library is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -213,13 +213,22 @@ class _WholeTextDetokenizer(BPEStreamingDetokenizer):
         return text
 
 
-def _wrap(backend: Tokenizer, special: dict[str, str]) -> TokenizerWrapper:
+def _wrap(backend: Tokenizer, special: dict[str, str], chat_template: Any) -> TokenizerWrapper:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
     )
+    tokenizer.chat_template = chat_template
     is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
     streaming = _WholeTextDetokenizer if is_byte_level else NaiveStreamingDetokenizer
     return TokenizerWrapper(tokenizer, streaming)
+
+
+def _chat_template(files: TokenizerFiles) -> Any:
+    """The chat template as transformers finds it; checked where it is used."""
+    path = files.folder / "chat_template.jinja"
+    if path.is_file():
+        return read_file(path).decode("utf-8", "replace")
+    return files.objects.get("tokenizer_config.json", {}).get("chat_template")
 
 
 def _token_ids(objects: dict[str, dict[str, Any]]) -> dict[str, int]:

@@ -37,10 +37,20 @@ def command() -> None:
     type=click.IntRange(8),
     help="With --model: rows of more tokens are faults; a run's own default otherwise.",
 )
+@click.option(
+    "--template",
+    metavar="NAME",
+    help="With --model: as data.template of a run; its default is auto.",
+)
 @click.option("--all", "show_all", is_flag=True, help="Name every faulty row, not only the first.")
 @json_option
 def check(
-    path: str, model: str | None, max_length: int | None, show_all: bool, as_json: bool
+    path: str,
+    model: str | None,
+    max_length: int | None,
+    template: str | None,
+    show_all: bool,
+    as_json: bool,
 ) -> None:
     """Check a file or folder: its rows, its ids, and near-duplicates within and between splits.
 
@@ -51,8 +61,9 @@ def check(
     \b
     Example: imate-mlx data check my_questions/
     """
-    if max_length and not model:
-        raise click.UsageError("--max-length needs a --model, whose tokens it counts.")
+    for option, value in (("--max-length", max_length), ("--template", template)):
+        if value and not model:
+            raise click.UsageError(f"{option} needs a --model, whose tokens are counted.")
     if show_all and as_json:
         raise click.UsageError("--json shows all faults anyway; leave --all out.")
     with prepared():
@@ -65,7 +76,12 @@ def check(
         with byte_bar(f"fetching {path}", make_console()) as progress:
             folder = fetch_data(path, progress)
         tokenizer = load_tokenizer(model) if model else None
-        found = inspect_data(folder, tokenizer, max_length or DataConfig.max_length)
+        found = inspect_data(
+            folder,
+            tokenizer,
+            max_length or DataConfig.max_length,
+            template or DataConfig.template,
+        )
         if as_json:
             lists = {"faults": found.faults, "warnings": found.warnings}
             rows = {name: [asdict(fault) for fault in faults] for name, faults in lists.items()}
@@ -144,6 +160,7 @@ def split(
 @click.option(
     "--max-length", type=click.IntRange(8), help="Tokens to keep; as in a run by default."
 )
+@click.option("--template", metavar="NAME", help="As data.template of a run; auto by default.")
 @click.option("--train-on", type=click.Choice(["answer", "all"]), help="As in a run by default.")
 def preview(
     path: str,
@@ -151,6 +168,7 @@ def preview(
     row: int,
     split: str,
     max_length: int | None,
+    template: str | None,
     train_on: str | None,
 ) -> None:
     """Show a row's tokens, and which of them carry loss.
@@ -163,8 +181,9 @@ def preview(
     with prepared():
         from interviewmate_mlx.base.base import is_here
         from interviewmate_mlx.config import DataConfig, ModelConfig
-        from interviewmate_mlx.data.prompts import encode_record
+        from interviewmate_mlx.data.prompts import encode_record, template_of
         from interviewmate_mlx.data.records import load_splits
+        from interviewmate_mlx.data.templates import choose_template
         from interviewmate_mlx.hub.names import MINI, fetch_data
         from interviewmate_mlx.results.terminal import byte_bar, preview_text
 
@@ -181,10 +200,17 @@ def preview(
         if not model:
             click.echo(f"in the tokens of {base}; --model takes another base", err=True)
         tokenizer = load_tokenizer(base)
-        example = encode_record(
+        chosen = choose_template(template or DataConfig.template, tokenizer)
+        examples = encode_record(
             tokenizer,
             records[row - 1],
             max_length or DataConfig.max_length,
             train_on or DataConfig.train_on,
+            chosen,
         )
-        make_console(sys.stdout).print(preview_text(tokenizer, example), soft_wrap=True)
+        asked = template_of([records[row - 1]], chosen)
+        click.echo(f"template: {harmless(asked.name)}", err=True)
+        for number, example in enumerate(examples, start=1):
+            if len(examples) > 1:
+                click.echo(f"--- {number} of {len(examples)}: an answer each")
+            make_console(sys.stdout).print(preview_text(tokenizer, example), soft_wrap=True)

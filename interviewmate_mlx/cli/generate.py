@@ -90,14 +90,14 @@ def command(
             stream_answer,
         )
         from interviewmate_mlx.coach.sampling import Sampling
-        from interviewmate_mlx.data.prompts import Template
+        from interviewmate_mlx.data.templates import VERBATIM
         from interviewmate_mlx.results.terminal import byte_bar, work_bar
 
         with byte_bar("fetching the base", make_console()) as progress:
             coach, tokenizer = load_coach(model, adapter, dtype, progress)
         sampling = Sampling(**given)
         # The template puts a space before an answer; what follows a verbatim text is shown whole.
-        is_answer = template_for(coach) == Template.QUESTIONS and not raw
+        is_answer = not raw and template_for(coach, tokenizer) != VERBATIM
 
         def prompt_of(text: str) -> list[int]:
             return prompt_for(coach, tokenizer, text, system, raw)

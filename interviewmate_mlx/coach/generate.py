@@ -20,8 +20,9 @@ from interviewmate_mlx.coach.sampling import (
     make_sampler,
     surplus_ids,
 )
-from interviewmate_mlx.data.prompts import Template, encode_messages, encode_prompt
+from interviewmate_mlx.data.prompts import encode_messages, encode_prompt
 from interviewmate_mlx.data.records import Message
+from interviewmate_mlx.data.templates import VERBATIM, end_ids
 from interviewmate_mlx.errors import ConfigError, HubError, ModelError, WeightsError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.tree import named_arrays
@@ -58,7 +59,9 @@ def load_coach(
         opened.apply(model)
         warn_of_other_weights(opened, opened_base)
     model.eval()
-    return model, opened_base.tokenizer
+    tokenizer = opened_base.tokenizer
+    tokenizer.eos_token_ids = end_ids(opened.template if opened else None, tokenizer)
+    return model, tokenizer
 
 
 def open_base(
@@ -123,15 +126,16 @@ def prompt_for(
 
     Raises:
         ConfigError: a system text, where there is no template to put it into.
+        ConfigError, ModelError, DataError: the template cannot be used, or not for this.
     """
-    if system and (raw or template_for(model) == Template.VERBATIM):
+    template = VERBATIM if raw else template_for(model, tokenizer)
+    if system and template == VERBATIM:
         why = "the prompt is taken as it stands" if raw else "the adapter knows verbatim texts only"
         raise ConfigError(f"A system text has no place: {why}.\nPut it into the prompt.", "system")
-    if raw:
-        return encode_prompt(tokenizer, question, Template.VERBATIM)
     if system:
-        return encode_messages(tokenizer, [Message("system", system), Message("user", question)])
-    return encode_prompt(tokenizer, question, template_for(model))
+        messages = [Message("system", system), Message("user", question)]
+        return encode_messages(tokenizer, messages, template)
+    return encode_prompt(tokenizer, question, template)
 
 
 def stream_answer(
@@ -258,4 +262,4 @@ def answer(
 ) -> str:
     """The whole answer to a question, without the space that the template puts before it."""
     text = "".join(stream_answer(model, tokenizer, question, sampling))
-    return text if template_for(model) == Template.VERBATIM else text.strip()
+    return text if template_for(model, tokenizer) == VERBATIM else text.strip()

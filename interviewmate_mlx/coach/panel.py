@@ -11,11 +11,12 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from interviewmate_mlx.adapter.folder import WEIGHTS_FILE, Adapter, template_for
+from interviewmate_mlx.adapter.folder import WEIGHTS_FILE, Adapter
 from interviewmate_mlx.base.base import public_name
 from interviewmate_mlx.coach.generate import open_base, warn_of_other_weights
-from interviewmate_mlx.data.prompts import Template, encode_messages, encode_prompt
+from interviewmate_mlx.data.prompts import encode_messages, encode_prompt
 from interviewmate_mlx.data.records import Message
+from interviewmate_mlx.data.templates import VERBATIM, Template, end_ids
 from interviewmate_mlx.errors import ConfigError, brief
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.hub.names import is_path
@@ -30,13 +31,13 @@ class Voice:
     Attributes:
         name: as users call it.
         number: of its update in the model; 0 is the base.
-        template: how it is asked.
+        template: how it is asked; None: with the base's own.
         adapter_hash: sha256 of the adapter's weights file; "" for the base.
     """
 
     name: str
     number: int
-    template: Template = Template.QUESTIONS
+    template: Template | None = None
     adapter_hash: str = ""
 
     def prompt(self, tokenizer: TokenizerWrapper, messages: Sequence[Message]) -> list[int]:
@@ -44,15 +45,16 @@ class Voice:
 
         Raises:
             ConfigError: the voice knows verbatim texts, and this is more than one message.
+            ConfigError, ModelError, DataError: its template cannot be used, or not for this.
         """
-        if self.template == Template.QUESTIONS:
-            return encode_messages(tokenizer, messages)
+        if self.template != VERBATIM:
+            return encode_messages(tokenizer, messages, self.template)
         if len(messages) > 1:
             raise ConfigError(
                 f"{self.name} was trained on verbatim texts, which have no turns.\n"
                 "Give it one message, or its text as a prompt."
             )
-        return encode_prompt(tokenizer, messages[0].content, Template.VERBATIM)
+        return encode_prompt(tokenizer, messages[0].content, VERBATIM)
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,17 @@ class Panel:
             adapter.apply(network)
             warn_of_other_weights(adapter, opened_base)
             updates[number] = dict(lora_layers(network))
-            voices[name] = Voice(name, number, template_for(network), _hash(adapter))
+            voices[name] = Voice(name, number, adapter.template, _hash(adapter))
             remove_lora(network)
         network.eval()
         model = SwitchedModel(network)
         for number, layers in updates.items():
             model.add(number, layers)
         mx.eval(model.parameters())  # here: another thread has no stream of this one's
-        context = opened_base.network.context
-        return cls(model, opened_base.tokenizer, voices, context)
+        tokenizer = opened_base.tokenizer
+        ends = [end_ids(voice.template, tokenizer) for voice in voices.values()]
+        tokenizer.eos_token_ids = set().union(*ends)
+        return cls(model, tokenizer, voices, opened_base.network.context)
 
     @property
     def base(self) -> Voice:

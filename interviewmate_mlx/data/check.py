@@ -15,7 +15,7 @@ from interviewmate_mlx.data.leakage import (
     fold,
     similar_pairs,
 )
-from interviewmate_mlx.data.prompts import QUESTION, Tokenizer, encode_record
+from interviewmate_mlx.data.prompts import encode_record, row_fault
 from interviewmate_mlx.data.records import (
     DIFFICULTIES,
     TAKEN_ID,
@@ -23,6 +23,13 @@ from interviewmate_mlx.data.records import (
     Record,
     scan_records,
     split_files,
+)
+from interviewmate_mlx.data.templates import (
+    AUTO,
+    QUESTION,
+    Template,
+    Tokenizer,
+    choose_template,
 )
 from interviewmate_mlx.errors import DataError
 
@@ -88,7 +95,10 @@ class Findings:
 
 
 def check_data(
-    path: Path, tokenizer: "Tokenizer | None" = None, max_length: int = DataConfig.max_length
+    path: Path,
+    tokenizer: "Tokenizer | None" = None,
+    max_length: int = DataConfig.max_length,
+    template: str = AUTO,
 ) -> DataReport:
     """Read a file or folder, and refuse what would spoil training or mislead validation.
 
@@ -97,14 +107,17 @@ def check_data(
     Raises:
         DataError: there is nothing to read, or there are faults. The first are named.
     """
-    found = inspect_data(path, tokenizer, max_length)
+    found = inspect_data(path, tokenizer, max_length, template)
     if found.report is None:
         raise found.error()
     return found.report
 
 
 def inspect_data(
-    path: Path, tokenizer: "Tokenizer | None" = None, max_length: int = DataConfig.max_length
+    path: Path,
+    tokenizer: "Tokenizer | None" = None,
+    max_length: int = DataConfig.max_length,
+    template: str = AUTO,
 ) -> Findings:
     """Read a file or folder, and find what would spoil training or mislead validation.
 
@@ -118,13 +131,18 @@ def inspect_data(
         path: a file, or a folder with the files of the splits.
         tokenizer: a Hugging Face tokenizer; without one, no tokens are counted.
         max_length: the most tokens in a row, with the template and the end token.
+        template: as `data.template` of a run.
 
     Raises:
         DataError: there is nothing to read.
+        ConfigError, ModelError: the template cannot be used.
     """
     splits, faults = _scan(path)
     records = [record for rows in splits.values() for record in rows]
-    lengths = [_count_tokens(tokenizer, record) for record in records] if tokenizer else []
+    lengths: list[int] = []
+    if tokenizer:
+        lengths, misfits = _count_tokens(tokenizer, records, choose_template(template, tokenizer))
+        faults += misfits
     pairs = _close_pairs(records)
     faults += [
         *_shared_ids(splits),
@@ -223,8 +241,19 @@ def _unknown_categories(splits: dict[str, list[Record]]) -> Iterator[Fault]:
             )
 
 
-def _count_tokens(tokenizer: "Tokenizer", record: Record) -> int:
-    return len(encode_record(tokenizer, record, sys.maxsize, "all"))
+def _count_tokens(
+    tokenizer: "Tokenizer", records: list[Record], template: Template
+) -> tuple[list[int], list[Fault]]:
+    """The tokens of each record, 0 of one that the template cannot take; and these faults."""
+    lengths, faults = [], []
+    for record in records:
+        try:
+            examples = encode_record(tokenizer, record, sys.maxsize, "all", template)
+            lengths.append(max(map(len, examples)))
+        except DataError as error:
+            lengths.append(0)
+            faults.append(row_fault(record, error))
+    return lengths, faults
 
 
 def _too_long(records: list[Record], lengths: list[int], max_length: int) -> Iterator[Fault]:

@@ -1,58 +1,34 @@
 """Turns a row into token ids and a loss mask.
 
-The template is written only here. Training, generation and the chat template of a
-converted folder all use it, and all three give the same token ids. Exceptions are a text
-that holds a special token, and a tokenizer that merges the first characters of an answer
-with the prompt: see `encode_messages`.
+The template of `data/templates.py` gives the text, in parts; each part becomes token ids by
+itself, as in generation, where the next part is not there yet. So the ids of a prompt are
+the first ids of its training row, always. They are also the ids of the text as a whole, but
+where a tokenizer merges the first characters of an answer with the prompt.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from interviewmate_mlx.data.faults import MAX_SHOWN, Fault, group_faults
 from interviewmate_mlx.data.records import Message, Record
-
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-    from transformers import PreTrainedTokenizerBase
-
-Tokenizer: TypeAlias = "TokenizerWrapper | PreTrainedTokenizerBase"
-
-QUESTION = "Question: {}\nAnswer:"
-ANSWER = " {}"
-SYSTEM = "{}\n\n"
-
-# The same template in Jinja. A question's text ends in "Answer:", so there is nothing to
-# add for `add_generation_prompt`.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}"
-    + SYSTEM.format("{{ message['content'] | trim }}")
-    + "{% endif %}"
-    "{% if message['role'] == 'user' %}"
-    + QUESTION.format("{{ message['content'] | trim }}")
-    + "{% endif %}"
-    "{% if message['role'] == 'assistant' %}"
-    + ANSWER.format("{{ message['content'] | trim }}")
-    + "{{ eos_token }}{% endif %}"
-    "{% endfor %}"
+from interviewmate_mlx.data.templates import (
+    VERBATIM,
+    Layout,
+    Template,
+    Tokenizer,
+    Turn,
+    lay_out,
+    own_template,
+    special_of,
 )
+from interviewmate_mlx.errors import DataError, list_faults
 
 
-class Template(StrEnum):
-    """How a prompt is put to a model: as it was put in training."""
-
-    QUESTIONS = "questions"  # the template above
-    VERBATIM = "verbatim"  # as it stands
-
-
-def template_of(records: Iterable[Record]) -> Template:
-    """The template of rows: that of questions if any row is a conversation."""
-    has_conversation = any(record.messages for record in records)
-    return Template.QUESTIONS if has_conversation else Template.VERBATIM
+def template_of(records: Iterable[Record], template: Template) -> Template:
+    """How a model is asked that was trained on rows: with the template if any has messages."""
+    return template if any(record.messages for record in records) else VERBATIM
 
 
 @dataclass(frozen=True)
@@ -76,7 +52,13 @@ class Example:
         return len(self.tokens)
 
 
-def encode_record(tokenizer: Tokenizer, record: Record, max_length: int, train_on: str) -> Example:
+def encode_record(
+    tokenizer: Tokenizer,
+    record: Record,
+    max_length: int,
+    train_on: str,
+    template: Template | None = None,
+) -> list[Example]:
     """The tokens and the loss mask of a row.
 
     An answer starts a new token, as in generation, even if the tokenizer would merge it
@@ -87,10 +69,36 @@ def encode_record(tokenizer: Tokenizer, record: Record, max_length: int, train_o
         record: a checked row.
         max_length: the most tokens to keep.
         train_on: `answer`, or `all` for a loss on every token except the first.
+        template: of a conversation; by default the one that the tokenizer brings.
+
+    Returns:
+        One; more only of a conversation whose template shows earlier answers otherwise than
+        they were given. Then each answer is learned in one of them, whose record ends there.
+
+    Raises:
+        ConfigError, ModelError: the template cannot be used.
+        DataError: it cannot be used for this row.
     """
+    layout = _lay_out(tokenizer, record, template)
+    answers = [n for n, message in enumerate(record.messages) if message.role == "assistant"]
+    examples, num_answers = [], 0
+    for turns in layout.rows:
+        num_answers += len(turns)
+        if len(layout.rows) > 1:
+            own = replace(record, messages=record.messages[: answers[num_answers - 1] + 1])
+        else:
+            own = record
+        pieces = _encode_turns(tokenizer, turns, layout)
+        examples.append(_example(own, pieces, max_length, train_on))
+    return examples
+
+
+def _example(
+    record: Record, pieces: Iterable[tuple[list[int], bool]], max_length: int, train_on: str
+) -> Example:
     tokens: list[int] = []
     loss_mask: list[bool] = []
-    for piece, is_answer in _encode_turns(tokenizer, _turns(record)):
+    for piece, is_answer in pieces:
         tokens += piece
         loss_mask += [is_answer or train_on == "all"] * len(piece)
     if loss_mask:
@@ -103,7 +111,9 @@ def encode_record(tokenizer: Tokenizer, record: Record, max_length: int, train_o
     )
 
 
-def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+def encode_messages(
+    tokenizer: Tokenizer, messages: Sequence[Message], template: Template | None = None
+) -> list[int]:
     """The prompt for the next answer of a conversation: the first tokens of its training row.
 
     They are also the ids of the chat template's text. There are two exceptions. A special
@@ -114,18 +124,28 @@ def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[i
     Args:
         tokenizer: a Hugging Face tokenizer.
         messages: perhaps a system message; then user and assistant in turn.
+        template: by default the one that the tokenizer brings.
+
+    Raises:
+        ConfigError, ModelError: the template cannot be used.
+        DataError: it cannot be used for these messages.
     """
-    pieces = _encode_turns(tokenizer, _dialogue_turns(messages))
+    layout = lay_out(template or own_template(tokenizer), tokenizer, messages)
+    pieces = _encode_turns(tokenizer, layout.rows[-1], layout)
     return [token for piece, _ in pieces for token in piece]
 
 
-def encode_prompt(
-    tokenizer: Tokenizer, prompt: str, template: Template = Template.QUESTIONS
-) -> list[int]:
-    """The tokens of a question, or of a verbatim prompt as it stands."""
-    if template == Template.VERBATIM:
-        return encode(tokenizer, prompt)
-    return encode_messages(tokenizer, [Message("user", prompt)])
+def encode_prompt(tokenizer: Tokenizer, prompt: str, template: Template | None = None) -> list[int]:
+    """The tokens of a question, or, if the template is `verbatim`, of a text as it stands.
+
+    The arguments and errors are those of `encode_messages`.
+    """
+    if template != VERBATIM:
+        return encode_messages(tokenizer, [Message("user", prompt)], template)
+    layout = _verbatim(tokenizer, prompt)
+    return [
+        token for piece, _ in _encode_turns(tokenizer, layout.rows[0], layout) for token in piece
+    ]
 
 
 def encode_question(tokenizer: Tokenizer, question: str) -> list[int]:
@@ -139,69 +159,110 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def encode_records(
-    tokenizer: Tokenizer, records: list[Record], max_length: int, train_on: str
+    tokenizer: Tokenizer,
+    records: list[Record],
+    max_length: int,
+    train_on: str,
+    template: Template | None = None,
 ) -> tuple[list[Example], list[Example]]:
     """Encode all rows. The arguments are those of `encode_record`.
 
     Returns:
         kept: rows with a loss on at least one token.
         dropped: the others, whose answers were cut off completely.
+
+    Raises:
+        ConfigError, ModelError: the template cannot be used.
+        DataError: it cannot be used for some rows; all of them are named.
     """
-    examples = [encode_record(tokenizer, record, max_length, train_on) for record in records]
+    template = template or own_template(tokenizer)
+    examples: list[Example] = []
+    faults = []
+    for record in records:
+        try:
+            examples += encode_record(tokenizer, record, max_length, train_on, template)
+        except DataError as error:
+            faults.append(row_fault(record, error))
+    if faults:
+        advice = "\n".join(dict.fromkeys(fault.advice for fault in faults))
+        lines = list_faults(group_faults(faults), MAX_SHOWN)
+        raise DataError(f"Rows that cannot be put into the template:\n{lines}\n{advice}")
     kept = [example for example in examples if example.loss_mask.any()]
     return kept, [example for example in examples if not example.loss_mask.any()]
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """What is between two end tokens: text that is given, and perhaps the answer to it."""
-
-    prompt: str
-    answer: str = ""
+def row_fault(record: Record, error: DataError) -> Fault:
+    """What `encode_record` says of a row, as a fault of it."""
+    message, _, advice = str(error).partition("\n")
+    return Fault(record.source, message.removesuffix("."), advice)
 
 
-def _turns(record: Record) -> list[_Turn]:
+def _lay_out(tokenizer: Tokenizer, record: Record, template: Template | None) -> Layout:
     if record.messages:
-        return _dialogue_turns(record.messages)
-    return [_Turn(record.prompt, record.completion)]
+        return lay_out(template or own_template(tokenizer), tokenizer, record.messages)
+    return _verbatim(tokenizer, record.prompt, record.completion)
 
 
-def _dialogue_turns(messages: Iterable[Message]) -> list[_Turn]:
-    turns, prompt = [], ""
-    for message in messages:
-        content = message.content.strip()
-        if message.role == "assistant":
-            turns.append(_Turn(prompt, ANSWER.format(content)))
-            prompt = ""
-        else:
-            prompt += (SYSTEM if message.role == "system" else QUESTION).format(content)
-    return [*turns, _Turn(prompt)] if prompt else turns
+def _verbatim(tokenizer: Tokenizer, prompt: str, completion: str = "") -> Layout:
+    """A text as it stands; special tokens in it are text."""
+    special = special_of(tokenizer)
+    hidden = special.hide([prompt, completion])
+    prompt, completion = (
+        special.pattern.sub(lambda m: hidden[m[0]], t) for t in (prompt, completion)
+    )
+    turn = Turn(prompt, completion, tokenizer.eos_token if completion else "")
+    return Layout([[turn]], {char: token for token, char in hidden.items()}, special.start)
 
 
-def _encode_turns(tokenizer: Tokenizer, turns: Iterable[_Turn]) -> Iterator[tuple[list[int], bool]]:
+def _encode_turns(
+    tokenizer: Tokenizer, turns: Iterable[Turn], layout: Layout
+) -> Iterator[tuple[list[int], bool]]:
     """Token ids of each prompt and of each answer with its end token; whether it is an answer."""
-    for number, turn in enumerate(turns):
-        read = _encode_after_end if number else encode
-        prompt = read(tokenizer, turn.prompt) if turn.prompt else []
+    special, after = special_of(tokenizer), ""
+    if layout.start:
+        yield [special.ids[layout.start]], False
+    for turn in turns:
+        prompt = _encode(tokenizer, turn.prompt, after, layout.hidden)
         if prompt:
             yield prompt, False
-        if turn.answer:
+        if turn.end:
             # Together, because some tokenizers put a space before each text. But the prompt
             # must have the tokens that it has in generation, before there is an answer.
-            both = read(tokenizer, turn.prompt + turn.answer)
+            both = _encode(tokenizer, turn.prompt + turn.answer, after, layout.hidden)
             is_split = both[: len(prompt)] == prompt
-            answer = both[len(prompt) :] if is_split else encode(tokenizer, turn.answer)
-            yield [*answer, tokenizer.eos_token_id], True
+            answer = both[len(prompt) :]
+            if not is_split:
+                answer = _encode(tokenizer, turn.answer, "", layout.hidden)
+            yield [*answer, special.ids[turn.end]], True
+        after = turn.end
 
 
-def _encode_after_end(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text that follows an end token.
+def _encode(tokenizer: Tokenizer, text: str, after: str, hidden: dict[str, str]) -> list[int]:
+    """Token ids of a part of a conversation.
 
-    Some tokenizers put a space before a text, but not after a special token.
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        text: in which special tokens are meant as such.
+        after: the special token before it; "" at the beginning. Some tokenizers put a space
+            before a text, but not after a special token.
+        hidden: characters that stand for the text of special tokens.
     """
-    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    if any(content in text for content in special):  # a special token would not stay text
-        return encode(tokenizer, text)
-    end = tokenizer.eos_token
-    ids = list(tokenizer.encode(end + text, add_special_tokens=False, split_special_tokens=False))
-    return ids[1:] if ids[:1] == [tokenizer.eos_token_id] else encode(tokenizer, text)
+    special = special_of(tokenizer)
+    if not any(char in text for char in hidden):
+        whole = after + text
+        ids = list(tokenizer.encode(whole, add_special_tokens=False, split_special_tokens=False))
+        meant = [special.ids[token] for token in special.pattern.findall(whole)]
+        if [n for n in ids if n in special.numbers] == [n for n in meant if n in special.numbers]:
+            return ids[1:] if after else ids
+    ids, start = [], 0
+    for match in special.pattern.finditer(text):
+        ids += _encode_plain(tokenizer, text[start : match.start()], hidden)
+        ids.append(special.ids[match[0]])
+        start = match.end()
+    return ids + _encode_plain(tokenizer, text[start:], hidden)
+
+
+def _encode_plain(tokenizer: Tokenizer, text: str, hidden: dict[str, str]) -> list[int]:
+    for char, token in hidden.items():
+        text = text.replace(char, token)
+    return encode(tokenizer, text) if text else []

@@ -50,10 +50,17 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: `system`, `user` or `assistant`.
+        content: its text.
+        input: the end of `content` that an Alpaca row has apart, as `input`; "" if none.
+    """
 
     role: str
     content: str
+    input: str = ""
 
 
 @dataclass(frozen=True)
@@ -189,9 +196,8 @@ def _read_row(row: object, source: str) -> Record:
         case ("instruction", "output"):
             extra = _string(row, "input").strip() if row.get("input") else ""
             question = "\n\n".join(filter(None, [_string(row, "instruction").strip(), extra]))
-            return Record(
-                source, messages=_dialogue(question, _string(row, "output").strip()), **labels
-            )
+            answer = Message("assistant", _string(row, "output").strip())
+            return Record(source, messages=(Message("user", question, extra), answer), **labels)
         case ("text",):
             return Record(source, completion=_string(row, "text"), **labels)
     keys = ", ".join(brief(key) for key in list(row)[:10]) or "(none)"

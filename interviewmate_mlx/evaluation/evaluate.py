@@ -15,8 +15,9 @@ from interviewmate_mlx.base.tokenizer import TokenizerWrapper
 from interviewmate_mlx.coach.generate import Answer, answer_all, warn_of_other_weights
 from interviewmate_mlx.coach.sampling import Sampling
 from interviewmate_mlx.config import DataConfig, RunConfig
-from interviewmate_mlx.data.prompts import Example, encode, encode_messages, encode_records
+from interviewmate_mlx.data.prompts import Example, encode_messages, encode_prompt, encode_records
 from interviewmate_mlx.data.records import Record, load_splits
+from interviewmate_mlx.data.templates import VERBATIM, Template, end_ids, own_template
 from interviewmate_mlx.errors import ConfigError, DataError, list_faults
 from interviewmate_mlx.evaluation import harness, overlap
 from interviewmate_mlx.evaluation.harness import Metrics, run_tasks
@@ -146,8 +147,11 @@ def evaluate(
     opened_base = Base.open(name, fetching)
     for one in opened:
         warn_of_other_weights(one, opened_base)
+    template = _common_template(opened, opened_base.tokenizer)
+    tokenizer = opened_base.tokenizer
+    tokenizer.eos_token_ids = end_ids(template, tokenizer)
     rows = read_questions(
-        opened_base.tokenizer, data, split, limit, max_length, sampling is not None, fetching
+        tokenizer, data, split, limit, max_length, sampling is not None, fetching, template
     )
     model = opened_base.load(backend.resolve_dtype(dtype))
     found: list[Evaluation] = []
@@ -201,8 +205,9 @@ def read_questions(
     max_length: int,
     has_answers: bool,
     fetching: Progress | None = None,
+    template: Template | None = None,
 ) -> Questions:
-    """Read the rows of a split.
+    """Read the rows of a split; `template` is that of `encode_record`.
 
     Raises:
         DataError: they are faulty, there are none, or nothing can be asked in them.
@@ -216,12 +221,14 @@ def read_questions(
             "Choose another split, or deal the rows out: imate-mlx data split."
         )
     chosen = records[: limit or None]
-    examples, left_out = encode_records(tokenizer, chosen, max_length, "answer")
+    examples, left_out = encode_records(tokenizer, chosen, max_length, "answer", template)
     if not examples:
         raise DataError(
             f"{data}: of {len(chosen)} {split} rows none has an answer within {max_length} tokens."
         )
-    prompts = [_prompt(tokenizer, example.record) for example in examples] if has_answers else []
+    prompts: list[list[int]] = []
+    if has_answers:
+        prompts = [_prompt(tokenizer, example.record, template) for example in examples]
     if has_answers and not all(prompts):
         raise DataError(
             f"{data}: its {split} rows are texts without a prompt, so there is nothing to answer.\n"
@@ -232,10 +239,10 @@ def read_questions(
     return Questions(data, split, examples, prompts, learned, len(left_out))
 
 
-def _prompt(tokenizer: TokenizerWrapper, record: Record) -> list[int]:
+def _prompt(tokenizer: TokenizerWrapper, record: Record, template: Template | None) -> list[int]:
     if record.messages:
-        return encode_messages(tokenizer, record.messages[:-1])
-    return encode(tokenizer, record.prompt) if record.prompt else []
+        return encode_messages(tokenizer, record.messages[:-1], template)
+    return encode_prompt(tokenizer, record.prompt, VERBATIM) if record.prompt else []
 
 
 def _text(record: Record) -> str:
@@ -270,6 +277,20 @@ def _common_base(adapters: Sequence[Adapter]) -> str:
         )
     (name,) = set(named.values())
     return name
+
+
+def _common_template(adapters: Sequence[Adapter], tokenizer: TokenizerWrapper) -> Template:
+    """The template of the conversations that all adapters were trained on, or the base's own."""
+    found = {adapter.template or own_template(tokenizer): str(adapter.folder)
+             for adapter in adapters}  # fmt: skip
+    found.pop(VERBATIM, None)
+    if len(found) > 1:
+        listed = list_faults([f"{folder}: {template.name}" for template, folder in found.items()])
+        raise ConfigError(
+            f"These adapters were trained with different templates, so their losses cannot be "
+            f"compared:\n{listed}\nEvaluate them apart."
+        )
+    return next(iter(found), None) or own_template(tokenizer)
 
 
 def _common_data(runs: Sequence[RunConfig]) -> str:

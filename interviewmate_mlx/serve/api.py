@@ -16,9 +16,10 @@ from interviewmate_mlx import __version__
 from interviewmate_mlx.coach.interview import Question
 from interviewmate_mlx.coach.panel import Voice
 from interviewmate_mlx.coach.points import Point
-from interviewmate_mlx.data.prompts import Template, encode_prompt
+from interviewmate_mlx.data.prompts import encode_prompt
 from interviewmate_mlx.data.records import Message
-from interviewmate_mlx.errors import ConfigError
+from interviewmate_mlx.data.templates import VERBATIM
+from interviewmate_mlx.errors import ConfigError, DataError, ModelError
 from interviewmate_mlx.serve import metrics as metrics_
 from interviewmate_mlx.serve.answers import Service, Wanted, http_error, log, respond
 from interviewmate_mlx.serve.bodies import (
@@ -94,7 +95,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         try:
             # In a thread: a megabyte of text takes a second.
             prompt = await asyncio.to_thread(voice.prompt, service.engine.panel.tokenizer, messages)
-        except ConfigError as error:
+        except (ConfigError, DataError, ModelError) as error:
             raise http_error(400, str(error), "not_supported", "messages") from error
         num_likely = (body.top_logprobs or 0) if body.logprobs else None
         most = body.max_completion_tokens or body.max_tokens
@@ -107,7 +108,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         voice = service.voice(body.model)
         tokenizer = service.engine.panel.tokenizer
         prompts = [
-            await asyncio.to_thread(encode_prompt, tokenizer, text, Template.VERBATIM)
+            await asyncio.to_thread(encode_prompt, tokenizer, text, VERBATIM)
             for text in body.prompts
         ]
         wanted = Wanted("cmpl", voice, prompts, body, body.max_tokens, body.logprobs)

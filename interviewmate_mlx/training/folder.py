@@ -1,7 +1,7 @@
 """A run's folder: which process holds it, which run is in it, and what may be done to it."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from interviewmate_mlx.adapter.card import rows_in_words, write_card
 from interviewmate_mlx.adapter.config import AdapterConfig
 from interviewmate_mlx.adapter.folder import WEIGHTS_FILE
 from interviewmate_mlx.config import RunConfig, parse_run, to_toml
-from interviewmate_mlx.data.prompts import Template
+from interviewmate_mlx.data.templates import Template
 from interviewmate_mlx.errors import ConfigError, TrainingError, list_faults
 from interviewmate_mlx.files import LOCK_FILE, atomic_file, clear_leftovers, contents, locked
 from interviewmate_mlx.hub.names import is_hub_id, local_path, shipped_base
@@ -184,9 +184,23 @@ def adapter_config(run: RunConfig, targets: tuple[str, ...]) -> AdapterConfig:
 
 
 def write_run_card(
-    out: Path, run: RunConfig, config: AdapterConfig, summary: Summary, template: Template
+    out: Path,
+    run: RunConfig,
+    config: AdapterConfig,
+    summary: Summary,
+    template: Template,
+    end_ids: Collection[int],
 ) -> None:
-    """Write the model card of a run's adapter."""
+    """Write the model card of a run's adapter.
+
+    Args:
+        out: the run's folder, with its `chat_template.jinja` if it has one.
+        run: the run.
+        config: the adapter's.
+        summary: its numbers.
+        template: how prompts are put to the model.
+        end_ids: the tokens that end an answer, if the tokenizer's own is not the only one.
+    """
     base = run.model.base
     facts = {
         "trainable parameters": f"{summary.trainable_parameters:,} ({summary.trainable_share:.2%})",
@@ -213,6 +227,7 @@ def write_run_card(
         base_folder=f"models/{base}" if is_shipped else base,
         base_hint=f"The base is shipped: `imate-mlx convert {base}` first." if is_shipped else "",
         template=template,
+        end_ids=end_ids,
     )
 
 

@@ -22,6 +22,7 @@ from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.config import RunConfig, parse_run, to_toml
 from interviewmate_mlx.data.batches import by_width, collate, epoch_steps
 from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.data.templates import end_ids, text_beside
 from interviewmate_mlx.errors import DivergedError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.tree import named_arrays
@@ -190,7 +191,9 @@ def run_task(
     best_step = state.best_step if best else None
     stopped_early = is_over(task, state) and state.step < task.total_steps
     summary = write_summary(out, run, started, state.step, best_step, stopped_early)
-    write_run_card(out, run, adapter_config(run, task.targets), summary, task.rows.template)
+    template, config = task.rows.template, adapter_config(run, task.targets)
+    ends = end_ids(template, task.base.tokenizer)
+    write_run_card(out, run, config, summary, template, ends if len(ends) > 1 else ())
     yield Finished(state.step, best_step, not is_over(task, state), stopped_early, summary)
 
 
@@ -246,8 +249,9 @@ def save(
 
 def write_adapter(task: Task, out: Path, weights: dict[str, mx.array]) -> None:
     """Write the adapter in PEFT's format, with what it was trained on and how it was asked."""
-    config = adapter_config(task.run, task.targets)
-    save_adapter(out, weights, config, task.base.weights_hash, task.rows.template)
+    template, config = task.rows.template, adapter_config(task.run, task.targets)
+    beside = text_beside(template, task.base.tokenizer)
+    save_adapter(out, weights, config, task.base.weights_hash, template, beside)
 
 
 class Dispatched(NamedTuple):

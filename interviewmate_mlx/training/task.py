@@ -12,8 +12,9 @@ from interviewmate_mlx import __version__, backend
 from interviewmate_mlx.base.base import Base, is_here
 from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.data.batches import steps_per_epoch
-from interviewmate_mlx.data.prompts import Example, Template, encode_records, template_of
+from interviewmate_mlx.data.prompts import Example, encode_records, template_of
 from interviewmate_mlx.data.records import Record, load_splits
+from interviewmate_mlx.data.templates import AUTO, VERBATIM, Template, choose_template
 from interviewmate_mlx.errors import (
     AdapterError,
     Checks,
@@ -62,15 +63,11 @@ class Rows:
     train: list[Example]
     valid: list[Example]
     num_dropped: int  # with nothing left to learn from
+    template: Template  # how prompts are put to the model
 
     @property
     def all(self) -> list[Example]:
         return self.train + self.valid
-
-    @property
-    def template(self) -> Template:
-        """How prompts are put to the model."""
-        return template_of(example.record for example in self.train)
 
 
 @dataclass(frozen=True)
@@ -176,11 +173,13 @@ def encode_rows(run: RunConfig, splits: dict[str, list[Record]], base: Base) -> 
     """A run's rows in tokens.
 
     Raises:
-        DataError: no row has anything left to learn from.
+        ConfigError, ModelError: the template cannot be used.
+        DataError: it cannot be used for some rows, or no row has anything left to learn from.
     """
-    data = run.data
+    data, tokenizer = run.data, base.tokenizer
+    template = choose_template(data.template, tokenizer)
     (train, train_dropped), (valid, valid_dropped) = (
-        encode_records(base.tokenizer, splits.get(split, []), data.max_length, data.train_on)
+        encode_records(tokenizer, splits.get(split, []), data.max_length, data.train_on, template)
         for split in ("train", "valid")
     )
     if not train:
@@ -188,7 +187,8 @@ def encode_rows(run: RunConfig, splits: dict[str, list[Record]], base: Base) -> 
             f"{data.path}: of {len(train_dropped)} rows none has a token left to learn from after "
             f"{data.max_length} tokens.\nRaise data.max_length."
         )
-    return Rows(train, valid, len(train_dropped) + len(valid_dropped))
+    asked = template_of((example.record for example in train), template)
+    return Rows(train, valid, len(train_dropped) + len(valid_dropped), asked)
 
 
 def build_model(run: RunConfig, base: Base) -> Network:
@@ -367,6 +367,8 @@ def idle_options(run: RunConfig, rows: Rows) -> list[str]:
     patience = run.validate.early_stop_patience
     num_validations = math.ceil(total_steps / (run.validate.every or an_epoch))
     said = []
+    if run.data.template != AUTO and rows.template == VERBATIM:
+        said.append("data.template has no effect: no row is a conversation")
     if settings.max_steps > total_steps:
         said.append(
             f"train.max_steps has no effect: got {settings.max_steps}, and the run has only "

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from interviewmate_mlx.base.convert import convert
-from interviewmate_mlx.data.prompts import CHAT_TEMPLATE
+from interviewmate_mlx.data.templates import CHAT_TEMPLATE
 from interviewmate_mlx.errors import ModelError, StorageError, WeightsError
 from interviewmate_mlx.model import falcon
 

@@ -15,8 +15,9 @@ from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.coach.generate import answer, load_coach
 from interviewmate_mlx.coach.panel import Panel
 from interviewmate_mlx.coach.sampling import Sampling
-from interviewmate_mlx.data.prompts import Template, encode_question
+from interviewmate_mlx.data.prompts import encode_question
 from interviewmate_mlx.data.records import Message
+from interviewmate_mlx.data.templates import VERBATIM
 from interviewmate_mlx.errors import AdapterError, ConfigError
 from interviewmate_mlx.model.switched_lora import RowUpdates, SwitchedLoRALinear
 
@@ -149,7 +150,7 @@ def test_adapter_that_does_not_fit_is_refused(tiny_base, folders, tmp_path):
 
 
 def test_voice_of_verbatim_texts_takes_one_message(panel):
-    voice = replace(panel.voice("learned"), template=Template.VERBATIM)
+    voice = replace(panel.voice("learned"), template=VERBATIM)
     one = [Message("user", "A mean is")]
     assert voice.prompt(panel.tokenizer, one) == list(
         panel.tokenizer.encode("A mean is", add_special_tokens=False)

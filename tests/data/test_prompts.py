@@ -7,12 +7,12 @@ from checkpoints import write_tokenizer
 from transformers import AutoTokenizer
 
 from interviewmate_mlx.data.prompts import (
-    CHAT_TEMPLATE,
     encode_question,
     encode_record,
     encode_records,
 )
 from interviewmate_mlx.data.records import Message, Record
+from interviewmate_mlx.data.templates import CHAT_TEMPLATE
 
 
 @pytest.fixture(scope="module")
@@ -25,26 +25,26 @@ def pair(question: str, answer: str) -> Record:
 
 
 def test_row_is_the_template_and_the_end_token(tokenizer):
-    example = encode_record(tokenizer, pair("Why?", "Because."), 512, "answer")
+    (example,) = encode_record(tokenizer, pair("Why?", "Because."), 512, "answer")
     assert tokenizer.decode(example.tokens) == "Question: Why?\nAnswer: Because.<|endoftext|>"
     assert example.tokens[-1] == tokenizer.eos_token_id
 
 
 def test_loss_is_only_on_the_answer_and_the_end_token(tokenizer):
-    example = encode_record(tokenizer, pair("Why?", "Because."), 512, "answer")
+    (example,) = encode_record(tokenizer, pair("Why?", "Because."), 512, "answer")
     learned = example.tokens[example.loss_mask]
     assert tokenizer.decode(learned) == " Because.<|endoftext|>"
     assert not example.loss_mask[: len(example) - len(learned)].any()
 
 
 def test_train_on_all_learns_every_token_but_the_first(tokenizer):
-    example = encode_record(tokenizer, pair("Why?", "Because."), 512, "all")
+    (example,) = encode_record(tokenizer, pair("Why?", "Because."), 512, "all")
     assert not example.loss_mask[0]
     assert example.loss_mask[1:].all()
 
 
 def test_prompt_for_generation_is_the_start_of_a_training_row(tokenizer):
-    example = encode_record(tokenizer, pair("Why  so?", "Because."), 512, "answer")
+    (example,) = encode_record(tokenizer, pair("Why  so?", "Because."), 512, "answer")
     prompt = encode_question(tokenizer, " Why  so?\n")
     assert example.tokens[: len(prompt)].tolist() == prompt
     assert example.loss_mask[: len(prompt)].any() == False  # noqa: E712
@@ -56,7 +56,7 @@ def test_mask_is_exact_where_the_tokenizer_would_merge_across_the_boundary(token
     joint = tokenizer.encode(prompt + completion, add_special_tokens=False)
     apart = tokenizer.encode(prompt, add_special_tokens=False)
     assert joint[: len(apart)] != apart  # the tokenizer does merge across the boundary
-    example = encode_record(
+    (example,) = encode_record(
         tokenizer, Record("row", prompt=prompt, completion=completion), 99, "answer"
     )
     assert tokenizer.decode(example.tokens[~example.loss_mask]) == prompt
@@ -64,7 +64,7 @@ def test_mask_is_exact_where_the_tokenizer_would_merge_across_the_boundary(token
 
 
 def test_end_token_that_a_user_wrote_stays_text(tokenizer):
-    example = encode_record(tokenizer, pair("What is <|endoftext|>?", "A token."), 512, "answer")
+    (example,) = encode_record(tokenizer, pair("What is <|endoftext|>?", "A token."), 512, "answer")
     assert (example.tokens == tokenizer.eos_token_id).sum() == 1
     assert "What is <|endoftext|>?" in tokenizer.decode(example.tokens)
 
@@ -77,7 +77,7 @@ def test_conversation_learns_every_answer(tokenizer):
         Message("user", "Two?"),
         Message("assistant", "2."),
     )
-    example = encode_record(tokenizer, Record("row", messages=messages), 512, "answer")
+    (example,) = encode_record(tokenizer, Record("row", messages=messages), 512, "answer")
     assert tokenizer.decode(example.tokens) == (
         "Be brief.\n\nQuestion: One?\nAnswer: 1.<|endoftext|>"
         "Question: Two?\nAnswer: 2.<|endoftext|>"
@@ -90,7 +90,7 @@ def test_chat_template_renders_the_same_tokens(tokenizer):
     template = jinja2.Environment().from_string(CHAT_TEMPLATE)
     turns = [{"role": m.role, "content": m.content} for m in messages]
     text = template.render(messages=turns, eos_token="<|endoftext|>", add_generation_prompt=False)
-    example = encode_record(tokenizer, Record("row", messages=messages), 512, "answer")
+    (example,) = encode_record(tokenizer, Record("row", messages=messages), 512, "answer")
     assert tokenizer.encode(text, add_special_tokens=False) == example.tokens.tolist()
     prompt = template.render(messages=turns[1:2], eos_token="", add_generation_prompt=True)
     assert tokenizer.encode(prompt, add_special_tokens=False) == encode_question(
@@ -99,8 +99,8 @@ def test_chat_template_renders_the_same_tokens(tokenizer):
 
 
 def test_truncated_answer_keeps_its_beginning_and_gets_no_end_token(tokenizer):
-    whole = encode_record(tokenizer, pair("Why?", "Because it is so."), 512, "answer")
-    cut = encode_record(tokenizer, pair("Why?", "Because it is so."), len(whole) - 3, "answer")
+    (whole,) = encode_record(tokenizer, pair("Why?", "Because it is so."), 512, "answer")
+    (cut,) = encode_record(tokenizer, pair("Why?", "Because it is so."), len(whole) - 3, "answer")
     np.testing.assert_array_equal(cut.tokens, whole.tokens[:-3])
     assert cut.num_truncated == 3
     assert whole.num_truncated == 0
@@ -115,6 +115,6 @@ def test_rows_with_nothing_left_to_learn_are_returned_separately(tokenizer):
 
 
 def test_verbatim_text_is_learned_whole(tokenizer):
-    example = encode_record(tokenizer, Record("row", completion="Once upon"), 512, "answer")
+    (example,) = encode_record(tokenizer, Record("row", completion="Once upon"), 512, "answer")
     assert tokenizer.decode(example.tokens) == "Once upon<|endoftext|>"
     assert example.loss_mask.tolist() == [False] + [True] * (len(example) - 1)

@@ -8,7 +8,7 @@ from interviewmate_mlx.data.records import Message, load_splits, read_records, s
 from interviewmate_mlx.errors import DataError
 
 USER = {"role": "user", "content": "Q"}
-Q_AND_I = Message("user", "Q\n\nI")
+Q_AND_I = Message("user", "Q\n\nI", "I")
 QA = (Message("user", "Q"), Message("assistant", "A"))
 
 

@@ -126,7 +126,9 @@ RUNS = [
         "lora.rank: got 0",
     ),
     override(
-        "no such run", "--run D", "No run 'D': expected A, B, C, mini, or the path of a .toml file"
+        "no such run",
+        "--run D",
+        "No run 'D': expected A, B, C, mini, alpaca, or the path of a .toml file",
     ),
     override("a path of 5000 letters", f"--run {'a' * 5000}.toml", "File name too long"),
 ]

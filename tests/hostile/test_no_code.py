@@ -106,10 +106,14 @@ def test_train_generate_and_export_run_nothing(
     folder = arm(shutil.copytree(tiny_base, tmp_path / "model"), sentinel)
     monkeypatch.syspath_prepend(str(tmp_path))  # as where the folder is the current one
     rows = ["--set", f"data.path={questions}", "--set", "train.epochs=1"]
+    refused = imate("train", "--model", folder, *rows, "--out", "adapter", code=1).stderr
+    assert "it reaches for '__class__' of a tuple, which is not allowed" in refused
+    rows += ["--set", "data.template=plain"]
     imate("train", "--model", folder, *rows, "--out", "adapter")
     imate("generate", "What is a loss?", "--adapter", "adapter", "--max-tokens", "2")
-    imate("data", "check", questions, "--model", folder)
-    imate("data", "preview", questions, "--model", folder)
+    for words in (["data", "check"], ["data", "preview"]):
+        imate(*words, questions, "--model", folder, code=1)
+        imate(*words, questions, "--model", folder, "--template", "plain")
     imate("bench", "--model", folder, *rows, "--steps", "1", "--warmup", "0")
     imate("export", "adapter", "--out", "copy")
     assert not sentinel.exists()
@@ -120,7 +124,8 @@ def test_commands_run_nothing_of_the_folder_they_stand_in(
 ):
     folder = arm(shutil.copytree(tiny_base, tmp_path / "model"), sentinel)
     monkeypatch.chdir(folder)
-    imate("generate", "What is a loss?", "--model", ".", "--max-tokens", "1")
+    imate("generate", "What is a loss?", "--model", ".", "--max-tokens", "1", code=1)
+    imate("generate", "What is a loss?", "--model", ".", "--max-tokens", "1", "--raw")
     assert not sentinel.exists()
 
 

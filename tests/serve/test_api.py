@@ -16,8 +16,9 @@ import pytest
 from interviewmate_mlx.coach.feedback import Feedback
 from interviewmate_mlx.coach.generate import answer, load_coach, stream_answer
 from interviewmate_mlx.coach.sampling import Sampling
-from interviewmate_mlx.data.prompts import Template, encode_messages, encode_prompt
+from interviewmate_mlx.data.prompts import encode_messages, encode_prompt
 from interviewmate_mlx.data.records import Message
+from interviewmate_mlx.data.templates import VERBATIM
 
 QUESTION = "What is a validation set?"
 ASKED = [{"role": "user", "content": QUESTION}]
@@ -111,7 +112,7 @@ def test_completion_goes_on_from_the_text_as_it_stands(client, coaches):
     found = client.completions.create(model="learned", prompt=prompts, **GREEDY)
     model, tokenizer = coaches["learned"]
     for prompt, choice in zip(prompts, found.choices, strict=True):
-        ids = encode_prompt(tokenizer, prompt, Template.VERBATIM)
+        ids = encode_prompt(tokenizer, prompt, VERBATIM)
         expected = "".join(stream_answer(model, tokenizer, "", Sampling(24), ids))
         assert choice.text == expected
     streamed = client.completions.create(model="learned", prompt=prompts, stream=True, **GREEDY)
@@ -172,7 +173,7 @@ def test_logprobs_are_the_network_s(client, coaches):
     )
     logprobs = found.choices[0].logprobs
     model, tokenizer = coaches["learned"]
-    ids = encode_prompt(tokenizer, "A mean is", Template.VERBATIM)
+    ids = encode_prompt(tokenizer, "A mean is", VERBATIM)
     for text, logprob, top in zip(
         logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
     ):
