@@ -169,9 +169,10 @@ def test_convert_quantises_to_the_bits_in_groups(imate, tiny_checkpoint):
         assert f", {bits} bits" in said.stdout
         expected = {"group_size": group, "bits": int(bits)}
         assert read_json(Path(bits, "config.json"))["quantization"] == expected
-    assert "--group-size is of --quantize" in imate(
-        "convert", tiny_checkpoint, "--group-size", "32", code=2
-    ).stderr
+    assert (
+        "--group-size is of --quantize"
+        in imate("convert", tiny_checkpoint, "--group-size", "32", code=2).stderr
+    )
 
 
 @shows("convert --force")
