@@ -84,7 +84,8 @@ class DataConfig:
 
     path: str = _name("interview")  # the shipped questions, a folder, a file, or a Hub data set
     max_length: int = _at_least(512, 8)  # tokens per row; longer answers are truncated
-    train_on: str = _one_of("answer", "all")  # the answer and its end, or every token
+    # every answer and its end (answers is the same), the last answer of a row, or every token
+    train_on: str = _one_of("answer", "answers", "last", "all")
     # auto: the base's own if it has one, else plain; plain, alpaca, chatml, or a file of Jinja
     template: str = _name("auto")
 

@@ -267,7 +267,7 @@ RANGES = [
     ("lora.dropout", "0", "-0.1", "from 0 to below 1"),
     ("lora.dropout", "0.99", "1", "from 0 to below 1"),
     ("data.max_length", "8", "7", "at least 8"),
-    ("data.train_on", "all", "question", "one of answer, all"),
+    ("data.train_on", "all", "question", "one of answer, answers, last, all"),
     ("data.path", "x", "' '", "a name or a path, in Unicode"),
     ("data.template", "my.jinja", "' '", "a name or a path, in Unicode"),
     ("data.path", "x", "\udcff", "a name or a path, in Unicode"),
@@ -319,7 +319,7 @@ def test_all_faults_are_named_at_once(write_run):
         "  unknown table [trian]; did you mean train?",
         "  train.seed: got 1.5, expected a whole number",
         "  lora.rank: got 0, expected at least 1",
-        "  data.train_on: got 'x', expected one of answer, all",
+        "  data.train_on: got 'x', expected one of answer, answers, last, all",
         "  train.epochs: got 0.0, expected above 0",
     ]
 

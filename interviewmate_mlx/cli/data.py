@@ -161,7 +161,11 @@ def split(
     "--max-length", type=click.IntRange(8), help="Tokens to keep; as in a run by default."
 )
 @click.option("--template", metavar="NAME", help="As data.template of a run; auto by default.")
-@click.option("--train-on", type=click.Choice(["answer", "all"]), help="As in a run by default.")
+@click.option(
+    "--train-on",
+    type=click.Choice(["answer", "answers", "last", "all"]),
+    help="As in a run by default.",
+)
 def preview(
     path: str,
     model: str | None,

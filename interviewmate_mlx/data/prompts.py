@@ -68,7 +68,8 @@ def encode_record(
         tokenizer: a Hugging Face tokenizer.
         record: a checked row.
         max_length: the most tokens to keep.
-        train_on: `answer`, or `all` for a loss on every token except the first.
+        train_on: `answer` or `answers` for a loss on every answer, `last` for one on the last
+            answer alone, `all` for one on every token except the first.
         template: of a conversation; by default the one that the tokenizer brings.
 
     Returns:
@@ -88,18 +89,20 @@ def encode_record(
             own = replace(record, messages=record.messages[: answers[num_answers - 1] + 1])
         else:
             own = record
-        pieces = _encode_turns(tokenizer, turns, layout)
+        pieces = list(_encode_turns(tokenizer, turns, layout))
         examples.append(_example(own, pieces, max_length, train_on))
-    return examples
+    return examples[-1:] if train_on == "last" else examples
 
 
 def _example(
-    record: Record, pieces: Iterable[tuple[list[int], bool]], max_length: int, train_on: str
+    record: Record, pieces: list[tuple[list[int], bool]], max_length: int, train_on: str
 ) -> Example:
     tokens: list[int] = []
     loss_mask: list[bool] = []
-    for piece, is_answer in pieces:
+    for number, (piece, is_answer) in enumerate(pieces, start=1):
         tokens += piece
+        if train_on == "last":
+            is_answer = is_answer and number == len(pieces)
         loss_mask += [is_answer or train_on == "all"] * len(piece)
     if loss_mask:
         loss_mask[0] = False

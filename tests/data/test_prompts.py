@@ -85,6 +85,29 @@ def test_conversation_learns_every_answer(tokenizer):
     assert tokenizer.decode(example.tokens[example.loss_mask]) == " 1.<|endoftext|> 2.<|endoftext|>"
 
 
+def test_loss_is_on_the_last_answer_alone_if_the_run_says_so(tokenizer):
+    one, two = (
+        (Message("user", "One?"), Message("assistant", "1.")),
+        (
+            Message("user", "Two?"),
+            Message("assistant", "2."),
+        ),
+    )
+    record = Record("row", messages=(*one, *two))
+    (last,), (every,), (same,) = (
+        encode_record(tokenizer, record, 512, train_on)
+        for train_on in ("last", "answer", "answers")
+    )
+    assert tokenizer.decode(last.tokens[last.loss_mask]) == " 2.<|endoftext|>"
+    assert tokenizer.decode(every.tokens[every.loss_mask]) == " 1.<|endoftext|> 2.<|endoftext|>"
+    np.testing.assert_array_equal(last.tokens, every.tokens)
+    np.testing.assert_array_equal(same.loss_mask, every.loss_mask)
+    # Of one turn, and of a text as it stands, there is one answer.
+    for record in (Record("row", messages=one), Record("row", prompt="a", completion="b")):
+        (last,), (every,) = (encode_record(tokenizer, record, 99, on) for on in ("last", "answer"))
+        np.testing.assert_array_equal(last.loss_mask, every.loss_mask)
+
+
 def test_chat_template_renders_the_same_tokens(tokenizer):
     messages = (Message("system", "S"), Message("user", "Why? {}"), Message("assistant", "{B}."))
     template = jinja2.Environment().from_string(CHAT_TEMPLATE)

@@ -147,6 +147,15 @@ def test_template_that_shows_earlier_turns_otherwise_makes_a_row_of_each_answer(
         assert [len(example.record.messages) for example in examples] == [3, 5, 7]
 
 
+@pytest.mark.parametrize("shape", ["chatml", "qwen-3"])
+def test_last_answer_alone_is_one_row_in_every_template(tokenizers, shape):
+    tokenizer = tokenizers[shape, "byte level"]
+    record = Record("row", messages=(*ONE, *TWO, *THREE))
+    (last,) = encode_record(tokenizer, record, 9999, "last")
+    assert tokenizer.decode(last.tokens[last.loss_mask]).endswith("Bye.<|im_end|>")
+    assert learned([last]) == learned(encode_record(tokenizer, record, 9999, "answer"))[-1:]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_generation_stops_at_the_templates_end_token_too(tokenizers, shape):
     tokenizer = tokenizers[shape, "byte level"]
