@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from interviewmate_mlx.data.records import Message
-from interviewmate_mlx.data.sandbox import MAX_TEXT_CHARS, TemplateFault, read_template
 from interviewmate_mlx.errors import ConfigError, DataError, InterviewMateError, ModelError, brief
 from interviewmate_mlx.files import read_bounded
+from interviewmate_mlx.formats.jinja_file import MAX_TEXT_CHARS, TemplateFault, read_template
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -182,7 +182,7 @@ def choose_template(setting: str, tokenizer: "Tokenizer") -> Template:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(
-            f"data.template: got {brief(setting)}, expected {', '.join(NAMES)}, or the path of a "
+            f"data.template: got {brief(setting, 200)}, expected {', '.join(NAMES)}, or the path of a "
             f"file of Jinja that can be read: {reason}.\nCorrect it."
         ) from error
     return Template(path.name, text.removesuffix("\n"))

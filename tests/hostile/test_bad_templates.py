@@ -6,7 +6,12 @@ import time
 
 import pytest
 
-from interviewmate_mlx.data.sandbox import MAX_TEXT_CHARS, Rendering, TemplateFault, read_template
+from interviewmate_mlx.formats.jinja_file import (
+    MAX_TEXT_CHARS,
+    Rendering,
+    TemplateFault,
+    read_template,
+)
 
 MESSAGES = [{"role": "user", "content": "What is a loss?"}]
 ASKS = "{% set s = messages[0].content %}"
