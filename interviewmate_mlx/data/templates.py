@@ -182,8 +182,8 @@ def choose_template(setting: str, tokenizer: "Tokenizer") -> Template:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(
-            f"data.template: got {brief(setting, 200)}, expected {', '.join(NAMES)}, or the path of a "
-            f"file of Jinja that can be read: {reason}.\nCorrect it."
+            f"data.template: got {brief(setting, 200)}, expected {', '.join(NAMES)}, or the path "
+            f"of a file of Jinja that can be read: {reason}.\nCorrect it."
         ) from error
     return Template(path.name, text.removesuffix("\n"))
 
