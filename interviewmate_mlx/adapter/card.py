@@ -142,6 +142,17 @@ def set_section(card: str, title: str, text: str) -> str:
     return f"{before.rstrip()}\n\n{section}{use}{after}".rstrip() + "\n"
 
 
+def base_in_words(name: str, revision: str, licence: str) -> str:
+    """The base that an adapter or a merged model stands on, for its card."""
+    at = f" at revision `{revision}`" if revision else ", of an unknown revision"
+    under = (
+        f"Its licence is `{licence}`, which what is made of it has to follow."
+        if licence
+        else "Its licence is not known here: look it up before you hand this on."
+    )
+    return f"`{name}`{at}. {under}"
+
+
 def rename_base(card: str, names: Collection[str], base: str) -> str:
     """A card with another name of the base, in the places where `write_card` puts it.
 

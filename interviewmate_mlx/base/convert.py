@@ -24,7 +24,13 @@ from interviewmate_mlx.base.converted import (
 from interviewmate_mlx.base.fit import EMBEDDING, HEAD, check_fit, fit_falcon
 from interviewmate_mlx.base.quantization import Quantization, read_quantization
 from interviewmate_mlx.base.quantize import quantize_file
-from interviewmate_mlx.base.record import RECORD, ConvertedFolder, find_earlier, hash_content
+from interviewmate_mlx.base.record import (
+    RECORD,
+    ConvertedFolder,
+    find_earlier,
+    hash_content,
+    read_licence,
+)
 from interviewmate_mlx.base.source import (
     WeightFiles,
     find_weights,
@@ -109,6 +115,7 @@ def convert(
         "content": hash_content(source, tensors, tokenizer),
         "trim_vocab": trim_vocab,
         "quantization": quantization.settings if quantization else None,
+        "licence": read_licence(source),
         "interviewmate_mlx": __version__,
     }
     if not force and (found := find_earlier(out, record, dtype)):

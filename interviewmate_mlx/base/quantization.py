@@ -53,6 +53,10 @@ class Quantization:
         """As in `config.json`."""
         return {**self.default, **self.by_path}
 
+    def of_layer(self, path: str) -> dict[str, Any]:
+        """`group_size`, `bits` and `mode` of a layer."""
+        return self.by_path.get(path, self.default)
+
     @property
     def bits(self) -> int:
         """Of a number in most layers."""

@@ -12,6 +12,7 @@ import numpy as np
 from interviewmate_mlx.base.fit import put_weights
 from interviewmate_mlx.base.quantization import Quantization
 from interviewmate_mlx.errors import ModelError
+from interviewmate_mlx.files import Progress
 from interviewmate_mlx.formats.json_file import read_json
 from interviewmate_mlx.formats.safetensors_file import load_tensors, safetensors_header
 from interviewmate_mlx.model.architectures import NetworkConfig
@@ -36,16 +37,7 @@ def quantize_file(path: Path, network: NetworkConfig, quantization: Quantization
     """
     model = build_network(network)
     put_weights(model, load_tensors(path), None)
-    chosen = choose_layers(model, quantization)
-    if not any(chosen.values()):
-        raise ModelError(
-            f"No layer of this network can be quantised in groups of "
-            f"{quantization.default['group_size']}.\nChoose a smaller group.",
-            "group_size",
-        )
-    nn.quantize(
-        model, **quantization.default, class_predicate=lambda layer, _: chosen.get(layer, False)
-    )
+    chosen = quantize_model(model, quantization)
     arrays = named_arrays(model.parameters())
     del model
     nbytes = sum(array.nbytes for array in arrays.values())
@@ -58,6 +50,29 @@ def quantize_file(path: Path, network: NetworkConfig, quantization: Quantization
     config = read_json(config_path) | {"quantization": settings}
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return nbytes
+
+
+def quantize_model(
+    model: nn.Module, quantization: Quantization
+) -> dict[str, bool | dict[str, Any]]:
+    """Quantise a network, in place; return which layers, as `choose_layers` does.
+
+    Raises:
+        ModelError: no layer can be quantised so.
+    """
+    chosen = choose_layers(model, quantization)
+    if not any(chosen.values()):
+        raise ModelError(
+            f"No layer of this network can be quantised in groups of "
+            f"{quantization.default['group_size']}.\nChoose a smaller group.",
+            "group_size",
+        )
+
+    def choose(path: str, _: nn.Module) -> bool | dict[str, Any]:
+        return chosen.get(path, False)
+
+    nn.quantize(model, **quantization.default, class_predicate=choose)
+    return chosen
 
 
 def choose_layers(model: nn.Module, quantization: Quantization) -> dict[str, bool | dict[str, Any]]:
@@ -73,16 +88,20 @@ def choose_layers(model: nn.Module, quantization: Quantization) -> dict[str, boo
     return chosen
 
 
-def write_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
+def write_arrays(path: Path, arrays: dict[str, mx.array], progress: Progress | None = None) -> None:
     """Write arrays to a safetensors file, computing one at a time; `arrays` is emptied."""
     layout = [(name, _dtype_name(array), array.shape) for name, array in arrays.items()]
+    total = sum(array.nbytes for array in arrays.values())
+    done = 0
     with open(path, "wb") as file:
-        file.write(safetensors_header(layout, {"format": "mlx"}))
+        file.write(safetensors_header(layout, {"format": "pt"}))
         for name, _, _ in layout:
             array = arrays.pop(name)
             # numpy has no bfloat16.
             plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-            file.write(np.asarray(plain).tobytes())
+            done += file.write(np.asarray(plain).tobytes())
+            if progress:
+                progress(done, total)
 
 
 def _dtype_name(array: mx.array) -> str:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,13 @@ from typing import Any
 from interviewmate_mlx.base.tokenizer import TokenizerFiles
 from interviewmate_mlx.errors import ModelError, brief, list_faults
 from interviewmate_mlx.formats.json_file import parse_json, read_file, read_json
-from interviewmate_mlx.formats.model_files import TOKENIZER_FILES
+from interviewmate_mlx.formats.model_files import CARD_FILE, TOKENIZER_FILES
 from interviewmate_mlx.formats.safetensors_file import TensorEntry
 from interviewmate_mlx.formats.samples import add_samples
 
 RECORD = "conversion.json"
+_CARD_CHARS = 1 << 14  # of a card, where its header is
+_LICENCE = re.compile(r"(?s)---\n(?:(?!---\n).*?\n)?license:[ \"']*([\w.+-]+)").match
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,45 @@ class ConvertedFolder:
     already_there: bool
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a base comes from, as far as its folder says.
+
+    Attributes:
+        source: a Hub id, `mini` or a path; "" if unknown.
+        revision: its commit on the Hub; "" if unknown.
+        licence: as on the Hub, such as `apache-2.0`; "" if unknown.
+    """
+
+    source: str = ""
+    revision: str = ""
+    licence: str = ""
+
+
+def origin_of(folder: Path) -> Origin:
+    """Where a base's folder says that it comes from."""
+    content: dict[str, Any] = {}
+    if (folder / RECORD).is_file():
+        with suppress(ModelError):  # damaged: it says nothing
+            content = read_json(folder / RECORD)
+    given = {key: content.get(key) for key in ("source", "revision", "licence")}
+    words = {key: value if isinstance(value, str) else "" for key, value in given.items()}
+    return Origin(words["source"], words["revision"], words["licence"] or read_licence(folder))
+
+
+def read_licence(folder: Path) -> str:
+    """The licence that a model's card names in its header; "" if there is none."""
+    path = folder / CARD_FILE
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        found = _LICENCE(file.read(_CARD_CHARS))
+    return found[1] if found else ""
+
+
 def source_of(folder: Path) -> str:
     """What a converted folder says that it was made from; "" if it does not say."""
-    if not (folder / RECORD).is_file():
-        return ""
-    try:
-        return str(read_json(folder / RECORD).get("source", ""))
-    except ModelError:  # damaged: it says nothing
-        return ""
+    return origin_of(folder).source
 
 
 def hash_content(source: Path, tensors: dict[str, TensorEntry], tokenizer: TokenizerFiles) -> str:

@@ -31,6 +31,7 @@ COMMANDS = {
     "feedback": "Look at what users said of answers, and make training rows of it.",
     "evaluate": "Compare adapters with their base, on rows that none of them was trained on.",
     "report": "Write a page about runs: curves, costs, what they answer, and which to use.",
+    "merge": "Write a base with adapters merged in, as a model of its own.",
     "export": "Copy an adapter with its model card to a folder, to the Hub, or both.",
     "bench": "Time some training steps of a run on this machine. Writes nothing.",
     "doctor": "Check that this machine computes rightly, and how fast; for bug reports.",

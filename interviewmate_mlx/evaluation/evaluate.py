@@ -141,8 +141,8 @@ def evaluate(
         harness.check_installed()
     opened = [Adapter.open(folder) for folder in adapters]
     runs = [read_run(adapter.folder) for adapter in opened if RUN_FILE in adapter.files]
-    name = base or _common_base(opened)
-    data = data or _common_data(runs)
+    name = base or common_base(opened)
+    data = data or common_data(runs)
     max_length = max((run.data.max_length for run in runs), default=DataConfig().max_length)
     opened_base = Base.open(name, fetching)
     for one in opened:
@@ -264,7 +264,12 @@ def _by_label(
     return {key: by_label for key, by_label in found.items() if by_label}
 
 
-def _common_base(adapters: Sequence[Adapter]) -> str:
+def common_base(adapters: Sequence[Adapter]) -> str:
+    """The base that all adapters name.
+
+    Raises:
+        ConfigError: there are none, or they name several.
+    """
     named = {str(adapter.folder): adapter.config.base for adapter in adapters}
     if not named:
         raise ConfigError("Nothing to evaluate: name an adapter's folder, or a base.", "base")
@@ -293,7 +298,12 @@ def _common_template(adapters: Sequence[Adapter], tokenizer: TokenizerWrapper) -
     return next(iter(found), None) or own_template(tokenizer)
 
 
-def _common_data(runs: Sequence[RunConfig]) -> str:
+def common_data(runs: Sequence[RunConfig]) -> str:
+    """The data that all runs were trained on; the default for none.
+
+    Raises:
+        ConfigError: they are several.
+    """
     names = {run.data.path for run in runs}
     if len(names) > 1:
         raise ConfigError(

@@ -21,6 +21,7 @@ OTHER_FILES = (
     "hf_quant_config.json",
     "chat_template.jinja",
 )
+CARD_FILE = "README.md"  # names the licence
 
 
 def index_of(weights: str) -> str:

@@ -17,6 +17,7 @@ from interviewmate_mlx.data.records import SPLIT_NAMES, split_file_names
 from interviewmate_mlx.errors import HubError, list_faults
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.formats.model_files import (
+    CARD_FILE,
     OTHER_FILES,
     TOKENIZER_FILES,
     WEIGHTS,
@@ -161,7 +162,7 @@ def _choose_model_files(
         adapter = "adapter_config.json" in names
         raise HubError(
             f"{repo_id} is not a model: it has no config.json.\n"
-            + ("It is an adapter: give its base." if adapter else "Choose a Falcon-RW model.")
+            + ("It is an adapter: give its base." if adapter else "Choose a model.")
         )
     known = [name for single, _ in WEIGHTS for name in (single, index_of(single))]
     weights = next((name for name in known if name in names), None)
@@ -170,7 +171,8 @@ def _choose_model_files(
             f"{repo_id} has no weights that can be read, expected one of\n"
             f"{list_faults(known)}\nChoose another revision or model."
         )
-    chosen = [name for name in (*OTHER_FILES, *TOKENIZER_FILES) if name in names] + [weights]
+    others = (*OTHER_FILES, CARD_FILE, *TOKENIZER_FILES)
+    chosen = [name for name in others if name in names] + [weights]
     if weights in dict(WEIGHTS):
         return chosen
     try:

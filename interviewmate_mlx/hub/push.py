@@ -11,7 +11,14 @@ from interviewmate_mlx.hub.errors import as_hub_error, without_tokens
 from interviewmate_mlx.hub.pull import REQUEST_TIMEOUT_S
 
 
-def push(folder: Path, names: Sequence[str], repo_id: str, *, private: bool = False) -> str:
+def push(
+    folder: Path,
+    names: Sequence[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    what: str = "an adapter trained",
+) -> str:
     """Upload files of a folder in one commit; return the repository's address.
 
     The repository is created if it does not exist.
@@ -20,6 +27,7 @@ def push(folder: Path, names: Sequence[str], repo_id: str, *, private: bool = Fa
         folder: the folder with the files.
         names: the files' names, in the folder and on the Hub.
         repo_id: "name" or "owner/name".
+        what: is uploaded, for the commit's message.
         private: make a new repository private; refuse an existing public one.
 
     Raises:
@@ -47,6 +55,6 @@ def push(folder: Path, names: Sequence[str], repo_id: str, *, private: bool = Fa
         api.create_commit(
             repo.repo_id,
             additions,
-            commit_message="Upload an adapter trained with InterviewMate",
+            commit_message=f"Upload {what} with InterviewMate",
         )
     return address
