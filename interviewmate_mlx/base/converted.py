@@ -18,6 +18,7 @@ from interviewmate_mlx.formats.json_file import read_file, read_json
 from interviewmate_mlx.formats.safetensors_file import ITEM_BYTES, TensorEntry, safetensors_header
 
 MODEL_FILE = "falcon.py"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 def write_weights(
@@ -109,14 +110,14 @@ def write_network_config(folder: Path, source: Path, config: dict[str, Any], dty
 
 
 def write_tokenizer(folder: Path, tokenizer: TokenizerFiles, keeps_template: bool = False) -> None:
-    """Write a tokenizer's files, and the chat template in both places where loaders look.
+    """Write a tokenizer's files, and our chat template in both places where loaders look.
 
     If the source has no `tokenizer.json`, one is built.
 
     Args:
         folder: the converted folder.
         tokenizer: the source's.
-        keeps_template: leave the chat template that the source has, if it has one.
+        keeps_template: leave the chat template as it is, or absent.
     """
     for name, data in tokenizer.contents.items():
         (folder / name).write_bytes(data)
@@ -124,25 +125,23 @@ def write_tokenizer(folder: Path, tokenizer: TokenizerFiles, keeps_template: boo
         build_backend(tokenizer).save(str(folder / "tokenizer.json"))
     settings = dict(tokenizer.objects.get("tokenizer_config.json", {}))
     settings.pop("auto_map", None)
-    if keeps_template and (found := _own_template(tokenizer, settings)):
-        (folder / "chat_template.jinja").write_text(found, encoding="utf-8")
-        write_json(folder / "tokenizer_config.json", settings)
-        return
-    if settings.get("tokenizer_class") not in TOKENIZER_CLASSES:
-        settings["tokenizer_class"] = TOKENIZER_CLASSES[-1]
     settings |= {key: text for key, text in tokenizer.special.items() if not settings.get(key)}
-    settings["chat_template"] = CHAT_TEMPLATE
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    if settings.get("tokenizer_class") not in TOKENIZER_CLASSES and not keeps_template:
+        settings["tokenizer_class"] = TOKENIZER_CLASSES[-1]
     write_json(folder / "tokenizer_config.json", settings)
+    own = tokenizer.folder / CHAT_TEMPLATE_FILE
+    if not keeps_template:
+        set_chat_template(folder, CHAT_TEMPLATE)
+    elif own.is_file():
+        (folder / CHAT_TEMPLATE_FILE).write_bytes(read_file(own))
 
 
-def _own_template(tokenizer: TokenizerFiles, settings: dict[str, Any]) -> str:
-    """The chat template that a tokenizer came with; "" for none."""
-    path = tokenizer.folder / "chat_template.jinja"
-    if path.is_file():
-        return read_file(path).decode("utf-8")
-    found = settings.get("chat_template")
-    return found if isinstance(found, str) else ""
+def set_chat_template(folder: Path, text: str) -> None:
+    """Write a chat template in both places where loaders look."""
+    (folder / CHAT_TEMPLATE_FILE).write_text(text, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    write_json(path, settings | {"chat_template": text})
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

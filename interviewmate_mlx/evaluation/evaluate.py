@@ -147,7 +147,7 @@ def evaluate(
     opened_base = Base.open(name, fetching)
     for one in opened:
         warn_of_other_weights(one, opened_base)
-    template = _common_template(opened, opened_base.tokenizer)
+    template = common_template(opened, opened_base.tokenizer)
     tokenizer = opened_base.tokenizer
     tokenizer.eos_token_ids = end_ids(template, tokenizer)
     rows = read_questions(
@@ -284,7 +284,7 @@ def common_base(adapters: Sequence[Adapter]) -> str:
     return name
 
 
-def _common_template(adapters: Sequence[Adapter], tokenizer: TokenizerWrapper) -> Template:
+def common_template(adapters: Sequence[Adapter], tokenizer: TokenizerWrapper) -> Template:
     """The template of the conversations that all adapters were trained on, or the base's own."""
     found = {adapter.template or own_template(tokenizer): str(adapter.folder)
              for adapter in adapters}  # fmt: skip

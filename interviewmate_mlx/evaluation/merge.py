@@ -12,13 +12,20 @@ from interviewmate_mlx.adapter.card import CARD_FILE, base_in_words
 from interviewmate_mlx.adapter.folder import RUN_FILE, Adapter
 from interviewmate_mlx.adapter.merge import combine, read_updates
 from interviewmate_mlx.base.base import Base, public_name
+from interviewmate_mlx.base.converted import set_chat_template
 from interviewmate_mlx.base.merged import quantize_merged, write_merged
 from interviewmate_mlx.base.quantization import Quantization
 from interviewmate_mlx.base.record import origin_of
 from interviewmate_mlx.coach.generate import open_base, warn_of_other_weights
 from interviewmate_mlx.config import DataConfig
+from interviewmate_mlx.data.templates import own_template
 from interviewmate_mlx.errors import AdapterError
-from interviewmate_mlx.evaluation.evaluate import common_base, common_data, read_questions
+from interviewmate_mlx.evaluation.evaluate import (
+    common_base,
+    common_data,
+    common_template,
+    read_questions,
+)
 from interviewmate_mlx.evaluation.survival import Survival, measure_survival
 from interviewmate_mlx.files import Progress, atomic_folder
 from interviewmate_mlx.training.folder import read_run
@@ -79,6 +86,7 @@ def merge(
     network = opened_base.build(mx.float32)
     updates = [read_updates(adapter, network) for adapter in opened]
     combined = updates[0] if len(opened) == 1 and factors == [1.0] else combine(updates, factors)
+    template = common_template(opened, opened_base.tokenizer)
     rows = None
     if quantization:
         runs = [read_run(one.folder) for one in opened if RUN_FILE in one.files]
@@ -90,11 +98,20 @@ def merge(
             )
         length = max((run.data.max_length for run in runs), default=DataConfig().max_length)
         rows = read_questions(
-            opened_base.tokenizer, data or common_data(runs), "valid", 0, length, False, progress
+            opened_base.tokenizer,
+            data or common_data(runs),
+            "valid",
+            0,
+            length,
+            False,
+            progress,
+            template,
         )
     survival = None
     with atomic_folder(out, replace=replace) as folder:
         nbytes = write_merged(folder, opened_base, combined, dtype, progress)
+        if template != own_template(opened_base.tokenizer):
+            set_chat_template(folder, template.text)
         _write_card(folder, opened, factors, opened_base)
         if quantization and rows:
             kind = backend.resolve_dtype("auto")

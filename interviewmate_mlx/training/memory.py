@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
@@ -15,15 +16,29 @@ from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.step import Executor
 
 # What a token takes on a CPU at the peak, which is at the loss. A block keeps for its backward pass
-# what its linear layers take in and give out; and the scores, H * L, unless attention computes them
-# again. On top come arrays that MLX has planned ahead: copies of the last layers' scores and, V
-# each, of the logits.
-_KEPT_SCORES = 3
-_PLANNED_SCORES = 11
+# most of what its linear layers take in and give out. On top come arrays that MLX has planned
+# ahead, V each: of the logits.
+_KEPT_SHARE = 0.9
 _PLANNED_LOGITS = 7
 # On a GPU, at the same peak: logits in the base's dtype, and in float32 they, their softmax and
 # their gradient, which is cast back.
 _GPU_LOGITS = 2, 3
+
+
+class Scores(NamedTuple):
+    """Arrays of attention's scores, H * L numbers a token."""
+
+    kept: int  # by each block, for its backward pass
+    planned: int  # ahead, at the peak
+
+
+# By how attention is computed: again in the backward pass; with a mask that is added, on a CPU and
+# on a GPU's path; causal, as MLX has it without a kernel; and fused, by a GPU's kernel.
+SCORES_AGAIN = Scores(0, 11)
+SCORES_MASKED = Scores(3, 11)
+SCORES_MASKED_ON_GPU = Scores(1, 11)
+SCORES_CAUSAL = Scores(1, 3)
+SCORES_FUSED = Scores(0, 0)
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class Widths:
         layers: number of blocks.
         taken: by all linear layers of the blocks, summed.
         given: by them, summed.
+        lora: by the LoRA layers, summed.
+        dropped: by those of them that drop some of it.
     """
 
     hidden: int
@@ -47,6 +64,8 @@ class Widths:
     layers: int
     taken: int
     given: int
+    lora: int
+    dropped: int
 
 
 def widths_of(model: Network) -> Widths:
@@ -62,8 +81,17 @@ def widths_of(model: Network) -> Widths:
                 taken += args.num_experts_per_tok * module.input_dims
     heads = args.num_attention_heads
     head_dim = getattr(args, "head_dim", None) or args.hidden_size // heads
+    loras = [(shape_of(lora.base_layer)[1], lora.dropout.draws) for _, lora in lora_layers(model)]
     return Widths(
-        args.hidden_size, args.vocab_size, heads, head_dim, len(model.layers), taken, given
+        hidden=args.hidden_size,
+        vocab=args.vocab_size,
+        heads=heads,
+        head_dim=head_dim,
+        layers=len(model.layers),
+        taken=taken,
+        given=given,
+        lora=sum(width for width, _ in loras),
+        dropped=sum(width for width, draws in loras if draws),
     )
 
 
@@ -83,21 +111,21 @@ def cpu_bytes_per_token(
     widths: Widths,
     width: int,
     itemsize: int,
-    keeps_scores: bool,
+    scores: Scores,
     gradient_checkpointing: bool = False,
     num_streams: int = 1,
 ) -> int:
     """Bytes that one padded token of a microbatch takes on a CPU.
 
-    Fitted to the measured peaks of models of 4, 8 and 24 layers on a CPU, 64 to 1024
-    tokens a row, one microbatch at a time: within 10 %. Streams that recompute
-    may take less.
+    Fitted to the measured peaks of Falcon-RWs of 4, 8 and 24 layers on a CPU, 64 to 1024
+    tokens a row, one microbatch at a time: within 10 %; and of seven other networks, within 20 %
+    (`tests/training/test_memory_of_networks.py`). Streams that recompute may take less.
 
     Args:
         widths: of the network.
         width: tokens of a padded row; attention while training is unfused.
         itemsize: bytes of an activation.
-        keeps_scores: false with `use_cpu_kernels`, whose attention computes them again.
+        scores: how attention is computed.
         gradient_checkpointing: one block at a time keeps more than its input.
         num_streams: that run side by side. What MLX plans ahead, it plans for all of them
             together; measured, this does not hold with gradient checkpointing.
@@ -105,19 +133,22 @@ def cpu_bytes_per_token(
     layers, inputs = widths.layers, 0
     if gradient_checkpointing:
         layers, inputs, num_streams = 1, layers, 1
-    channels = inputs * widths.hidden + layers * (widths.taken + widths.given) / widths.layers
-    scores = _PLANNED_SCORES / num_streams + (_KEPT_SCORES * layers if keeps_scores else 0)
-    floats = channels + scores * widths.heads * width
+    of_block = _KEPT_SHARE * (widths.taken + widths.given) / widths.layers
+    channels = inputs * widths.hidden + layers * of_block
+    num_scores = scores.planned / num_streams + scores.kept * layers
+    floats = channels + num_scores * widths.heads * width
+    # What is left after dropout, float32, and a mask of bytes.
+    of_dropout = layers * widths.dropped / widths.layers * 5
     logits = _PLANNED_LOGITS / num_streams * widths.vocab
-    return int(floats * itemsize + logits * 4)  # which are float32
+    return int(floats * itemsize + of_dropout + logits * 4)  # which are float32
 
 
 def gpu_bytes_per_token(
-    model: Network,
+    widths: Widths,
     width: int,
     itemsize: int,
     widened: int,
-    keeps_scores: bool,
+    scores: Scores,
     gradient_checkpointing: bool = False,
 ) -> int:
     """Bytes that one padded token of a microbatch takes on a GPU: what is kept, and the logits.
@@ -132,26 +163,22 @@ def gpu_bytes_per_token(
     Measured in bfloat16 on a CPU, 128 and 384 tokens a row: within 10 % of a block's share.
 
     Args:
-        model: with its LoRA.
+        widths: of the network with its LoRA.
         width: tokens of a padded row.
         itemsize: bytes of an activation.
         widened: of a head in attention; its own size where that is not changed.
-        keeps_scores: whether attention keeps its scores, H numbers a token and key.
+        scores: how attention is computed.
         gradient_checkpointing: all blocks but one keep their input alone.
     """
-    widths = widths_of(model)
     layers, heads = widths.layers, widths.heads
-    of_lora = sum(
-        shape_of(layer.base_layer)[1] * (4 + (5 if layer.dropout.draws else 0))
-        for _, layer in lora_layers(model)
-    )
+    of_lora = 4 * widths.lora + 5 * widths.dropped
     attended = heads * (widths.head_dim + 3 * (widened - widths.head_dim))
     block = (widths.hidden + attended + widths.given / layers) * itemsize + of_lora / layers
-    scores = heads * width * itemsize if keeps_scores else 0
-    block += scores
+    of_scores = heads * width * itemsize
+    block += scores.kept * of_scores
     inputs = widths.hidden * itemsize
     kept = block + layers * inputs if gradient_checkpointing else layers * block
-    kept += _PLANNED_SCORES * scores
+    kept += scores.planned * of_scores
     narrow, wide = _GPU_LOGITS
     return int(kept + widths.vocab * (narrow * itemsize + wide * 4))
 

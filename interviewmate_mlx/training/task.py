@@ -46,7 +46,13 @@ from interviewmate_mlx.training.checkpoint import State
 from interviewmate_mlx.training.cpu_streams import CpuStreams
 from interviewmate_mlx.training.events import Started
 from interviewmate_mlx.training.memory import (
+    SCORES_AGAIN,
+    SCORES_CAUSAL,
+    SCORES_FUSED,
+    SCORES_MASKED,
+    SCORES_MASKED_ON_GPU,
     MemoryPlan,
+    Scores,
     cpu_bytes_per_token,
     gpu_bytes_per_token,
     plan_memory,
@@ -283,14 +289,20 @@ def choose_kernels(model: Network, dtype: mx.Dtype) -> None:
         use_fused_cross_entropy(model)
 
 
-def attends_unfused(model: Network, dtype: mx.Dtype) -> bool:
-    """Whether a model's attention keeps its scores, as it trains with the chosen kernels."""
-    replaceable = [module for module in model.modules() if hasattr(module, "attend")]
-    if replaceable:
-        return replaceable[0].attend is scaled_dot_product_attention
-    # The others ask MLX for causal attention, at the lengths that their rows have.
-    head_dim = widths_of(model).head_dim
-    return backend.machine().path == "cpu" or backend.fused_attention_multiple(head_dim, dtype) != 1
+def attention_of(model: Network, dtype: mx.Dtype) -> tuple[Scores, int]:
+    """What becomes of attention's scores, as a model trains here; and how wide a head is then."""
+    here, head_dim = backend.machine(), widths_of(model).head_dim
+    found = [module.attend for module in model.modules() if hasattr(module, "attend")]
+    if not found:  # the others ask MLX for causal attention, at the lengths that their rows have
+        has_kernel = here.device != "cpu" and backend.fused_attention_multiple(head_dim, dtype) == 1
+        return SCORES_FUSED if has_kernel else SCORES_CAUSAL, head_dim
+    if found[0] is scaled_dot_product_attention:
+        return SCORES_MASKED if here.path == "cpu" else SCORES_MASKED_ON_GPU, head_dim
+    if here.path == "cpu":
+        return SCORES_AGAIN, head_dim
+    # MLX's CPU backend computes fused attention by parts.
+    scores = SCORES_MASKED_ON_GPU if here.device == "cpu" else SCORES_FUSED
+    return scores, fused_width(model)
 
 
 def versions() -> dict[str, str]:
@@ -421,17 +433,12 @@ def plan(run: RunConfig, model: Network, rows: Rows, state: State | None) -> Mem
     here, widths = backend.machine(), widths_of(model)
     dtype = backend.resolve_dtype(run.model.dtype)
     recomputes = run.train.gradient_checkpointing
-    is_unfused = attends_unfused(model, dtype)
+    scores, widened = attention_of(model, dtype)
 
     def bytes_per_token(width: int, num_streams: int) -> int:
         if here.path == "cpu":
-            return cpu_bytes_per_token(
-                widths, width, dtype.size, is_unfused, recomputes, num_streams
-            )
-        widened = widths.head_dim if is_unfused else fused_width(model) or widths.head_dim
-        # MLX's CPU backend computes fused attention by parts.
-        keeps_scores = is_unfused or here.device == "cpu"
-        return gpu_bytes_per_token(model, width, dtype.size, widened, keeps_scores, recomputes)
+            return cpu_bytes_per_token(widths, width, dtype.size, scores, recomputes, num_streams)
+        return gpu_bytes_per_token(widths, width, dtype.size, widened, scores, recomputes)
 
     return plan_memory(
         model,

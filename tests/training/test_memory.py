@@ -24,7 +24,12 @@ from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.model.lora import add_lora
 from interviewmate_mlx.training import loop
 from interviewmate_mlx.training.events import Started, Stepped
-from interviewmate_mlx.training.memory import gpu_bytes_per_token, plan_memory
+from interviewmate_mlx.training.memory import (
+    SCORES_FUSED,
+    gpu_bytes_per_token,
+    plan_memory,
+    widths_of,
+)
 from interviewmate_mlx.training.step import OneStream
 
 STEPS = 2000
@@ -80,11 +85,12 @@ def test_run_a_with_rows_of_512_tokens_fits_on_a_mac_of_8_gb():
     model = Model(ModelArgs.from_dict(config))  # its arrays are never computed
     model.set_dtype(mx.bfloat16)
     add_lora(model, ["query_key_value"], 8, 16, 0.05)
+    widths = widths_of(model)
     ids = np.zeros(513, np.int32)
     rows = [Example(Record("row"), ids, np.arange(513) > 40)] * 4
 
     def bytes_per_token(width: int, num_streams: int) -> int:
-        return gpu_bytes_per_token(model, width, itemsize=2, widened=72, keeps_scores=False)
+        return gpu_bytes_per_token(widths, width, itemsize=2, widened=72, scores=SCORES_FUSED)
 
     plan = plan_memory(model, rows, 4, bytes_per_token, False, int(0.75 * 5.7e9), OneStream())
     assert plan.max_rows == 1
