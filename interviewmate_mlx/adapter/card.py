@@ -3,6 +3,8 @@
 import json
 import re
 from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -142,12 +144,36 @@ def set_section(card: str, title: str, text: str) -> str:
     return f"{before.rstrip()}\n\n{section}{use}{after}".rstrip() + "\n"
 
 
-def base_in_words(name: str, revision: str, licence: str) -> str:
+@dataclass(frozen=True)
+class Origin:
+    """Where a base comes from, as far as its folder says.
+
+    Attributes:
+        source: a Hub id, `mini` or a path; "" if unknown.
+        revision: its commit on the Hub; "" if unknown.
+        licence: as on the Hub, such as `apache-2.0`; "" if unknown.
+    """
+
+    source: str = ""
+    revision: str = ""
+    licence: str = ""
+
+
+def add_to_card(folder: Path, title: str, text: str) -> None:
+    """Put a section into the card of a folder, as `set_section` does; nothing without a card."""
+    path = folder / CARD_FILE
+    if path.is_file():
+        with suppress(UnicodeDecodeError):  # not written here: it stays as it is
+            card = set_section(path.read_text(encoding="utf-8"), title, text)
+            path.write_text(card, encoding="utf-8")
+
+
+def base_in_words(name: str, origin: Origin) -> str:
     """The base that an adapter or a merged model stands on, for its card."""
-    at = f" at revision `{revision}`" if revision else ", of an unknown revision"
+    at = f" at revision `{origin.revision}`" if origin.revision else ", of an unknown revision"
     under = (
-        f"Its licence is `{licence}`, which what is made of it has to follow."
-        if licence
+        f"Its licence is `{origin.licence}`, which what is made of it has to follow."
+        if origin.licence
         else "Its licence is not known here: look it up before you hand this on."
     )
     return f"`{name}`{at}. {under}"

@@ -183,12 +183,11 @@ class AdapterConfig:
         )
 
 
-def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Read `adapter_config.json`.
+def read_content(folder: Path) -> dict[str, Any]:
+    """Read `adapter_config.json`, whoever wrote it.
 
     Raises:
-        AdapterError: there is no adapter, it is not a LoRA, or it has settings that are
-            not supported. All of these are named.
+        AdapterError: there is no adapter, or the file is damaged.
     """
     path = folder / CONFIG_FILE
     refuse_outside_links(folder, [CONFIG_FILE], AdapterError)
@@ -202,14 +201,27 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         ) from error
     except OSError as error:
         raise AdapterError(f"Cannot read {path}: {error.strerror}.\n{_HINT}") from error
-    content = parse_json(path, data, AdapterError, _HINT)
-    if "peft_type" not in content and _MLX_LM_KEYS & content.keys():
-        raise AdapterError(
-            f"{folder} is an adapter of mlx-lm's own tuner: its {CONFIG_FILE} has "
-            f"{', '.join(sorted(_MLX_LM_KEYS & content.keys()))}. Only PEFT's format is read.\n"
-            "Merge it into its base with mlx_lm.fuse, and give the folder of the merged model as "
-            "the base."
-        )
+    content: dict[str, Any] = parse_json(path, data, AdapterError, _HINT)
+    return content
+
+
+def is_mlx_lm(content: dict[str, Any]) -> bool:
+    """Whether an `adapter_config.json` is of mlx-lm's own tuner."""
+    return "peft_type" not in content and bool(_MLX_LM_KEYS & content.keys())
+
+
+def read_peft_config(folder: Path, content: dict[str, Any]) -> AdapterConfig:
+    """Read PEFT's `adapter_config.json`.
+
+    Args:
+        folder: the adapter's, for messages.
+        content: of the file.
+
+    Raises:
+        AdapterError: it is not a LoRA, or it has settings that are not supported. All of
+            these are named.
+    """
+    path = folder / CONFIG_FILE
     if content.get("peft_type") != "LORA":
         raise AdapterError(
             f"{path}: peft_type: got {brief(content.get('peft_type'))}, expected 'LORA'.\n"
@@ -261,11 +273,11 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
         if not (value is None or value is False or value in ("", [], {}))
     ]
     rank, alpha, dropout = (config[key] for key in ("r", "lora_alpha", "lora_dropout"))
-    if not _is_rank(rank):
+    if not is_rank(rank):
         faults.append(f"r: got {brief(rank)}, expected a whole number of at least 1")
-    if not _is_number(alpha):
+    if not is_number(alpha):
         faults.append(f"lora_alpha: got {brief(alpha)}, expected a finite number")
-    if not _is_number(dropout) or not 0 <= dropout < 1:
+    if not is_number(dropout) or not 0 <= dropout < 1:
         faults.append(f"lora_dropout: got {brief(dropout)}, expected from 0 to below 1")
     if not isinstance(config["use_rslora"], bool):
         faults.append(f"use_rslora: got {brief(config['use_rslora'])}, expected true or false")
@@ -281,8 +293,8 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
         faults.append(f"target_modules: got {brief(targets)}, expected names of linear layers")
     faults += _layer_faults(config)
     for key, is_value, numbers in (
-        ("rank_pattern", _is_rank, "whole numbers of at least 1"),
-        ("alpha_pattern", _is_number, "finite numbers"),
+        ("rank_pattern", is_rank, "whole numbers of at least 1"),
+        ("alpha_pattern", is_number, "finite numbers"),
     ):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict) or not all(map(is_value, patterns.values())):
@@ -378,12 +390,12 @@ def _pattern_fault(key: str, written: str, pattern: str) -> list[str]:
     return []
 
 
-def _is_number(value: object) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number. A bool does not count, though Python has it as an int."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= sys.float_info.max  # also refuses NaN, and 10**400
 
 
-def _is_rank(value: object) -> bool:
-    return _is_number(value) and value >= 1 and value == int(value)
+def is_rank(value: object) -> bool:
+    return is_number(value) and value >= 1 and value == int(value)

@@ -4,6 +4,7 @@ The keys of `adapter_model.safetensors` are a prefix and this package's own para
 paths, so nothing is renamed or transposed in either direction.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,12 +16,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from interviewmate_mlx.adapter import mlx_lm
 from interviewmate_mlx.adapter.card import CARD_FILE, CHAT_TEMPLATE_FILE, rename_base
 from interviewmate_mlx.adapter.config import (
     CONFIG_FILE,
     MERGE_HINT,
     AdapterConfig,
-    read_adapter_config,
+    is_mlx_lm,
+    read_content,
+    read_peft_config,
 )
 from interviewmate_mlx.data.templates import PLAIN, VERBATIM, Template, Tokenizer, own_template
 from interviewmate_mlx.errors import AdapterError, WeightsError, brief, list_faults
@@ -69,7 +73,7 @@ _FILES = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT folder, opened and checked. `Adapter.open` creates one.
+    """A PEFT folder, or one of mlx-lm's, opened and checked. `Adapter.open` creates one.
 
     Attributes:
         folder: the adapter's folder.
@@ -89,22 +93,48 @@ class Adapter:
 
     @classmethod
     def open(cls, folder: Path | str) -> "Adapter":
-        """Read and check a PEFT folder.
+        """Read and check an adapter's folder.
 
         Raises:
             AdapterError: it is not an adapter, is damaged or not supported, holds links
                 to files outside it, or has numbers that are not finite.
         """
         folder = Path(folder)
-        config = read_adapter_config(folder)
-        header = _read_header(folder)
-        tensors = _check_names(folder, header.tensors)
+        content = read_content(folder)
+        header = _read_header(folder, mlx_lm.WEIGHTS_FILE if is_mlx_lm(content) else WEIGHTS_FILE)
+        if is_mlx_lm(content):
+            config = mlx_lm.read_config(folder, content, header.tensors)
+            entries = header.tensors.items()
+            tensors = {mlx_lm.our_name(name): mlx_lm.transposed(e) for name, e in entries}
+            _check_dtypes(folder, tensors)
+        else:
+            config = read_peft_config(folder, content)
+            tensors = _check_names(folder, header.tensors)
         template = _read_template(folder, header.metadata)
         _check_finite(folder, tensors)
         files = tuple(name for name in _FILES if (folder / name).is_file())
         refuse_outside_links(folder, files, AdapterError)
         base_hash = header.metadata.get(_BASE_KEY, "")
         return cls(folder, config, tensors, base_hash, template, files)
+
+    @property
+    def weights_file(self) -> Path:
+        """The file that holds its matrices."""
+        return next(iter(self.tensors.values())).path
+
+    @property
+    def is_mlx_lm(self) -> bool:
+        """Whether mlx-lm's own tuner wrote it."""
+        return self.weights_file.name == mlx_lm.WEIGHTS_FILE
+
+    def matrices(self) -> dict[str, mx.array]:
+        """Its matrices by parameter path, float32."""
+        loaded = load_tensors(self.weights_file)
+        if self.is_mlx_lm:
+            found = {mlx_lm.our_name(name): array.T for name, array in loaded.items()}
+        else:
+            found = {name.removeprefix(PREFIX): array for name, array in loaded.items()}
+        return {path: array.astype(mx.float32) for path, array in found.items()}
 
     def apply(self, model: nn.Module) -> None:
         """Add the adapter to a base model, in place. Its matrices are float32, as in PEFT.
@@ -119,14 +149,14 @@ class Adapter:
         layers = self.config.layers(model)
         self._compare(model, layers)
         place_lora(model, layers, self.config.dropout, rslora=self.config.rslora)
-        loaded = load_tensors(self.folder / WEIGHTS_FILE)
-        weights = [(name.removeprefix(PREFIX), a.astype(mx.float32)) for name, a in loaded.items()]
-        model.load_weights(weights, strict=False)
+        model.load_weights(list(self.matrices().items()), strict=False)
         mx.eval(model.trainable_parameters())
         model.template = self.template
 
     def export(self, out: Path, replace: bool = False, base: str = "") -> Path:
         """Copy the adapter's files, without checkpoints, and return `out`.
+
+        One of mlx-lm's becomes a PEFT folder.
 
         Args:
             out: the new folder; it may exist if it is empty.
@@ -137,6 +167,46 @@ class Adapter:
             AdapterError: `out` is or contains the adapter, or exists and may not be
                 replaced.
             StorageError: it cannot be written.
+        """
+        self._check_out(out, replace)
+        with atomic_folder(out, replace=replace) as temporary:
+            if self.is_mlx_lm:
+                config = dataclasses.replace(self.config, base=base or self.config.base)
+                save_adapter(temporary, self.matrices(), config)
+                return out
+            for name in self.files:
+                shutil.copyfile(self.folder / name, temporary / name)
+            if base:
+                self._rename_base(temporary, base)
+        return out
+
+    def export_as_mlx_lm(
+        self, out: Path, model: nn.Module, replace: bool = False, base: str = ""
+    ) -> Path:
+        """Write the adapter as `mlx_lm.generate --adapter-path` loads it, and return `out`.
+
+        Args:
+            out: as for `export`.
+            model: the base's network, without LoRA; changed in place.
+            replace: as for `export`.
+            base: as for `export`.
+
+        Raises:
+            AdapterError: as for `export` and `apply`, or mlx-lm has no place for what the
+                adapter is.
+            StorageError: it cannot be written.
+        """
+        self._check_out(out, replace)
+        self.apply(model)
+        with atomic_folder(out, replace=replace) as temporary:
+            mlx_lm.write(temporary, model, base or self.config.base, self.config.dropout)
+        return out
+
+    def _check_out(self, out: Path, replace: bool) -> None:
+        """Refuse to write over what is no export.
+
+        Raises:
+            AdapterError: `out` is or contains the adapter, or exists and may not be replaced.
         """
         source = self.folder.resolve()
         if out.exists() and any(out.samefile(place) for place in (source, *source.parents)):
@@ -157,12 +227,6 @@ class Adapter:
                 f"expected {CONFIG_FILE} in it, and no checkpoints.\nChoose another folder.",
                 "out",
             )
-        with atomic_folder(out, replace=replace) as temporary:
-            for name in self.files:
-                shutil.copyfile(self.folder / name, temporary / name)
-            if base:
-                self._rename_base(temporary, base)
-        return out
 
     def _rename_base(self, copy: Path, base: str) -> None:
         """Write another name of the base into the files of a copy, where they name it."""
@@ -278,14 +342,16 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     return {path: array for path, array in parameters.items() if path.endswith(_LORA_MATRICES)}
 
 
-def _read_header(folder: Path) -> SafetensorsHeader:
-    path = folder / WEIGHTS_FILE
+def _read_header(folder: Path, name: str) -> SafetensorsHeader:
+    path = folder / name
     if not path.is_file():
-        raise AdapterError(
-            f"{folder} has no {WEIGHTS_FILE}.\n"
+        hint = (
             "Adapters in pickle files (adapter_model.bin) are not read: load and save it with PEFT."
         )
-    refuse_outside_links(folder, [WEIGHTS_FILE], AdapterError)
+        raise AdapterError(
+            f"{folder} has no {name}.\n{hint if name == WEIGHTS_FILE else 'Copy it again.'}"
+        )
+    refuse_outside_links(folder, [name], AdapterError)
     try:
         return read_safetensors_header(path)
     except WeightsError as error:
@@ -295,11 +361,7 @@ def _read_header(folder: Path) -> SafetensorsHeader:
 
 def _check_names(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Check dtypes and names; return the tensors by parameter path, without PEFT's prefix."""
-    faults = [
-        f"{name}: got {entry.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
-        for name, entry in tensors.items()
-        if entry.dtype not in FLOAT_DTYPES
-    ]
+    faults = _dtype_faults(tensors)
     named = {name.removeprefix(PREFIX): entry for name, entry in tensors.items()}
     if len(named) < len(tensors):
         faults.append(f"got the same matrix with and without the prefix {PREFIX}, expected it once")
@@ -309,6 +371,19 @@ def _check_names(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, Ten
             "Export the adapter again."
         )
     return named
+
+
+def _check_dtypes(folder: Path, tensors: dict[str, TensorEntry]) -> None:
+    if faults := _dtype_faults(tensors):
+        raise AdapterError(f"{folder} does not hold LoRA matrices:\n{list_faults(faults)}")
+
+
+def _dtype_faults(tensors: dict[str, TensorEntry]) -> list[str]:
+    return [
+        f"{name}: got {entry.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
+        for name, entry in tensors.items()
+        if entry.dtype not in FLOAT_DTYPES
+    ]
 
 
 def _template_metadata(template: Template) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from interviewmate_mlx.adapter.card import Origin
 from interviewmate_mlx.base.convert import convert
 from interviewmate_mlx.base.fit import put_weights
 from interviewmate_mlx.base.quantization import Quantization, read_quantization
-from interviewmate_mlx.base.record import source_of
+from interviewmate_mlx.base.record import origin_of, source_of
 from interviewmate_mlx.base.source import check_depth, model_files, read_network
 from interviewmate_mlx.base.tokenizer import (
     build_tokenizer,
@@ -24,7 +25,7 @@ from interviewmate_mlx.base.tokenizer import (
     check_vocab,
     read_tokenizer_files,
 )
-from interviewmate_mlx.errors import ModelError, WeightsError, one_line
+from interviewmate_mlx.errors import ConfigError, ModelError, WeightsError, one_line
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.formats.cast import FLOAT_DTYPES, cast
 from interviewmate_mlx.formats.json_file import parse_json, read_file
@@ -258,6 +259,14 @@ def public_name(name: str) -> str:
         return name
     source = source_of(local_path(name))
     return source if shipped_base(source) or is_hub_id(source) else name
+
+
+def find_origin(name: str) -> Origin:
+    """Where a base comes from, as far as can be said without pulling it."""
+    with suppress(ConfigError, ModelError):  # a path of another machine
+        if name and is_here(name):
+            return origin_of(fetch_base(name))
+    return Origin(name)
 
 
 def is_here(name: str) -> bool:

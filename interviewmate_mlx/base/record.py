@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from interviewmate_mlx.adapter.card import Origin
 from interviewmate_mlx.base.tokenizer import TokenizerFiles
 from interviewmate_mlx.errors import ModelError, brief, list_faults
 from interviewmate_mlx.formats.json_file import parse_json, read_file, read_json
@@ -38,21 +39,6 @@ class ConvertedFolder:
     dtype: str
     nbytes: int
     already_there: bool
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a base comes from, as far as its folder says.
-
-    Attributes:
-        source: a Hub id, `mini` or a path; "" if unknown.
-        revision: its commit on the Hub; "" if unknown.
-        licence: as on the Hub, such as `apache-2.0`; "" if unknown.
-    """
-
-    source: str = ""
-    revision: str = ""
-    licence: str = ""
 
 
 def origin_of(folder: Path) -> Origin:

@@ -21,6 +21,14 @@ from interviewmate_mlx.cli.options import UserPath, prepared
     metavar="BASE",
     help="Name of the base in the copy; by default the Hub id that the base was converted from.",
 )
+@click.option(
+    "--as",
+    "kind",
+    type=click.Choice(["peft", "mlx-lm"]),
+    default="peft",
+    show_default=True,
+    help="The format of the copy.",
+)
 @click.option("--force", is_flag=True, help="Replace an adapter exported there before.")
 def command(
     adapter: Path,
@@ -28,9 +36,13 @@ def command(
     push: str | None,
     private: bool,
     model: str | None,
+    kind: str,
     force: bool,
 ) -> None:
     """Copy an adapter with its model card to a folder, to the Hub, or both.
+
+    It is a PEFT folder, or with --as mlx-lm one for mlx_lm.generate. An adapter of mlx-lm's own
+    tuner becomes a PEFT folder.
 
     Checkpoints stay at home. A path to the base means nothing to others, so the copy
     names the base by its Hub id where that is known.
@@ -47,8 +59,11 @@ def command(
     if model is not None and not model.strip():
         raise click.UsageError("--model is empty.")
     with prepared():
+        from interviewmate_mlx import backend
+        from interviewmate_mlx.adapter.card import add_to_card, base_in_words
         from interviewmate_mlx.adapter.folder import Adapter
-        from interviewmate_mlx.base.base import public_name
+        from interviewmate_mlx.base.base import find_origin, public_name
+        from interviewmate_mlx.coach.generate import open_base
         from interviewmate_mlx.hub.push import push as push_files
 
         opened = Adapter.open(adapter)
@@ -60,11 +75,19 @@ def command(
             click.echo(f"warning: {warning}", err=True)
         with tempfile.TemporaryDirectory() as temporary:
             copy = out or Path(temporary, "copy")
-            opened.export(copy, replace=force, base=base if base != named else "")
+            renamed = base if base != named else ""
+            if kind == "peft":
+                opened.export(copy, replace=force, base=renamed)
+                words = base_in_words(base, find_origin(named))
+                add_to_card(copy, "Base", words)
+            else:
+                network = open_base(None, opened).build(backend.resolve_dtype("auto"))
+                opened.export_as_mlx_lm(copy, network, replace=force, base=renamed)
             if out:
                 click.echo(out)
             if push:
-                click.echo(push_files(copy, opened.files, push, private=private))
+                names = sorted(path.name for path in copy.iterdir())
+                click.echo(push_files(copy, names, push, private=private))
 
 
 def _local_paths(base: str, folder: Path) -> Iterator[str]:

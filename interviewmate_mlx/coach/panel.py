@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from interviewmate_mlx.adapter.folder import WEIGHTS_FILE, Adapter
+from interviewmate_mlx.adapter.folder import Adapter
 from interviewmate_mlx.base.base import public_name
 from interviewmate_mlx.coach.generate import open_base, warn_of_other_weights
 from interviewmate_mlx.data.prompts import encode_messages, encode_prompt
@@ -145,5 +145,5 @@ class Panel:
 
 
 def _hash(adapter: Adapter) -> str:
-    with (adapter.folder / WEIGHTS_FILE).open("rb") as file:
+    with adapter.weights_file.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

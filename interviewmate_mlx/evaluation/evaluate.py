@@ -9,7 +9,7 @@ from typing import Any
 
 from interviewmate_mlx import __version__, backend
 from interviewmate_mlx.adapter.card import CARD_FILE, set_section
-from interviewmate_mlx.adapter.folder import RUN_FILE, WEIGHTS_FILE, Adapter
+from interviewmate_mlx.adapter.folder import RUN_FILE, Adapter
 from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.base.tokenizer import TokenizerWrapper
 from interviewmate_mlx.coach.generate import Answer, answer_all, warn_of_other_weights
@@ -341,7 +341,7 @@ def write_evaluation(
         "split": asked.split,
         "rows": len(asked.examples),
         "sampling": asdict(sampling) if sampling else None,
-        "adapter_sha256": file_hash(out / WEIGHTS_FILE) if own else None,
+        "adapter_sha256": file_hash(Adapter.open(out).weights_file) if own else None,
         **{key: _nameless(evaluation) for key, evaluation in evaluations.items()},
     }
     with lock_run(out):

@@ -169,7 +169,7 @@ def _write_card(
 
 ## Base
 
-{base_in_words(name if is_hub_id else Path(name).name, origin.revision, origin.licence)}
+{base_in_words(name if is_hub_id else Path(name).name, origin)}
 
 This is a small model. It can be wrong and still sound sure. Check its answers before an interview.
 """

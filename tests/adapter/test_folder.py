@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from interviewmate_mlx.adapter.config import (
     CONFIG_FILE,
     AdapterConfig,
-    read_adapter_config,
+    read_content,
+    read_peft_config,
 )
 from interviewmate_mlx.adapter.folder import (
     WEIGHTS_FILE,
@@ -54,6 +55,10 @@ PEFT_OPTIONS = {
     },
     "dropout": {"lora_dropout": 0.1},
 }
+
+
+def read_adapter_config(folder):
+    return read_peft_config(folder, read_content(folder))
 
 
 def their_logits(model: torch.nn.Module) -> np.ndarray:
@@ -361,14 +366,6 @@ def test_export_into_an_empty_folder_is_allowed(tmp_path, replace):
     (tmp_path / "copy").mkdir()
     Adapter.open(tmp_path / "run").export(tmp_path / "copy", replace=replace)
     assert read_adapter_config(tmp_path / "copy") == read_adapter_config(tmp_path / "run")
-
-
-def test_adapter_of_mlx_lm_is_called_by_its_name(tmp_path):
-    our_adapter(tmp_path)
-    options = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8}}
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(options))
-    with pytest.raises(AdapterError, match=r"an adapter of mlx-lm's own tuner.*\n.*mlx_lm\.fuse"):
-        Adapter.open(tmp_path)
 
 
 def test_what_a_system_leaves_in_a_folder_is_no_content(tmp_path):
