@@ -14,6 +14,7 @@ import mlx.core as mx
 import pytest
 from checkpoints import tiny_falcon, write_checkpoint
 from hub_server import TOKEN, USER, HubServer
+from networks import edit_config, write_network
 from served import running
 
 from interviewmate_mlx import __version__
@@ -291,6 +292,33 @@ def test_train_takes_another_base(imate, small, other_base):
     assert sorted({array.shape for array in weights.values()}) == [(8, 32), (96, 8)]
 
 
+@pytest.fixture
+def untested_base(tmp_path: Path) -> Path:
+    """A network that mlx-lm has, and that no test holds against transformers."""
+    write_network(tmp_path / "xverse", "llama", num_hidden_layers=1)
+    edit_config(tmp_path / "xverse", model_type="xverse", tie_word_embeddings=False)
+    return tmp_path / "xverse"
+
+
+@shows("train --untested-base")
+def test_train_takes_an_untested_base_where_it_is_asked_to(imate, small, untested_base):
+    words = ["train", *small, "--model", untested_base]
+    said = imate(*words, code=1).stderr
+    assert "no test holds xverse of mlx-lm against transformers" in said
+    assert "--untested-base" in said
+    assert not Path("adapters").exists()
+    said = imate(*words, "--untested-base").stderr
+    assert "no test holds xverse of mlx-lm against transformers" in said
+    assert adapter_config("adapters/run_A")["target_modules"]
+
+
+@shows("bench --untested-base")
+def test_bench_takes_an_untested_base_where_it_is_asked_to(imate, small, untested_base):
+    words = ["bench", *small, "--steps", "1", "--warmup", "0", "--model", untested_base]
+    assert "no test holds xverse" in imate(*words, code=1).stderr
+    assert json.loads(imate(*words, "--untested-base", "--json").stdout)["rows"] == 4
+
+
 @shows("train --out")
 def test_train_writes_to_out(imate, small):
     imate("train", *small, "--out", "else where/mine")
@@ -516,6 +544,81 @@ def test_generate_computes_in_the_dtype(imate, tiny_base, monkeypatch, dtype):
     assert loaded[0](mx.array([[1]])).dtype == getattr(mx, dtype)
 
 
+# merge
+
+
+def merged_config(folder: str) -> dict[str, Any]:
+    return read_json(Path(folder, "config.json"))
+
+
+@shows("merge --out")
+@shows("merge --force")
+def test_merge_writes_to_out_and_replaces_with_force_alone(imate, tiny_adapter):
+    said = imate("merge", tiny_adapter, "--out", "merged").stdout
+    assert said.startswith("merged: ")
+    assert "merged exists" in imate("merge", tiny_adapter, "--out", "merged", code=1).stderr
+    imate("merge", tiny_adapter, "--out", "merged", "--force")
+    whole = mx.load("merged/model.safetensors")
+    imate("merge", f"{tiny_adapter}=0.5", "--out", "half")
+    name = "transformer.h.0.self_attention.dense.weight"
+    assert float(mx.abs(whole[name] - mx.load("half/model.safetensors")[name]).max()) > 0
+    assert "expected ADAPTER=WEIGHT" in imate("merge", "a=b", "--out", "x", code=2).stderr
+    assert "Give --out FOLDER" in imate("merge", tiny_adapter, code=2).stderr
+
+
+@shows("merge --model")
+def test_merge_takes_the_base_from_another_place(imate, tiny_adapter, tiny_base, tmp_path):
+    adapter = tmp_path / "moved"
+    shutil.copytree(tiny_adapter, adapter)
+    path = adapter / "adapter_config.json"
+    config = read_json(path) | {"base_model_name_or_path": "/nowhere"}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert "/nowhere" in imate("merge", adapter, "--out", "merged", code=1).stderr
+    imate("merge", adapter, "--out", "merged", "--model", tiny_base)
+    assert Path("merged/model.safetensors").is_file()
+
+
+@shows("merge --dtype")
+def test_merge_writes_weights_of_the_dtype(imate, tiny_adapter):
+    imate("merge", tiny_adapter, "--out", "merged", "--dtype", "bfloat16")
+    weights = mx.load("merged/model.safetensors")
+    assert {array.dtype for array in weights.values()} == {mx.bfloat16}
+
+
+@shows("merge --quantize")
+@shows("merge --group-size")
+@shows("merge --data")
+@shows("merge --json")
+def test_merge_quantises_and_says_what_is_left(imate, tiny_adapter, questions):
+    words = ["merge", tiny_adapter, "--quantize", "8"]
+    assert "has no valid rows" in imate(*words, "--out", "x", code=1).stderr  # it had none
+    words += ["--data", questions]
+    said = imate(*words, "--out", "merged").stdout
+    assert re.search(r"quantised to 8 bits, \d+% of the adapter's effect is left", said)
+    assert merged_config("merged")["quantization"] == {"group_size": 64, "bits": 8}
+    options = ["--group-size", "32", "--out", "other", "--json"]
+    facts = json.loads(imate(*words, *options).stdout)
+    assert 0.5 < facts["share_left"] < 1.5
+    assert facts["nbytes"] < Path("other/model.safetensors").stat().st_size
+    assert merged_config("other")["quantization"]["group_size"] == 32
+    assert not Path("x").exists()
+    for option in (["--group-size", "32"], ["--data", "interview"]):
+        said = imate("merge", tiny_adapter, "--out", "x", *option, code=2).stderr
+        assert f"{option[0]} is of --quantize" in said
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the library's own
+@shows("merge --push")
+@shows("merge --private")
+def test_merge_pushes_to_the_hub(imate, hub, tiny_adapter):
+    said = imate("merge", tiny_adapter, "--push", f"{USER}/merged", "--private").stdout
+    assert said == f"{hub.endpoint}/{USER}/merged\n"
+    assert {"config.json", "model.safetensors", "README.md"} <= set(hub.uploaded[f"{USER}/merged"])
+    assert hub.repos[f"{USER}/merged"].private
+    said = imate("merge", tiny_adapter, "--out", "x", "--private", code=2).stderr
+    assert "--private is of --push" in said
+
+
 # export
 
 HANDED_OUT = {
@@ -532,8 +635,11 @@ HANDED_OUT = {
 def test_export_copies_the_adapter_without_checkpoints(imate, tiny_adapter):
     assert imate("export", tiny_adapter, "--out", "copy").stdout == "copy\n"
     assert {path.name for path in Path("copy").iterdir()} == HANDED_OUT
-    for name in HANDED_OUT:
+    for name in HANDED_OUT - {"README.md"}:
         assert Path("copy", name).read_bytes() == (tiny_adapter / name).read_bytes()
+    card = Path("copy/README.md").read_text(encoding="utf-8")
+    assert "## Base\n\n" in card
+    assert "of an unknown revision. Its licence is not known here" in card
 
 
 @shows("export --model")
@@ -568,7 +674,21 @@ def test_export_replaces_an_exported_adapter_with_force_alone(imate, tiny_adapte
     assert "--force" in imate("export", tiny_adapter, "--out", "copy", code=1).stderr
     assert Path("copy/README.md").read_text(encoding="utf-8") == "old"
     imate("export", tiny_adapter, "--out", "copy", "--force")
-    assert Path("copy/README.md").read_bytes() == (tiny_adapter / "README.md").read_bytes()
+    assert "## Base" in Path("copy/README.md").read_text(encoding="utf-8")
+
+
+@shows("export --as")
+def test_export_writes_the_format(imate, tiny_adapter):
+    imate("export", tiny_adapter, "--out", "theirs", "--as", "mlx-lm")
+    assert {path.name for path in Path("theirs").iterdir()} == {
+        "adapter_config.json",
+        "adapters.safetensors",
+    }
+    imate("export", "theirs", "--out", "peft", "--as", "peft")
+    expected = mx.load(str(tiny_adapter / "adapter_model.safetensors"))
+    got = mx.load("peft/adapter_model.safetensors")
+    assert got.keys() == expected.keys()
+    assert all(bool((got[name] == expected[name]).all()) for name in expected)
 
 
 def test_export_leaves_any_other_folder_alone_even_with_force(imate, tiny_adapter):
@@ -947,6 +1067,13 @@ def swept(imate: Callable[..., Any], small: list[object]) -> Callable[..., dict[
         return found
 
     return run
+
+
+@shows("sweep --untested-base")
+def test_sweep_takes_an_untested_base_where_it_is_asked_to(imate, small, untested_base):
+    words = ["sweep", "A", "B", "--model", untested_base, *small[2:]]
+    assert "no test holds xverse" in imate(*words, code=1).stderr
+    imate(*words, "--untested-base", "--max-steps", 1)
 
 
 @shows("sweep --model")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from networks import write_network
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 
@@ -132,11 +133,18 @@ class Launchers:
         assert not faults, "\n".join(faults)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", params=["falcon", "llama"])
 def launchers(
-    tiny_base: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_base: Path,
+    questions: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Launchers]:
-    started = Launchers(tiny_base, questions, tmp_path_factory.mktemp("said"))
+    base = tiny_base
+    if request.param == "llama":
+        base = tmp_path_factory.mktemp("networks") / "llama"
+        write_network(base, "llama", num_hidden_layers=1)
+    started = Launchers(base, questions, tmp_path_factory.mktemp("said"))
     yield started
     for launcher in started.all:
         launcher.communicate()  # closes its stdin, and so it ends

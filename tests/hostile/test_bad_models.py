@@ -20,6 +20,7 @@ from typing import Any
 import fuzzing
 import numpy as np
 import pytest
+from networks import write_network
 from refusals import Bad, check
 from safetensors.numpy import load_file, save_file
 
@@ -665,17 +666,90 @@ BASES = [
         "ModelError",
         "its tokenizer has 10000 tokens, its embedding only 384 rows",
     ),
+]
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+# A folder of another network, whose config mlx-lm reads, and does not check.
+LLAMAS = [
+    base("half a config", write("config.json", "{"), "ModelError", "config.json is not JSON"),
+    base("config of a list", write("config.json", "[1]"), "ModelError", "config.json"),
     base(
-        "class of another kind",
-        edit("tokenizer_config.json", tokenizer_class="RagTokenizer"),
-        "ModelError",
-        "tokenizer_class: got 'RagTokenizer', expected one of GPT2Tokenizer",
+        "a billion layers",
+        edit("config.json", num_hidden_layers=10**7),
+        "WeightsError",
+        "num_hidden_layers: got 10000000, expected at most",
     ),
     base(
-        "class in the config",
-        edit("config.json", tokenizer_class="RagTokenizer"),
+        "a width of 2**60",
+        edit("config.json", hidden_size=2**60),
         "ModelError",
-        "config.json: tokenizer_class: got 'RagTokenizer'",
+        "hidden_size: got 1152921504606846976, expected a whole number",
+    ),
+    base("heads of a text", edit("config.json", num_attention_heads="x"), "ModelError", "x"),
+    base("no heads", edit("config.json", num_attention_heads=0), "ModelError"),
+    base("negative groups", edit("config.json", num_key_value_heads=-2), "ModelError", "-2"),
+    base("a norm of a text", edit("config.json", rms_norm_eps="x"), "ModelError", "x"),
+    base(
+        "rotary settings of a list",
+        edit("config.json", rope_parameters=[1, 2]),
+        "ModelError",
+    ),
+    base(
+        "rotary factor of nothing",
+        edit("config.json", rope_parameters={"rope_type": "linear", "rope_theta": 1e4}),
+        "ModelError",
+    ),
+    base(
+        "code of its own",
+        edit("config.json", model_file="evil.py"),
+        "ModelError",
+        "model_file: got 'evil.py', expected none",
+    ),
+    base(
+        "a network elsewhere",
+        edit("config.json", model_type="..utils"),
+        "ModelError",
+        "model_type: got '..utils'",
+    ),
+    base(
+        "a file that is no network",
+        edit("config.json", model_type="rope_utils"),
+        "ModelError",
+        "model_type: got 'rope_utils', which is no network",
+    ),
+    base(
+        "a network that ends the process",
+        edit("config.json", model_type="olmo"),
+        "ModelError",
+        "model_type: got 'olmo', expected",
+    ),
+    base("missing tensor", tensors(lambda t: t.pop(Q_PROJ)), "WeightsError", "q_proj"),
+    base(
+        "surplus tensor",
+        tensors(lambda t: t.update(evil=np.zeros(3, np.float32))),
+        "WeightsError",
+        "evil",
+    ),
+    base(
+        "shape",
+        tensors(lambda t: t.update({Q_PROJ: t[Q_PROJ][:8].copy()})),
+        "WeightsError",
+        "q_proj",
+    ),
+    base("half the numbers", first_bytes(50_000), "WeightsError", "got 50000 bytes, expected"),
+    base("weights elsewhere", link_out(WEIGHTS), "ModelError", f"{WEIGHTS}: links to"),
+    base(
+        "another tool's quantisation",
+        edit("config.json", quantization_config={"quant_method": "awq", "bits": 4}),
+        "ModelError",
+        "quantised by 'awq'",
+    ),
+    base(
+        "id beyond the embedding",
+        change_tokenizer("model", "vocab", "a", value=9999),
+        "ModelError",
+        "its tokenizer has 10000 tokens, its embedding only 400 rows",
     ),
 ]
 
@@ -704,6 +778,19 @@ def test_bad_folder_is_not_converted(bad, tmp_path, hub_folder):
 @pytest.mark.parametrize("bad", BASES, ids=str)
 def test_bad_base_is_not_loaded(bad, tmp_path, tiny_base):
     check(on_copy(bad, tiny_base), tmp_path)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of mlx-lm. Read only."""
+    folder = tmp_path_factory.mktemp("networks") / "llama"
+    write_network(folder, "llama", num_hidden_layers=2)
+    return folder
+
+
+@pytest.mark.parametrize("bad", LLAMAS, ids=str)
+def test_bad_network_is_not_loaded(bad, tmp_path, llama):
+    check(on_copy(bad, llama), tmp_path)
 
 
 def test_the_copies_are_good_before_they_are_changed(imate, hub_folder, tiny_base):

@@ -1,0 +1,84 @@
+"""The memory plan of networks of mlx-lm, against the peak of real steps."""
+
+import gc
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from networks import write_network
+
+from interviewmate_mlx import backend
+from interviewmate_mlx.base.base import Base
+from interviewmate_mlx.data.batches import collate
+from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.data.records import Record
+from interviewmate_mlx.model.lora import add_lora, resolve_targets
+from interviewmate_mlx.model.recompute import use_gradient_checkpointing
+from interviewmate_mlx.training.memory import (
+    SCORES_CAUSAL,
+    cpu_bytes_per_token,
+    gpu_bytes_per_token,
+    weight_bytes,
+    widths_of,
+)
+from interviewmate_mlx.training.optimizer import adamw
+from interviewmate_mlx.training.step import Step
+from interviewmate_mlx.training.task import choose_kernels
+
+SHAPE = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
+SHAPE |= {"max_position_embeddings": 1024, "initializer_range": 0.02}
+NETWORKS = {
+    "llama": {"intermediate_size": 704, "num_key_value_heads": 2, "vocab_size": 8000},
+    "qwen3": {"intermediate_size": 768, "num_key_value_heads": 2, "head_dim": 64},
+    "gemma3_text": {"intermediate_size": 1024, "num_key_value_heads": 2, "sliding_window": 512},
+    "phi3": {"intermediate_size": 704, "num_key_value_heads": 8, "vocab_size": 8000},
+    "starcoder2": {"intermediate_size": 1024, "num_key_value_heads": 2, "vocab_size": 8000},
+    "mixtral": {"intermediate_size": 512, "num_key_value_heads": 2, "vocab_size": 8000},
+}
+NETWORKS["qwen3"] |= {"vocab_size": 16000}
+NETWORKS["gemma3_text"] |= {"vocab_size": 24000, "head_dim": 32}
+
+
+@pytest.mark.parametrize("model_type", NETWORKS)
+@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+def test_peak_is_within_a_fifth_of_the_plan(model_type, targets, tmp_path):
+    if backend.machine().device != "cpu":
+        pytest.skip("measured on MLX's CPU backend")
+    if (model_type, targets) == ("mixtral", "all-linear"):
+        pytest.skip("experts are no linear layers")
+    write_network(tmp_path, model_type, **{**SHAPE, **NETWORKS[model_type]})
+    for checkpointing, rows, width in ((False, 8, 64), (False, 2, 256), (True, 4, 128)):
+        taken, planned = measure(tmp_path, targets, mx.float32, checkpointing, rows, width)
+        said = (
+            f"{checkpointing=} {rows=} {width=}: {taken / 1e6:.0f} MB, {planned / 1e6:.0f} planned"
+        )
+        assert 0.8 * planned < taken < 1.2 * planned, said
+
+
+def measure(folder, targets, dtype, checkpointing, rows, width) -> tuple[int, int]:
+    """Bytes that two steps take at the most, and those that are planned."""
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = Base.open(folder).load(dtype)
+    add_lora(model, resolve_targets(model, [targets]), 8, 16, dropout=0.05)
+    choose_kernels(model, dtype)
+    if checkpointing:
+        use_gradient_checkpointing(model)
+    widths = widths_of(model)
+    if dtype == mx.float32:
+        per_token = cpu_bytes_per_token(widths, width, 4, SCORES_CAUSAL, checkpointing)
+    else:
+        head = widths.head_dim
+        per_token = gpu_bytes_per_token(widths, width, 2, head, SCORES_CAUSAL, checkpointing)
+    planned = weight_bytes(model) + per_token * rows * width
+    ids = np.random.default_rng(0).integers(3, 384, width + 1).astype(np.int32)
+    batch = collate([Example(Record("row"), ids, np.arange(width + 1) > 8)] * rows)
+    step = Step(model.train(), adamw(), 1.0)
+    for number in range(2):
+        if number:
+            gc.collect()
+            mx.reset_peak_memory()
+        step.accumulate([batch], [0, number])
+        mx.eval(step.update(1e-4), model.trainable_parameters())
+    return mx.get_peak_memory() - before, planned
