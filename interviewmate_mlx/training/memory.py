@@ -53,6 +53,8 @@ class Widths:
         layers: number of blocks.
         taken: by all linear layers of the blocks, summed.
         given: by them, summed.
+        kept: of that, what a GPU's path keeps for the backward pass. mlx-lm's networks, with
+            autodiff's derivatives, keep what their layers take, too.
         lora: by the LoRA layers, summed.
         dropped: by those of them that drop some of it.
     """
@@ -64,6 +66,7 @@ class Widths:
     layers: int
     taken: int
     given: int
+    kept: int
     lora: int
     dropped: int
 
@@ -79,6 +82,7 @@ def widths_of(model: Network) -> Widths:
                 # A token goes through some experts.
                 given += args.num_experts_per_tok * module.output_dims
                 taken += args.num_experts_per_tok * module.input_dims
+    has_own_derivatives = any(hasattr(module, "attend") for module in model.modules())
     heads = args.num_attention_heads
     head_dim = getattr(args, "head_dim", None) or args.hidden_size // heads
     loras = [(shape_of(lora.base_layer)[1], lora.dropout.draws) for _, lora in lora_layers(model)]
@@ -90,6 +94,7 @@ def widths_of(model: Network) -> Widths:
         layers=len(model.layers),
         taken=taken,
         given=given,
+        kept=given if has_own_derivatives else given + taken,
         lora=sum(width for width, _ in loras),
         dropped=sum(width for width, draws in loras if draws),
     )
@@ -173,7 +178,7 @@ def gpu_bytes_per_token(
     layers, heads = widths.layers, widths.heads
     of_lora = 4 * widths.lora + 5 * widths.dropped
     attended = heads * (widths.head_dim + 3 * (widened - widths.head_dim))
-    block = (widths.hidden + attended + widths.given / layers) * itemsize + of_lora / layers
+    block = (widths.hidden + attended + widths.kept / layers) * itemsize + of_lora / layers
     of_scores = heads * width * itemsize
     block += scores.kept * of_scores
     inputs = widths.hidden * itemsize
