@@ -214,6 +214,9 @@ def write_run_card(
         facts[f"validation loss, adapter (step {summary.best_step})"] = (
             f"{summary.best_valid_loss:.4f}"
         )
+    measured = summary.best_valid_measures
+    if "margin" in measured:
+        facts["validation margin of rewards"] = f"{measured['margin']:.4f}"
     is_shipped = shipped_base(base) is not None
     write_card(
         out,
@@ -221,7 +224,7 @@ def write_run_card(
         replace(config, base=base),
         facts,
         trained_on=f"Trained with InterviewMate (`interviewmate_mlx` {summary.package_version}) "
-        f"on {summary.train_rows} {rows_in_words(template)} ({run.data.path}).",
+        f"on {summary.train_rows} {_rows_in_words(run, template)} ({run.data.path}).",
         base_hub_id=base if is_hub_id(base) else None,
         # transformers needs the folder of a shipped base; its name means something here alone.
         base_folder=f"models/{base}" if is_shipped else base,
@@ -229,6 +232,13 @@ def write_run_card(
         template=template,
         end_ids=end_ids,
     )
+
+
+def _rows_in_words(run: RunConfig, template: Template) -> str:
+    if run.train.method == "sft":
+        return rows_in_words(template)
+    kind = "answers with a label" if run.train.method == "kto" else "pairs of answers"
+    return f"{kind}, by {run.train.method.upper()}"
 
 
 def _steps(count: int) -> str:

@@ -5,6 +5,7 @@ import math
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -12,8 +13,9 @@ from interviewmate_mlx import __version__, backend
 from interviewmate_mlx.base.base import Base, is_here
 from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.data.batches import steps_per_epoch
-from interviewmate_mlx.data.prompts import Example, encode_records, template_of
-from interviewmate_mlx.data.records import Record, load_splits
+from interviewmate_mlx.data.pairs import Judged, encode_preferences, load_preferences
+from interviewmate_mlx.data.prompts import encode_records, template_of
+from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.data.templates import AUTO, VERBATIM, Template, choose_template
 from interviewmate_mlx.errors import (
     AdapterError,
@@ -59,6 +61,12 @@ from interviewmate_mlx.training.memory import (
     widths_of,
 )
 from interviewmate_mlx.training.optimizer import learning_rate_at
+from interviewmate_mlx.training.preference import (
+    PAIRED,
+    Objective,
+    divergence_of,
+    objective_of,
+)
 from interviewmate_mlx.training.step import Executor, OneStream
 
 
@@ -66,13 +74,13 @@ from interviewmate_mlx.training.step import Executor, OneStream
 class Rows:
     """What a run learns from and is validated on."""
 
-    train: list[Example]
-    valid: list[Example]
+    train: list[Any]  # examples, pairs of answers, or answers with a label
+    valid: list[Any]
     num_dropped: int  # with nothing left to learn from
     template: Template  # how prompts are put to the model
 
     @property
-    def all(self) -> list[Example]:
+    def all(self) -> list[Any]:
         return self.train + self.valid
 
 
@@ -87,6 +95,7 @@ class Task:
     memory: MemoryPlan
     executor: Executor
     fingerprint: dict[str, str]  # of base and data
+    objective: Objective
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -114,7 +123,9 @@ class Task:
             steps_per_epoch=self.steps_per_epoch,
             num_train_rows=len(self.rows.train),
             num_valid_rows=len(self.rows.valid),
-            num_truncated_rows=sum(example.num_truncated > 0 for example in self.rows.all),
+            num_truncated_rows=sum(
+                any(side.num_truncated for side in row.sides) for row in self.rows.all
+            ),
             num_dropped_rows=self.rows.num_dropped,
             num_trainable=num_trainable,
             num_parameters=num_parameters,
@@ -162,20 +173,39 @@ def prepare(
     checks.raise_faults()
     base.read(model)
     executor = choose_executor().limited_to(memory.max_rows)
-    return Task(run, base, model, rows, memory, executor, fingerprint)
+    objective = choose_objective(run, model, executor, memory.token_budget)
+    return Task(run, base, model, rows, memory, executor, fingerprint, objective)
 
 
-def read_splits(run: RunConfig, progress: Progress | None) -> dict[str, list[Record]]:
-    """The checked rows of a run's data, by split.
+def choose_objective(
+    run: RunConfig, model: Network, executor: Executor, token_budget: int
+) -> Objective:
+    """What a run makes smaller."""
+    asked = run.preference
+    return objective_of(
+        run.train.method,
+        asked.beta,
+        asked.label_smoothing,
+        asked.length_normalized,
+        asked.target_margin,
+        divergence_of(model, executor, token_budget),
+    )
+
+
+def read_splits(run: RunConfig, progress: Progress | None) -> dict[str, list[Any]]:
+    """The checked rows of a run's data, by split: records, or preferences.
 
     Raises:
         DataError: rows that cannot be read, all of them.
         HubError: the Hub did not give them.
     """
-    return load_splits(fetch_data(run.data.path, progress))
+    path = fetch_data(run.data.path, progress)
+    if run.train.method == "sft":
+        return load_splits(path)
+    return load_preferences(path, is_paired=run.train.method in PAIRED)
 
 
-def encode_rows(run: RunConfig, splits: dict[str, list[Record]], base: Base) -> Rows:
+def encode_rows(run: RunConfig, splits: dict[str, list[Any]], base: Base) -> Rows:
     """A run's rows in tokens.
 
     Raises:
@@ -184,17 +214,22 @@ def encode_rows(run: RunConfig, splits: dict[str, list[Record]], base: Base) -> 
     """
     data, tokenizer = run.data, base.tokenizer
     template = choose_template(data.template, tokenizer)
-    (train, train_dropped), (valid, valid_dropped) = (
-        encode_records(tokenizer, splits.get(split, []), data.max_length, data.train_on, template)
-        for split in ("train", "valid")
-    )
+
+    def encoded(split: str) -> tuple[list[Any], int]:
+        rows, settings = splits.get(split, []), (data.max_length, data.train_on, template)
+        if run.train.method == "sft":
+            kept, dropped = encode_records(tokenizer, rows, *settings)
+            return kept, len(dropped)
+        return encode_preferences(tokenizer, rows, *settings, run.train.effective_batch)
+
+    (train, num_dropped), (valid, num_valid_dropped) = encoded("train"), encoded("valid")
     if not train:
         raise DataError(
-            f"{data.path}: of {len(train_dropped)} rows none has a token left to learn from after "
+            f"{data.path}: of {num_dropped} rows none has a token left to learn from after "
             f"{data.max_length} tokens.\nRaise data.max_length."
         )
-    asked = template_of((example.record for example in train), template)
-    return Rows(train, valid, len(train_dropped) + len(valid_dropped), asked)
+    asked = template_of((row.record for row in train), template)
+    return Rows(train, valid, num_dropped + num_valid_dropped, asked)
 
 
 def build_model(run: RunConfig, base: Base) -> Network:
@@ -320,8 +355,8 @@ def versions() -> dict[str, str]:
 def hash_inputs(base: Base, rows: Rows) -> dict[str, str]:
     """What tells the base and the data of a run from others."""
     digest = hashlib.sha256()
-    for example in rows.all:
-        digest.update(example.tokens.tobytes() + example.loss_mask.tobytes())
+    for row in rows.all:
+        digest.update(row.content())
     return {"base": base.fingerprint, "data": digest.hexdigest()}
 
 
@@ -440,9 +475,10 @@ def plan(run: RunConfig, model: Network, rows: Rows, state: State | None) -> Mem
             return cpu_bytes_per_token(widths, width, dtype.size, scores, recomputes, num_streams)
         return gpu_bytes_per_token(widths, width, dtype.size, widened, scores, recomputes)
 
+    others = [row.other for row in rows.all if isinstance(row, Judged)]
     return plan_memory(
         model,
-        rows.all,
+        rows.all + others,
         run.train.effective_batch,
         bytes_per_token,
         gradient_checkpointing=recomputes,
