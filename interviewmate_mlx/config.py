@@ -187,7 +187,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         faults = [f for t in _TABLES for f in _range_faults(t, getattr(self, t))]
-        _refuse(self.name, faults + _method_faults(self))
+        _refuse(self.name, faults or _method_faults(self))
 
     def replace(self, name: str | None = None, **tables: Mapping[str, Any]) -> "RunConfig":
         """A copy with other values, as in `run.replace(lora={"rank": 16}, data={"path": "mine"})`.

@@ -54,7 +54,6 @@ from interviewmate_mlx.training.metrics import (
     write_summary,
 )
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
-from interviewmate_mlx.training.reference import with_references
 from interviewmate_mlx.training.step import Step, total_of
 from interviewmate_mlx.training.task import Task, changed_versions, prepare, versions
 
@@ -127,7 +126,8 @@ def run_task(
 ) -> Iterator[Event]:
     """Train, from the start or from what was saved; see `train`."""
     run, model = task.run, task.model
-    task = with_references(task, out)
+    write_run(run, out)
+    task = task.with_references(out)  # of the model as the run begins
     optimizer = adamw(run.train.weight_decay)
     step = Step(model, optimizer, run.train.max_grad_norm, task.executor, task.objective.loss)
     loss_of = total_of(model, task.objective.loss, task.executor)
@@ -148,7 +148,6 @@ def run_task(
         # What a save does after its checkpoint: the run may have been killed before that.
         prune(out, run.train.keep_checkpoints)
         write_adapter(task, out, best or adapter_weights(model))
-    write_run(run, out)
     notes += start_metrics(out, state.step)
     started = task.describe(state.step, notes)
     yield started

@@ -7,10 +7,13 @@ the whole step (KTO's divergence, ORPO's number of tokens) is known before its f
 The numbers are those of TRL 1.16, whose formulas these are; each function names the paper.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,8 +21,10 @@ import mlx.nn as nn
 import numpy as np
 
 from interviewmate_mlx.data.batches import Microbatch, by_width, collate
-from interviewmate_mlx.data.pairs import Judged, Pair
+from interviewmate_mlx.data.pairs import Judged, collate_judged, collate_pairs_step, with_rows
 from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.files import atomic_file
+from interviewmate_mlx.formats.safetensors_file import save_tensors
 from interviewmate_mlx.training.loss import Loss, Sums, token_loss
 from interviewmate_mlx.training.step import Executor, total_of
 
@@ -27,6 +32,7 @@ PAIRED = ("dpo", "ipo", "orpo", "simpo")
 UNPAIRED = ("kto",)
 # These compare with what the model gave before training; the others need no such reference.
 WITH_REFERENCE = ("dpo", "ipo", "kto")
+_TENSOR = "log_probabilities"
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,7 @@ def judged_loss(
     rewards = beta * (logps - of_rows["references"])
     is_good = of_rows["is_good"]
     above = rewards - beta * of_rows["divergence"]
-    of_each = 1 - mx.sigmoid(mx.where(is_good, above, -above))
+    of_each = mx.sigmoid(mx.where(is_good, -above, above))  # 1 - sigmoid(x), but exact
     measures = {}
     for side, counted in (("chosen", is_good), ("rejected", ~is_good)):
         # One array for both: MLX cannot compile a graph that gives the same sum twice.
@@ -223,68 +229,6 @@ def row_sums(losses: mx.array, counted: mx.array, of_rows: dict[str, mx.array]) 
     rows = mx.arange(of_rows["lengths"].shape[0])[:, None]
     is_of_row = (of_rows["row_of_token"] == rows) & counted
     return mx.where(is_of_row, losses, 0).sum(axis=1)
-
-
-def collate_pairs_step(groups: Sequence[Sequence[Pair]]) -> list[Microbatch]:
-    """The pairs of a whole step."""
-    learned = [int(pair.learned.sum()) for group in groups for pair in group]
-    return [collate_pairs(group, sum(learned) / len(learned)) for group in groups]
-
-
-def collate_pairs(
-    pairs: Sequence[Pair], tokens_per_pair: float, width: int | None = None
-) -> Microbatch:
-    """Both sides of pairs in one microbatch, the better ones first, padded to one width.
-
-    Args:
-        pairs: the pairs.
-        tokens_per_pair: to learn as such, a mean over the step.
-        width: see `collate`.
-    """
-    # Where tokens before the answer are learned, they are predicted, too.
-    better = [replace(pair.chosen, loss_mask=pair.learned) for pair in pairs]
-    sides = [*better, *(pair.rejected for pair in pairs)]
-    batch = with_rows(collate(sides, width), sides)
-    asked = [pair.chosen.loss_mask[pair.learned] for pair in pairs]
-    num_better = sum(map(len, asked))
-    in_answer = np.ones(batch.mask.shape, dtype=bool)
-    in_answer[:num_better] = np.concatenate(asked)
-    answers = [side for pair in zip(*(pair.sides for pair in pairs), strict=True) for side in pair]
-    return replace(
-        batch,
-        of_rows=batch.of_rows
-        | {
-            "in_answer": mx.array(in_answer),
-            "is_learned": mx.array(np.arange(len(in_answer)) < num_better),
-            "lengths": mx.array([float(side.loss_mask.sum()) for side in answers]),
-            "tokens_per_pair": mx.array(tokens_per_pair),
-        },
-    )
-
-
-def with_rows(batch: Microbatch, sides: Sequence[Example]) -> Microbatch:
-    """A microbatch that knows of each predicted token which side it is of."""
-    lengths = [int(side.loss_mask.sum()) for side in sides]
-    rows = np.zeros(batch.mask.shape, dtype=np.int32)  # the surplus: of no matter, it is masked
-    rows[: sum(lengths)] = np.repeat(np.arange(len(sides)), lengths)
-    return replace(
-        batch,
-        of_rows={
-            "row_of_token": mx.array(rows),
-            "lengths": mx.array([float(length) for length in lengths]),
-            "references": mx.array([side.reference for side in sides]),
-        },
-    )
-
-
-def collate_judged(
-    rows: Sequence[Judged], divergence: mx.array, width: int | None = None
-) -> Microbatch:
-    """Answers with their labels. The divergence is () float32, nats, of the whole step."""
-    sides = [row.example for row in rows]
-    batch = with_rows(collate(sides, width), sides)
-    labels = {"is_good": mx.array([row.is_good for row in rows]), "divergence": divergence}
-    return replace(batch, of_rows=batch.of_rows | labels)
 
 
 def _collate_judged_step(
@@ -356,3 +300,42 @@ def log_probabilities(
             places = {"places": mx.array([place[id(example)] for example in group])}
             batches.append(replace(batch, of_rows=batch.of_rows | places))
     return np.array(total(batches)[0])
+
+
+def kept_log_probabilities(
+    path: Path, fingerprint: dict[str, str], compute: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """What a file holds; computed and written if it is damaged, of another run, or not there.
+
+    Args:
+        path: the file.
+        fingerprint: of all that the numbers depend on.
+        compute: the numbers, (rows,).
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    found = _read(path, fingerprint)
+    if found is None:
+        found = compute()
+        metadata = {"of": json.dumps(fingerprint), "sha256": _hash(found)}
+        with atomic_file(path) as temporary:
+            save_tensors(temporary, {_TENSOR: mx.array(found)}, metadata)
+    return found
+
+
+def _read(path: Path, fingerprint: dict[str, str]) -> np.ndarray | None:
+    if not path.is_file():
+        return None
+    try:
+        read: Any = mx.load(str(path), return_metadata=True)
+        tensors, metadata = read
+        found = np.array(tensors[_TENSOR])
+        is_ours = json.loads(metadata["of"]) == fingerprint and metadata["sha256"] == _hash(found)
+    except (RuntimeError, ValueError, KeyError):
+        return None
+    return found if is_ours else None
+
+
+def _hash(found: np.ndarray) -> str:
+    return hashlib.sha256(found.tobytes()).hexdigest()

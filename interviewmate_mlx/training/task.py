@@ -3,7 +3,7 @@
 import hashlib
 import math
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from interviewmate_mlx import __version__, backend
 from interviewmate_mlx.base.base import Base, is_here
 from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.data.batches import steps_per_epoch
-from interviewmate_mlx.data.pairs import Judged, encode_preferences, load_preferences
+from interviewmate_mlx.data.pairs import Judged, encode_preferences
+from interviewmate_mlx.data.preferences import load_preferences
 from interviewmate_mlx.data.prompts import encode_records, template_of
 from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.data.templates import AUTO, VERBATIM, Template, choose_template
@@ -63,11 +64,16 @@ from interviewmate_mlx.training.memory import (
 from interviewmate_mlx.training.optimizer import learning_rate_at
 from interviewmate_mlx.training.preference import (
     PAIRED,
+    WITH_REFERENCE,
     Objective,
     divergence_of,
+    kept_log_probabilities,
+    log_probabilities,
     objective_of,
 )
 from interviewmate_mlx.training.step import Executor, OneStream
+
+REFERENCE_FILE = "reference.safetensors"
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,30 @@ class Task:
     @property
     def total_steps(self) -> int:
         return self.run.train.total_steps(self.steps_per_epoch)
+
+    def with_references(self, out: Path) -> "Task":
+        """The same, whose rows know what the model gives them as it stands, where that is asked.
+
+        The model must be as the run begins. A fresh LoRA changes nothing, so that is the base; a
+        run that starts from an adapter is compared with that one.
+
+        Raises:
+            StorageError: they cannot be kept in the run's folder.
+        """
+        if self.run.train.method not in WITH_REFERENCE:
+            return self
+        answers = [answer for row in self.rows.all for answer in row.compared]
+        found = kept_log_probabilities(
+            out / REFERENCE_FILE,
+            self.fingerprint,
+            lambda: log_probabilities(self.model, answers, self.executor, self.memory.step_tokens),
+        )
+        values = iter(found.reshape(-1, 2).tolist())
+        train, valid = (
+            [row.with_references(next(values)) for row in rows]
+            for rows in (self.rows.train, self.rows.valid)
+        )
+        return replace(self, rows=replace(self.rows, train=train, valid=valid))
 
     def memory_limits(self) -> AbstractContextManager[None]:
         """Keep MLX within the plan."""

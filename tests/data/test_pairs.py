@@ -7,12 +7,8 @@ import pytest
 from checkpoints import write_tokenizer
 from transformers import AutoTokenizer
 
-from interviewmate_mlx.data.pairs import (
-    encode_judged,
-    encode_pairs,
-    load_preferences,
-    read_preferences,
-)
+from interviewmate_mlx.data.pairs import encode_judged, encode_pairs
+from interviewmate_mlx.data.preferences import load_preferences, read_preferences
 from interviewmate_mlx.data.prompts import encode_question
 from interviewmate_mlx.data.records import Message, read_records
 from interviewmate_mlx.errors import DataError

@@ -15,15 +15,13 @@ from peft_training import our_name, start_alike
 
 from interviewmate_mlx.adapter.folder import adapter_weights
 from interviewmate_mlx.data.batches import split_step
-from interviewmate_mlx.data.pairs import Judged, Pair, rotated
+from interviewmate_mlx.data.pairs import Judged, Pair, collate_judged, collate_pairs, rotated
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.model.lora import add_lora
 from interviewmate_mlx.training import preference
 from interviewmate_mlx.training.optimizer import adamw
 from interviewmate_mlx.training.preference import (
-    collate_judged,
-    collate_pairs,
     divergence_of,
     log_probabilities,
     objective_of,
@@ -171,7 +169,7 @@ def two_updates(method, groups, width=None):
     model = tiny_model()
     rows = with_references(model, some_rows(method, ROWS))
     for array in adapter_weights(model).values():  # the model leaves its reference
-        array *= 1.5
+        array *= 1.1
     chosen = objective(model, method)
     step = Step(model.train(), optim.SGD(0.0, momentum=0.9), 1.0, loss=chosen.loss)
     for number in range(2):
@@ -220,7 +218,7 @@ def test_label_smoothing_is_the_mean_of_both_orders():
     model = tiny_model().eval()
     rows = with_references(tiny_model().eval(), some_pairs(ROWS))
     for array in adapter_weights(model).values():
-        array *= 1.5
+        array *= 1.1
     turned = [Pair(p.rejected, p.chosen, p.rejected.loss_mask) for p in rows]
 
     def loss(rows, smoothing):

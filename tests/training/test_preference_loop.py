@@ -12,10 +12,11 @@ from interviewmate_mlx.config import load_run
 from interviewmate_mlx.errors import ConfigError, DataError
 from interviewmate_mlx.results.report import build_report
 from interviewmate_mlx.results.runs import read_runs
+from interviewmate_mlx.training import task
 from interviewmate_mlx.training.events import Started, Stepped
 from interviewmate_mlx.training.loop import train
 from interviewmate_mlx.training.metrics import read_metrics
-from interviewmate_mlx.training.reference import REFERENCE_FILE
+from interviewmate_mlx.training.task import REFERENCE_FILE
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +104,9 @@ def test_a_lost_or_damaged_reference_is_computed_again(run_of, tmp_path):
 
 
 def test_reference_is_read_when_a_run_goes_on(run_of, tmp_path, monkeypatch):
-    from interviewmate_mlx.training import reference
-
     run, out = run_of("dpo"), tmp_path / "out"
     list(train(run, out, stop=lambda: len(read_metrics(out / "metrics.jsonl")) > 4))
-    monkeypatch.setattr(reference, "log_probabilities", None)  # would fail if called
+    monkeypatch.setattr(task, "log_probabilities", None)  # would fail if called
     list(train(run, out, resume=True))
 
 
