@@ -9,6 +9,7 @@ from interviewmate_mlx.config import (
     DataConfig,
     LoraConfig,
     ModelConfig,
+    PreferenceConfig,
     RunConfig,
     TrainConfig,
     ValidateConfig,
@@ -137,6 +138,7 @@ def test_every_key_of_a_file_is_read(write_run):
         train_on = "all"
         template = "chatml"
         [train]
+        method = "orpo"
         epochs = 5
         max_steps = 11
         batch_size = 2
@@ -151,6 +153,8 @@ def test_every_key_of_a_file_is_read(write_run):
         gradient_checkpointing = true
         memory_gb = 6.5
         seed = 0
+        [preference]
+        beta = 0.3
         [validate]
         every = 10
         early_stop_patience = 2
@@ -162,7 +166,8 @@ def test_every_key_of_a_file_is_read(write_run):
         model=ModelConfig("models/mine", "bfloat16", True),
         lora=LoraConfig(16, 32.0, 0.0, ("dense", "query_key_value"), True),
         data=DataConfig("rows", 128, "all", "chatml"),
-        train=TrainConfig(5.0, 11, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, True, 6.5, 0),
+        train=TrainConfig("orpo", 5.0, 11, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, True, 6.5, 0),
+        preference=PreferenceConfig(0.3),  # a method asks for some of its keys, not for all
         validate=ValidateConfig(10, 2),
     )
     defaults = RunConfig()
