@@ -76,6 +76,8 @@ class LoraConfig:
     # layers that get one, in every block: names, or the base's own attention, or all-linear
     targets: tuple[str, ...] = _option(("attention",), bool, _NAMES)
     rslora: bool = False  # scale by alpha / sqrt(rank)
+    # an adapter's folder, whose numbers the LoRA starts with; "": a fresh LoRA
+    start_from: str = _option("", lambda v: not v or _is_name(v), "an adapter's folder")
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ def test_every_key_of_a_file_is_read(write_run):
         dropout = 0
         targets = ["dense", "query_key_value"]
         rslora = true
+        start_from = "adapters/mine"
         [data]
         path = "rows"
         max_length = 128
@@ -164,7 +165,7 @@ def test_every_key_of_a_file_is_read(write_run):
     assert run == RunConfig(
         name="mine",
         model=ModelConfig("models/mine", "bfloat16", True),
-        lora=LoraConfig(16, 32.0, 0.0, ("dense", "query_key_value"), True),
+        lora=LoraConfig(16, 32.0, 0.0, ("dense", "query_key_value"), True, "adapters/mine"),
         data=DataConfig("rows", 128, "all", "chatml"),
         train=TrainConfig("orpo", 5.0, 11, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, True, 6.5, 0),
         preference=PreferenceConfig(0.3),  # a method asks for some of its keys, not for all
@@ -272,6 +273,7 @@ RANGES = [
     ("lora.alpha", "0.5", "nan", "above 0"),
     ("lora.dropout", "0", "-0.1", "from 0 to below 1"),
     ("lora.dropout", "0.99", "1", "from 0 to below 1"),
+    ("lora.start_from", "x", "' '", "an adapter's folder"),
     ("data.max_length", "8", "7", "at least 8"),
     ("data.train_on", "all", "question", "one of answer, answers, last, all"),
     ("data.path", "x", "' '", "a name or a path, in Unicode"),

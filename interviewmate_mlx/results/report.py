@@ -169,6 +169,8 @@ def _run_table(runs: Sequence[FinishedRun]) -> Table:
     add("training loss, first", [f"{r.summary.first_loss:.4f}" for r in runs])
     add("training loss, last", [f"{r.summary.final_loss:.4f}" for r in runs])
     add("reduction", [f"{r.summary.reduction:.1%}" for r in runs])
+    if any(run.run.lora.start_from for run in runs):
+        add("started from", [run.run.lora.start_from or "the base" for run in runs])
     add("validation loss, base", [_number(r.summary.base_valid_loss) for r in runs])
     add("validation loss, best", [_number(r.loss) for r in runs])
     add(

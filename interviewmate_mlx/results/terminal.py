@@ -228,7 +228,10 @@ def summary_table(
     ]
     if summary.base_valid_loss is not None and summary.best_valid_loss is not None:
         rows += [
-            ("validation loss, base", f"{summary.base_valid_loss:.4f}"),
+            (
+                f"validation loss, {'start' if summary.started_from else 'base'}",
+                f"{summary.base_valid_loss:.4f}",
+            ),
             ("validation loss, best", f"{summary.best_valid_loss:.4f} (step {summary.best_step})"),
         ]
     after = summary.best_valid_measures

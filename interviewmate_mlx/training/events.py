@@ -77,6 +77,7 @@ class Summary:
     package_version: str
     machine: str = ""  # its device, the dtype of the weights, and MLX's version
     method: str = "sft"
+    started_from: str = ""  # an adapter's folder; "": the base alone
     base_valid_measures: dict[str, float] = field(default_factory=dict)  # before the first step
     best_valid_measures: dict[str, float] = field(default_factory=dict)  # of the kept adapter
 

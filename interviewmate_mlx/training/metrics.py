@@ -141,6 +141,7 @@ def write_summary(
         package_version=__version__,
         machine=f"{here.device_name}, {dtype}, MLX {here.mlx_version}",
         method=run.train.method,
+        started_from=run.lora.start_from,
         base_valid_measures=measures.get(0, {}),
         best_valid_measures={} if best_step is None else measures.get(best_step, {}),
     )

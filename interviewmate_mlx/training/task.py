@@ -10,6 +10,8 @@ from typing import Any
 import mlx.core as mx
 
 from interviewmate_mlx import __version__, backend
+from interviewmate_mlx.adapter.folder import Adapter
+from interviewmate_mlx.adapter.start import check_start, start_from
 from interviewmate_mlx.base.base import Base, is_here
 from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.data.batches import steps_per_epoch
@@ -29,7 +31,7 @@ from interviewmate_mlx.errors import (
 )
 from interviewmate_mlx.files import Progress, check_free_space, is_utf8, scratch_file
 from interviewmate_mlx.formats.safetensors_file import save_tensors
-from interviewmate_mlx.hub.names import fetch_data
+from interviewmate_mlx.hub.names import fetch_data, local_path
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import scaled_dot_product_attention
 from interviewmate_mlx.model.gpu_kernels import (
@@ -193,18 +195,42 @@ def prepare(
     base = checks.run(lambda *_: base or Base.open(run.model.base, progress), *needs)
     checks.run(check_network, run, base)
     model = checks.run(build_model, run, base)
+    start = checks.run(open_start, run, base, model, out)
     checks.run(check_disk, run, model, out)
     rows = checks.run(encode_rows, run, splits, base)
     checks.run(check_row_lengths, rows, base)
     checks.run(check_steps, run, rows, state)
-    fingerprint = checks.run(hash_inputs, base, rows)
+    fingerprint = checks.run(hash_inputs, base, rows, start)
     checks.run(check_unchanged, fingerprint, state)
     memory = checks.run(plan, run, model, rows, state)
     checks.raise_faults()
     base.read(model)
+    if isinstance(start, Adapter):
+        start_from(start, model)
     executor = choose_executor().limited_to(memory.max_rows)
     objective = choose_objective(run, model, executor, memory.token_budget)
     return Task(run, base, model, rows, memory, executor, fingerprint, objective)
+
+
+def open_start(run: RunConfig, base: Base, model: Network, out: Path | None) -> Adapter | str:
+    """The adapter that a run starts from; "" if it starts afresh.
+
+    Raises:
+        AdapterError: it cannot be read, is not of the run's base and shape, or would be
+            written over.
+    """
+    if not run.lora.start_from:
+        return ""
+    folder = local_path(run.lora.start_from)
+    if out and out.resolve() == folder.resolve():
+        raise AdapterError(
+            f"The run would write over the adapter that it starts from: {folder}\n"
+            "Choose another folder.",
+            "out",
+        )
+    adapter = Adapter.open(folder)
+    check_start(adapter, model, base.weights_hash, run.lora.alpha, run.lora.rslora)
+    return adapter
 
 
 def choose_objective(
@@ -382,12 +408,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def hash_inputs(base: Base, rows: Rows) -> dict[str, str]:
-    """What tells the base and the data of a run from others."""
+def hash_inputs(base: Base, rows: Rows, start: Adapter | str) -> dict[str, str]:
+    """What tells the base, the data and the first adapter of a run from others."""
     digest = hashlib.sha256()
     for row in rows.all:
         digest.update(row.content())
-    return {"base": base.fingerprint, "data": digest.hexdigest()}
+    found = {"base": base.fingerprint, "data": digest.hexdigest()}
+    if isinstance(start, Adapter):
+        found["start"] = hashlib.sha256(start.weights_file.read_bytes()).hexdigest()
+    return found
 
 
 def check_unchanged(fingerprint: dict[str, str], state: State | None) -> None:
