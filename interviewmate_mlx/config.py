@@ -76,6 +76,8 @@ class LoraConfig:
     # layers that get one, in every block: names, or the base's own attention, or all-linear
     targets: tuple[str, ...] = _option(("attention",), bool, _NAMES)
     rslora: bool = False  # scale by alpha / sqrt(rank)
+    # an adapter's folder, whose numbers the LoRA starts with; "": a fresh LoRA
+    start_from: str = _option("", lambda v: not v or _is_name(v), "an adapter's folder")
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,15 @@ class DataConfig:
     template: str = _name("auto")
 
 
+METHODS = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """[train]"""
 
+    # rows to answer like, pairs of answers (dpo, ipo, orpo, simpo), or answers with a label (kto)
+    method: str = _one_of(*METHODS)
     epochs: float = _above_zero(3.0)  # times over the training rows; 0.5 is half of them once
     max_steps: int = _at_least(0, 0)  # the run ends there at the latest; 0: where epochs end
     batch_size: int = _at_least(1, 1)  # rows; only its product with grad_accumulation counts
@@ -120,6 +127,25 @@ class TrainConfig:
     def effective_batch(self) -> int:
         """Rows in one step."""
         return self.batch_size * self.grad_accumulation
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """[preference], for the methods that learn from pairs or labels"""
+
+    beta: float = _above_zero(0.1)  # how much a change of the log-probabilities counts
+    # share of pairs that are taken to be the wrong way round (dpo, simpo)
+    label_smoothing: float = _option(0.0, lambda v: 0 <= v < 0.5, "from 0 to below 0.5")
+    length_normalized: bool = False  # means over an answer's tokens, not sums (dpo)
+    target_margin: float = _at_least(0.5, 0)  # by which the better answer is to lead (simpo)
+
+
+# The methods that ask for a key of [preference]; all but sft ask for the others.
+_ASKED_BY = {
+    "label_smoothing": ("dpo", "simpo"),
+    "length_normalized": ("dpo",),
+    "target_margin": ("simpo",),
+}
 
 
 @dataclass(frozen=True)
@@ -157,11 +183,13 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _refuse(self.name, [f for t in _TABLES for f in _range_faults(t, getattr(self, t))])
+        faults = [f for t in _TABLES for f in _range_faults(t, getattr(self, t))]
+        _refuse(self.name, faults or _method_faults(self))
 
     def replace(self, name: str | None = None, **tables: Mapping[str, Any]) -> "RunConfig":
         """A copy with other values, as in `run.replace(lora={"rank": 16}, data={"path": "mine"})`.
@@ -184,6 +212,7 @@ _TABLES: dict[str, type] = {
     "lora": LoraConfig,
     "data": DataConfig,
     "train": TrainConfig,
+    "preference": PreferenceConfig,
     "validate": ValidateConfig,
     "log": LogConfig,
 }
@@ -263,10 +292,10 @@ def shipped_data(name: str) -> Path | None:
 
 
 def shipped_runs() -> dict[str, Path]:
-    """The files of the shipped runs, by the name of each run: a letter, `mini` or `alpaca`."""
+    """The files of the shipped runs, by name: a letter, `mini`, `alpaca` or `dpo`."""
     folder = shipped("configs")
     letters = {path.stem.removeprefix("run_").upper(): path for path in folder.glob("run_*.toml")}
-    others = {name: folder / f"{name}.toml" for name in ("mini", "alpaca")}
+    others = {name: folder / f"{name}.toml" for name in ("mini", "alpaca", "dpo")}
     return dict(sorted(letters.items())) | others
 
 
@@ -412,6 +441,29 @@ def _range_faults(table: str, values: Any) -> list[str]:
         for value, key, rule in rules
         if not rule["is_valid"](value)
     ]
+
+
+def _method_faults(run: RunConfig) -> list[str]:
+    """Keys that the run's method does not ask for, and yet have another value than by default."""
+    method, faults = run.train.method, []
+    for f in fields(run.preference):
+        value = getattr(run.preference, f.name)
+        asked_by = _ASKED_BY.get(f.name, METHODS[1:])
+        if value != f.default and method not in asked_by:
+            faults.append(
+                f"preference.{f.name}: got {_shown(value)}, and train.method {method} has no such "
+                f"thing; expected {_toml(f.default)}, or the method {' or '.join(asked_by)}"
+            )
+    if run.data.train_on == "all" and method not in ("sft", "orpo"):
+        faults.append(
+            f"data.train_on: got 'all', expected 'answer': {method} compares answers alone"
+        )
+    if method == "kto" and run.train.effective_batch < 2:
+        faults.append(
+            "train.batch_size x train.grad_accumulation: got 1, expected at least 2: kto looks at "
+            "the other answers of a step"
+        )
+    return faults
 
 
 def _shown(value: object) -> str:

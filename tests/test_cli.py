@@ -127,7 +127,7 @@ def test_wrong_usage_exits_with_2_and_says_why(imate, words, said):
     [
         (
             "train --run D",
-            "ConfigError: No run 'D': expected A, B, C, mini, alpaca, or the path of a .toml file.",
+            "ConfigError: No run 'D': expected A, B, C, mini, alpaca, dpo, or the path of a .toml",
         ),
         ("train --run x.toml", "ConfigError: Cannot read the run x.toml: No such file or directo"),
         ("train --set lora.rnak=1", "ConfigError: The run A is not valid:\n  unknown key lor"),

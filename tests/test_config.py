@@ -9,6 +9,7 @@ from interviewmate_mlx.config import (
     DataConfig,
     LoraConfig,
     ModelConfig,
+    PreferenceConfig,
     RunConfig,
     TrainConfig,
     ValidateConfig,
@@ -50,7 +51,7 @@ ORIGINAL = {
 
 
 def test_shipped_runs_are_the_three_original_ones_and_two_more():
-    assert list(shipped_runs()) == [*ORIGINAL, "mini", "alpaca"]
+    assert list(shipped_runs()) == [*ORIGINAL, "mini", "alpaca", "dpo"]
 
 
 def test_alpaca_is_run_a_with_another_template():
@@ -131,12 +132,14 @@ def test_every_key_of_a_file_is_read(write_run):
         dropout = 0
         targets = ["dense", "query_key_value"]
         rslora = true
+        start_from = "adapters/mine"
         [data]
         path = "rows"
         max_length = 128
         train_on = "all"
         template = "chatml"
         [train]
+        method = "orpo"
         epochs = 5
         max_steps = 11
         batch_size = 2
@@ -151,6 +154,8 @@ def test_every_key_of_a_file_is_read(write_run):
         gradient_checkpointing = true
         memory_gb = 6.5
         seed = 0
+        [preference]
+        beta = 0.3
         [validate]
         every = 10
         early_stop_patience = 2
@@ -160,9 +165,10 @@ def test_every_key_of_a_file_is_read(write_run):
     assert run == RunConfig(
         name="mine",
         model=ModelConfig("models/mine", "bfloat16", True),
-        lora=LoraConfig(16, 32.0, 0.0, ("dense", "query_key_value"), True),
+        lora=LoraConfig(16, 32.0, 0.0, ("dense", "query_key_value"), True, "adapters/mine"),
         data=DataConfig("rows", 128, "all", "chatml"),
-        train=TrainConfig(5.0, 11, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, True, 6.5, 0),
+        train=TrainConfig("orpo", 5.0, 11, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, True, 6.5, 0),
+        preference=PreferenceConfig(0.3),  # a method asks for some of its keys, not for all
         validate=ValidateConfig(10, 2),
     )
     defaults = RunConfig()
@@ -181,11 +187,11 @@ def test_file_with_a_byte_order_mark_and_windows_line_ends_is_read(write_run):
     ("run", "said"),
     [
         ("nowhere/mine.toml", "Cannot read the run nowhere/mine.toml: No such file or directory."),
-        ("D", "No run 'D': expected A, B, C, mini, alpaca, or the path of a .toml file."),
-        ("", "No run '': expected A, B, C, mini, alpaca, or the path of a .toml file."),
+        ("D", "No run 'D': expected A, B, C, mini, alpaca, dpo, or the path of a .toml file."),
+        ("", "No run '': expected A, B, C, mini, alpaca, dpo, or the path of a .toml file."),
         (
             "../run_a",
-            "No run '../run_a': expected A, B, C, mini, alpaca, or the path of a .toml file.",
+            "No run '../run_a': expected A, B, C, mini, alpaca, dpo, or the path of a .toml file.",
         ),
     ],
 )
@@ -217,7 +223,7 @@ def test_file_that_cannot_be_parsed_is_refused_with_the_place(write_run, content
     ("content", "said"),
     [
         ("[lora]\nrnak = 8", "unknown key lora.rnak; did you mean lora.rank?"),
-        ("[train]\nlr = 1", "unknown key train.lr; expected one of epochs, max_steps, batch"),
+        ("[train]\nlr = 1", "unknown key train.lr; expected one of method, epochs, max_steps"),
         ("[lorra]\nrank = 8", "unknown table [lorra]; did you mean lora?"),
         ("[optimizer]\nx = 8", "unknown table [optimizer]; expected one of model, lora, data,"),
         ("lora = 8", "lora: got 8, expected a table"),
@@ -239,6 +245,7 @@ WRONG_TYPES = [
     ("lora.alpha", '"8"', "got '8', expected a number"),
     ("lora.alpha", "true", "got True, expected a number"),
     ("lora.rslora", "1", "got 1, expected true or false"),
+    ("preference.length_normalized", "1", "got 1, expected true or false"),
     ("train.gradient_checkpointing", "1", "got 1, expected true or false"),
     (
         "lora.targets",
@@ -266,6 +273,7 @@ RANGES = [
     ("lora.alpha", "0.5", "nan", "above 0"),
     ("lora.dropout", "0", "-0.1", "from 0 to below 1"),
     ("lora.dropout", "0.99", "1", "from 0 to below 1"),
+    ("lora.start_from", "x", "' '", "an adapter's folder"),
     ("data.max_length", "8", "7", "at least 8"),
     ("data.train_on", "all", "question", "one of answer, answers, last, all"),
     ("data.path", "x", "' '", "a name or a path, in Unicode"),
@@ -273,6 +281,7 @@ RANGES = [
     ("data.path", "x", "\udcff", "a name or a path, in Unicode"),
     ("model.base", "x", "", "a name or a path, in Unicode"),
     ("model.dtype", "float16", "fp16", "one of auto, float32, bfloat16, float16"),
+    ("train.method", "sft", "ppo", "one of sft, dpo, ipo, orpo, simpo, kto"),
     ("train.epochs", "0.01", "0", "above 0"),
     ("train.epochs", "1e6", "inf", "above 0"),
     ("train.max_steps", "0", "-1", "at least 0"),
@@ -289,6 +298,9 @@ RANGES = [
     ("train.memory_gb", "0", "-1", "at least 0"),
     ("train.seed", "0", "-1", "from 0 to 2**32 - 1"),
     ("train.seed", "4294967295", "4294967296", "from 0 to 2**32 - 1"),
+    ("preference.beta", "0.1", "0", "above 0"),
+    ("preference.label_smoothing", "0", "0.5", "from 0 to below 0.5"),
+    ("preference.target_margin", "0.5", "-0.1", "at least 0"),
     ("validate.every", "0", "-1", "at least 0"),
     ("validate.early_stop_patience", "0", "-1", "at least 0"),
 ]
@@ -305,7 +317,7 @@ def test_value_out_of_range_is_refused(key, allowed, refused, expected):
 def test_every_key_has_a_refusal():
     tried = {key for key, *_ in [*RANGES, *WRONG_TYPES]}
     run = RunConfig()
-    tables = ("model", "lora", "data", "train", "validate")
+    tables = ("model", "lora", "data", "train", "preference", "validate")
     assert tried == {f"{t}.{key}" for t in tables for key in asdict(getattr(run, t))}
 
 
@@ -399,7 +411,7 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("letter", [*ORIGINAL, "mini", "alpaca"])
+@pytest.mark.parametrize("letter", [*ORIGINAL, "mini", "alpaca", "dpo"])
 def test_shipped_run_comes_back_from_its_toml(letter, write_run):
     run = load_run(letter)
     assert parse_run(run.name, to_toml(run)) == run

@@ -276,4 +276,4 @@ def test_every_file_that_a_wheel_ships_is_found_in_the_checkout():
 def test_every_shipped_run_is_named_and_loads():
     assert sorted(shipped("configs").iterdir()) == sorted(shipped_runs().values())
     names = [load_run(name).name for name in shipped_runs()]
-    assert names == ["run_A", "run_B", "run_C", "mini", "alpaca"]
+    assert names == ["run_A", "run_B", "run_C", "mini", "alpaca", "dpo"]

@@ -100,6 +100,9 @@ def _local_paths(base: str, folder: Path) -> Iterator[str]:
             "It is in the adapter's config, card and run. --model OWNER/NAME writes a Hub id there."
         )
     with suppress(OSError, ValueError, KeyError, TypeError):  # no run of this package
-        data = tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))["data"]["path"]
-        if is_data_path(data):
-            yield f"run.toml and the card name the data by its path: {data}"
+        run = tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))
+        if is_data_path(run["data"]["path"]):
+            yield f"run.toml and the card name the data by its path: {run['data']['path']}"
+        if run["lora"].get("start_from"):
+            start = run["lora"]["start_from"]
+            yield f"run.toml and the card name the adapter it started from by its path: {start}"

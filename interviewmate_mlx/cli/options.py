@@ -154,7 +154,7 @@ _RUN_OPTIONS = [
         _RUN,
         default="A",
         show_default=True,
-        metavar="A|B|C|mini|alpaca|FILE",
+        metavar="A|B|C|mini|alpaca|dpo|FILE",
         help="A shipped run, or the path of a .toml file.",
     ),
     _key_option("--model", "model.base", str, "BASE", "mini (shipped), a folder or a Hub id."),

@@ -44,7 +44,7 @@ def command(
 ) -> None:
     """Train several runs one after the other, and compare them.
 
-    A RUN is A, B, C, mini, alpaca or a .toml file. A file with a [sweep] table is trained with
+    A RUN is A, B, C, mini, alpaca, dpo or a .toml file. A file with a [sweep] table is trained with
     each of its values. The same command goes on with a sweep that was interrupted.
 
     \b

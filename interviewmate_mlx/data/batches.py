@@ -12,13 +12,15 @@ from interviewmate_mlx import backend as backend  # its BLAS must be loaded befo
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
 from numpy.random import default_rng  # loaded here: a Ctrl-C is lost while it loads
 
 from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.data.records import Record
 
 # Rows are padded to a multiple of this: few widths, so few compiled variants, and
 # still little padding.
@@ -31,6 +33,27 @@ POOL_STEPS = 16
 PREDICTED_PARTS = 8
 
 
+class Row(Protocol):
+    """What is learned from: an example, a pair of answers, an answer with a label."""
+
+    def __len__(self) -> int:
+        """Tokens of its longest side."""
+
+    @property
+    def sides(self) -> tuple[Example, ...]:
+        """What goes through the model together."""
+
+    @property
+    def record(self) -> Record:
+        """The row as it was read."""
+
+    def content(self) -> bytes:
+        """What tells it from others."""
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
 @dataclass(frozen=True)
 class Microbatch:
     """Rows of one width, padded on the right, and the tokens to predict.
@@ -41,6 +64,7 @@ class Microbatch:
             the B * L flattened ones. N is rounded up; the surplus is 0.
         targets: (N,) int32, the tokens to predict.
         mask: (N,) bool, false on the surplus.
+        of_rows: what else a method's loss asks for, by name.
         seed: for dropout.
     """
 
@@ -48,11 +72,12 @@ class Microbatch:
     positions: mx.array
     targets: mx.array
     mask: mx.array
+    of_rows: dict[str, mx.array] = field(default_factory=dict)
     seed: int = 0
 
-    def arrays(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array, mx.array, dict[str, mx.array]]:
         """The inputs of the compiled step."""
-        return self.inputs, self.positions, self.targets, self.mask
+        return self.inputs, self.positions, self.targets, self.mask, self.of_rows
 
 
 def steps_per_epoch(num_rows: int, effective_batch: int) -> int:
@@ -94,7 +119,12 @@ def padded_width(num_inputs: int) -> int:
     return WIDTH_STEP * math.ceil(num_inputs / WIDTH_STEP)
 
 
-def split_step(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
+def padded_tokens(row: Row) -> int:
+    """Padded tokens that a row puts through the model, at its own width."""
+    return padded_width(len(row) - 1) * len(row.sides)
+
+
+def split_step(examples: Sequence[AnyRow], token_budget: int) -> list[list[AnyRow]]:
     """Split a step into as few microbatches as the budget of padded tokens allows.
 
     Rows of similar length share a microbatch. A single row may exceed the budget.
@@ -102,17 +132,17 @@ def split_step(examples: Sequence[Example], token_budget: int) -> list[list[Exam
     return fill(sorted(examples, key=len, reverse=True), token_budget)
 
 
-def fill(examples: Sequence[Example], token_budget: int) -> list[list[Example]]:
+def fill(examples: Sequence[AnyRow], token_budget: int) -> list[list[AnyRow]]:
     """Group rows. A group has as many as the budget allows, and at least one.
 
     Args:
         examples: rows, the longest first.
         token_budget: padded tokens per group.
     """
-    groups: list[list[Example]] = []
+    groups: list[list[AnyRow]] = []
     for example in examples:
-        width = padded_width(len(groups[-1][0]) - 1) if groups else 0
-        if groups and width * (len(groups[-1]) + 1) <= token_budget:
+        size = padded_tokens(groups[-1][0]) if groups else 0
+        if groups and size * (len(groups[-1]) + 1) <= token_budget:
             groups[-1].append(example)
         else:
             groups.append([example])
@@ -145,10 +175,10 @@ def collate(examples: Sequence[Example], width: int | None = None) -> Microbatch
     )
 
 
-def by_width(examples: Sequence[Example]) -> list[list[Example]]:
+def by_width(examples: Sequence[AnyRow]) -> list[list[AnyRow]]:
     """Group rows by their padded width, the narrowest first. Validation uses these groups."""
 
-    def width(example: Example) -> int:
+    def width(example: AnyRow) -> int:
         return padded_width(len(example) - 1)
 
     return [list(rows) for _, rows in itertools.groupby(sorted(examples, key=len), key=width)]

@@ -41,15 +41,27 @@ class Example:
         loss_mask: (L,) bool, true on the tokens that count for the loss. The first
             never does, because there is nothing to predict it from.
         num_truncated: tokens that did not fit.
+        reference: log-probability of the tokens with a loss before training, nats; known
+            only where a method asks for it.
     """
 
     record: Record
     tokens: np.ndarray
     loss_mask: np.ndarray
     num_truncated: int = 0
+    reference: float = 0.0
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def sides(self) -> tuple["Example", ...]:
+        """What goes through the model of this row: the row. A pair has two sides."""
+        return (self,)
+
+    def content(self) -> bytes:
+        """What tells this row from others."""
+        return self.tokens.tobytes() + self.loss_mask.tobytes()
 
 
 def encode_record(

@@ -156,7 +156,7 @@ def scan_records(path: Path) -> tuple[list[Record], list[Fault]]:
             faults.append(Fault(source, row.fault, row.advice))
             continue
         try:
-            record = _read_row(row.value, source)
+            record = read_row(row.value, source)
         except ValueError as error:
             faults.append(Fault(source, str(error)))
             continue
@@ -179,7 +179,12 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _read_row(row: object, source: str) -> Record:
+def read_row(row: object, source: str) -> Record:
+    """Check a row.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"got {brief(row)}, expected a JSON object")
     labels: dict[str, Any] = {key: _label(row, key) for key in LABELS}
@@ -200,6 +205,8 @@ def _read_row(row: object, source: str) -> Record:
             return Record(source, messages=(Message("user", question, extra), answer), **labels)
         case ("text",):
             return Record(source, completion=_string(row, "text"), **labels)
+    if row.keys() >= {"prompt"} and row.keys() & {"chosen", "rejected", "label"}:
+        raise ValueError("got a preference, expected one answer (or set train.method, as to dpo)")
     keys = ", ".join(brief(key) for key in list(row)[:10]) or "(none)"
     more = f" and {len(row) - 10} more" if len(row) > 10 else ""
     raise ValueError(

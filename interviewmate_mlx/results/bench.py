@@ -7,7 +7,6 @@ import mlx.core as mx
 
 from interviewmate_mlx import backend
 from interviewmate_mlx.config import RunConfig
-from interviewmate_mlx.data.batches import collate
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.lora import LORA_NAMES, linear_paths, shape_of
 from interviewmate_mlx.model.zoo import Network
@@ -60,7 +59,9 @@ def bench(
     slowdowns = backend.slowdowns()
     task = prepare(run, progress=progress)
     with task.memory_limits(), task.executor.opened():
-        step = Step(task.model, adamw(), run.train.max_grad_norm, task.executor)
+        step = Step(
+            task.model, adamw(), run.train.max_grad_norm, task.executor, task.objective.loss
+        )
 
         def timed(first: int, last: int) -> tuple[list[Stepped], float]:
             start = time.perf_counter()
@@ -115,7 +116,8 @@ def new_shapes(task: Task, warmup: int, steps: int) -> list[int]:
     met: set[tuple[int, ...]] = set()
     new = []
     for number, rows in rows_of_steps(task, 0, warmup + steps):
-        microbatches = map(collate, task.executor.split(rows, task.memory.token_budget))
+        groups = task.executor.split(rows, task.memory.token_budget)
+        microbatches = task.objective.collate(groups)
         shapes = {(*m.inputs.shape, *m.positions.shape) for m in microbatches}
         if number >= warmup and not shapes <= met:
             new.append(number)

@@ -60,7 +60,9 @@ def rehearse(
 
 def forecast(task: Task, first: int) -> Forecast:
     """Time some steps from `first` on."""
-    step = Step(task.model, adamw(), task.run.train.max_grad_norm, task.executor)
+    step = Step(
+        task.model, adamw(), task.run.train.max_grad_norm, task.executor, task.objective.loss
+    )
     last = min(first + 1 + _TIMED_STEPS, task.total_steps)
     end = time.monotonic() + _TIMED_SECONDS
     events: list[Stepped] = list(

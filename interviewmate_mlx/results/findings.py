@@ -36,6 +36,8 @@ def are_comparable(runs: Sequence[FinishedRun]) -> list[str]:
         ("data.path", "data"),
         ("data.max_length", "row lengths"),
         ("data.train_on", "parts of a row that carry loss"),
+        ("train.method", "methods"),
+        *((key, f"values of {key}") for key in runs[0].settings() if key.startswith("preference.")),
     ):
         values = dict.fromkeys(str(run.settings()[key]) for run in runs)
         if len(values) > 1:

@@ -80,6 +80,8 @@ def logged(events: Iterator[Event], run: RunConfig, out: Path, report: Report) -
 def numbers_of(event: Stepped | Validated) -> Numbers:
     """An event's numbers, under the names that people look for."""
     if isinstance(event, Validated):
+        if event.measures:  # a loss over preferences has no perplexity
+            return {"eval/loss": event.loss, **_under("eval", event.measures)}
         perplexity = math.exp(event.loss) if event.loss < 700 else math.inf
         return {"eval/loss": event.loss, "eval/perplexity": perplexity}
     return {
@@ -88,7 +90,12 @@ def numbers_of(event: Stepped | Validated) -> Numbers:
         "train/grad_norm": event.grad_norm,
         "train/tokens_per_s": event.num_tokens / event.elapsed_s,
         "train/epoch": event.epoch,
+        **_under("train", event.measures),
     }
+
+
+def _under(name: str, measures: dict[str, float]) -> Numbers:
+    return {f"{name}/{measure}": value for measure, value in measures.items()}
 
 
 class _Feeder:

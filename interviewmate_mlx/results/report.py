@@ -29,6 +29,17 @@ _ANSWER_SCORES = (
     ("words copied, mean", "copied", ".1f"),
 )
 
+# What is measured of preferences: name, key, format.
+_MEASURES = (
+    ("better answers' reward", "reward_chosen", ".4f"),
+    ("worse answers' reward", "reward_rejected", ".4f"),
+    ("margin", "margin", ".4f"),
+    ("better answer ahead", "accuracy", ".1%"),
+    ("better answers' log-probability", "logp_chosen", ".2f"),
+    ("worse answers' log-probability", "logp_rejected", ".2f"),
+    ("divergence", "divergence", ".4f"),
+)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -97,6 +108,7 @@ def build_report(runs: Sequence[FinishedRun], left_out: Sequence[str] = ()) -> R
         Section("The runs", [_run_table(runs), *left_out]),
         Section("How the loss went", list(_progression(runs))),
         Section("Curves", list(_curves(runs))),
+        Section("Which answers they prefer", list(_preferences(runs))),
         Section("Time and memory", [_cost_table(runs)]),
         Section("On rows that were not learned", list(_evaluation(runs))),
         Section("What they answer", list(_answers(runs))),
@@ -112,7 +124,8 @@ def _overview(runs: Sequence[FinishedRun]) -> Iterator[Part]:
     bases = dict.fromkeys(run.run.model.base for run in runs)
     rows = [
         ["base", ", ".join(bases)],
-        ["method", "LoRA" + (" (rsLoRA)" if first.run.lora.rslora else "")],
+        ["method", ", ".join(dict.fromkeys(run.run.train.method for run in runs))],
+        ["adapter", "LoRA" + (" (rsLoRA)" if first.run.lora.rslora else "")],
         ["machine", ", ".join(dict.fromkeys(run.summary.machine or "not known" for run in runs))],
         ["training, all runs together", _duration(seconds)],
     ]
@@ -156,6 +169,8 @@ def _run_table(runs: Sequence[FinishedRun]) -> Table:
     add("training loss, first", [f"{r.summary.first_loss:.4f}" for r in runs])
     add("training loss, last", [f"{r.summary.final_loss:.4f}" for r in runs])
     add("reduction", [f"{r.summary.reduction:.1%}" for r in runs])
+    if any(run.run.lora.start_from for run in runs):
+        add("started from", [run.run.lora.start_from or "the base" for run in runs])
     add("validation loss, base", [_number(r.summary.base_valid_loss) for r in runs])
     add("validation loss, best", [_number(r.loss) for r in runs])
     add(
@@ -188,7 +203,8 @@ def _curves(runs: Sequence[FinishedRun]) -> Iterator[Part]:
     for number, run in enumerate(runs):
         curve = run.curve("loss")
         losses += [Line("", curve, number, is_faint=True), Line(run.name, smoothed(curve), number)]
-    yield _plot("loss", findings.curve_title(runs), losses, "nats a token", runs, "loss")
+    unit = "nats a token" if all(r.run.train.method == "sft" for r in runs) else "loss"
+    yield _plot("loss", findings.curve_title(runs), losses, unit, runs, "loss")
     if any(run.validations for run in runs):
         lines = [
             Line(run.name, run.validation_curve(), number, mark=_best_point(run))
@@ -208,7 +224,7 @@ def _curves(runs: Sequence[FinishedRun]) -> Iterator[Part]:
                 for run in runs
             ],
         )
-        svg = line_plot("validation", lines, "epoch", "nats a token") if can_plot() else ""
+        svg = line_plot("validation", lines, "epoch", unit) if can_plot() else ""
         yield Plot("validation", title, svg, numbers)
     for key, title, label in (
         ("learning_rate", "The learning rate", "learning rate"),
@@ -222,6 +238,32 @@ def _curves(runs: Sequence[FinishedRun]) -> Iterator[Part]:
     svg = line_plot("speed", speeds, "epoch", "rows a second") if can_plot() else ""
     table = Table(["", "mean"], [[run.name, f"{run.summary.samples_per_s:.3f}"] for run in runs])
     yield Plot("speed", "Rows a second", svg, table)
+
+
+def _preferences(runs: Sequence[FinishedRun]) -> Iterator[Part]:
+    """What was measured of preferences on validation rows, and how the margin went."""
+    shown = [run for run in runs if run.run.train.method != "sft"]
+    if not shown:
+        return
+    yield (
+        "A reward says how far training has raised an answer's log-probability; the margin is by "
+        "how much the rewards of better answers lead. On validation rows, of the kept adapter:"
+    )
+    rows = []
+    for name, key, style in _MEASURES:
+        found = [run.summary.best_valid_measures.get(key) for run in shown]
+        if any(value is not None for value in found):
+            rows.append([name, *(_NONE if v is None else format(v, style) for v in found)])
+    yield Table(["", *(run.name for run in shown)], rows)
+    lines, numbers = [], []
+    for number, run in enumerate(shown):
+        if curve := smoothed(run.measured("margin")):
+            lines.append(Line(run.name, curve, number))
+            numbers.append([run.name, _short(curve[0][1]), _short(curve[-1][1])])
+    if lines:
+        svg = line_plot("margin", lines, "epoch", "margin of rewards") if can_plot() else ""
+        table = Table(["", "first", "last"], numbers)
+        yield Plot("margin", "The margin on training rows", svg, table)
 
 
 def _thinned(curve: Curve, key: str) -> Curve:

@@ -69,6 +69,11 @@ class FinishedRun:
         """A number of each step, by epoch."""
         return [(line["step"] / self.steps_per_epoch, line[key]) for line in self.steps]
 
+    def measured(self, key: str) -> Curve:
+        """What a method measures of each step beside its loss, by epoch, where there was any."""
+        found = ((line["step"], line.get("measures", {}).get(key)) for line in self.steps)
+        return [(step / self.steps_per_epoch, value) for step, value in found if value is not None]
+
     def speed(self) -> Curve:
         """Rows a second of each step, by epoch."""
         return [

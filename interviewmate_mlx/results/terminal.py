@@ -75,7 +75,8 @@ def show(events: Iterator[Event], console: Console) -> Iterator[Event]:
                     console.print(f"step {event.step}/{total}  {numbers}")
             elif isinstance(event, Validated):
                 mark = "  best so far" if event.is_best else ""
-                console.print(f"step {event.step}/{total}  validation loss {event.loss:.4f}{mark}")
+                measured = f"validation loss {event.loss:.4f}{_measures(event.measures)}"
+                console.print(f"step {event.step}/{total}  {measured}{mark}")
             elif isinstance(event, Finished) and event.stopped_early:
                 console.print(f"stopped early: no better validation loss since {event.best_step}")
             yield event
@@ -227,9 +228,17 @@ def summary_table(
     ]
     if summary.base_valid_loss is not None and summary.best_valid_loss is not None:
         rows += [
-            ("validation loss, base", f"{summary.base_valid_loss:.4f}"),
+            (
+                f"validation loss, {'start' if summary.started_from else 'base'}",
+                f"{summary.base_valid_loss:.4f}",
+            ),
             ("validation loss, best", f"{summary.best_valid_loss:.4f} (step {summary.best_step})"),
         ]
+    after = summary.best_valid_measures
+    if "margin" in after:
+        rows.append(("validation margin, best", f"{after['margin']:.4f}"))
+    if "accuracy" in after:
+        rows.append(("better answer ahead, best", f"{after['accuracy']:.1%}"))
     rows += [
         ("training time", _duration(summary.training_s)),
         ("samples/s", f"{summary.samples_per_s:.3f}"),
@@ -420,8 +429,14 @@ class _Speed:
 
 def _numbers(event: Stepped, so_far: _Speed) -> str:
     return (
-        f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  "
+        f"loss {event.loss:.3f}{_measures(event.measures)}  lr {event.learning_rate:.1e}  "
         f"{so_far.rows / so_far.seconds:.2f} samples/s  "
         f"{so_far.tokens / so_far.seconds:.0f} tokens/s  "
         f"{mx.get_peak_memory() / 1e9:.1f} GB"
     )
+
+
+def _measures(measures: dict[str, float]) -> str:
+    """The reward margin and how often the better answer has the higher reward, if measured."""
+    margin = f"  margin {measures['margin']:.3f}" if "margin" in measures else ""
+    return margin + (f"  right {measures['accuracy']:.0%}" if "accuracy" in measures else "")

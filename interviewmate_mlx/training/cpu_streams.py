@@ -17,8 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from interviewmate_mlx import backend
-from interviewmate_mlx.data.batches import Microbatch, fill, padded_width
-from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.data.batches import AnyRow, Microbatch, fill, padded_tokens
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.step import Compute
 
@@ -50,13 +49,13 @@ class CpuStreams:
             finally:
                 backend.share_cores(1)
 
-    def split(self, rows: Sequence[Example], token_budget: int) -> list[list[Example]]:
+    def split(self, rows: Sequence[AnyRow], token_budget: int) -> list[list[AnyRow]]:
         """Groups of rows that share the token budget, and the streams evenly."""
         rows = sorted(rows, key=len, reverse=True)
         if self.num_streams == 1:
             return fill(rows, min(token_budget, MAX_STREAM_TOKENS))
-        widths = {padded_width(len(row) - 1) for row in rows}
-        sizes = sorted(width * (n + 1) for width in widths for n in range(len(rows)))
+        of_rows = {padded_tokens(row) for row in rows}
+        sizes = sorted(size * (n + 1) for size in of_rows for n in range(len(rows)))
         # The smallest size that makes no more groups than there are streams.
         even = bisect_left(sizes, True, key=lambda size: len(fill(rows, size)) <= self.num_streams)
         share = max(MIN_STREAM_TOKENS, sizes[even])

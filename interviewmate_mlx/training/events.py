@@ -1,6 +1,6 @@
 """What happens in a run, as `loop.train` yields it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Stepped:
 
     step: int  # from 1
     epoch: int  # from 1
-    loss: float  # mean over the step's predicted tokens, nats
+    loss: float  # mean over the step's predicted tokens, nats; of preferences, over rows
     learning_rate: float
     grad_norm: float  # before clipping
     num_rows: int
@@ -35,6 +35,7 @@ class Stepped:
     num_predicted: int
     elapsed_s: float
     peak_bytes: int  # of memory, so far in this process
+    measures: dict[str, float] = field(default_factory=dict)  # what else a method measures
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,14 @@ class Validated:
     loss: float  # mean over its predicted tokens, nats
     is_best: bool
     elapsed_s: float
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to. Losses are nats per predicted token, weighted by tokens."""
+    """What a run came to. Losses are nats per predicted token, weighted by tokens; of
+    preferences, they are what the method's formula gives, weighted by rows.
+    """
 
     run: str
     base: str
@@ -72,6 +76,10 @@ class Summary:
     peak_gb: float
     package_version: str
     machine: str = ""  # its device, the dtype of the weights, and MLX's version
+    method: str = "sft"
+    started_from: str = ""  # an adapter's folder; "": the base alone
+    base_valid_measures: dict[str, float] = field(default_factory=dict)  # before the first step
+    best_valid_measures: dict[str, float] = field(default_factory=dict)  # of the kept adapter
 
     @property
     def reduction(self) -> float:

@@ -20,10 +20,12 @@ from interviewmate_mlx.training.events import Summary
 
 RUN_FILE = "run.toml"
 _LENGTH = {"train.epochs", "train.max_steps"}
-# What a run that goes on may be given differently. Base and data must be the same by their content.
+# What a run that goes on may be given differently. Base, data and first adapter must be the same by
+# their content.
 _CHANGEABLE = (
     "model.base",
     "data.path",
+    "lora.start_from",
     *sorted(_LENGTH),
     "train.save_every",
     "train.keep_checkpoints",
@@ -202,7 +204,9 @@ def write_run_card(
         end_ids: the tokens that end an answer, if the tokenizer's own is not the only one.
     """
     base = run.model.base
+    start = run.lora.start_from
     facts = {
+        **({"started from": f"the adapter {start}"} if start else {}),
         "trainable parameters": f"{summary.trainable_parameters:,} ({summary.trainable_share:.2%})",
         "steps, epochs": f"{summary.steps}, {summary.epochs:.2f}",
         f"training loss, first and last {_steps(summary.loss_window_steps)}": (
@@ -210,10 +214,14 @@ def write_run_card(
         ),
     }
     if summary.base_valid_loss is not None and summary.best_valid_loss is not None:
-        facts["validation loss, base"] = f"{summary.base_valid_loss:.4f}"
+        began = "the adapter it began as" if start else "base"
+        facts[f"validation loss, {began}"] = f"{summary.base_valid_loss:.4f}"
         facts[f"validation loss, adapter (step {summary.best_step})"] = (
             f"{summary.best_valid_loss:.4f}"
         )
+    measured = summary.best_valid_measures
+    if "margin" in measured:
+        facts["validation margin of rewards"] = f"{measured['margin']:.4f}"
     is_shipped = shipped_base(base) is not None
     write_card(
         out,
@@ -221,7 +229,7 @@ def write_run_card(
         replace(config, base=base),
         facts,
         trained_on=f"Trained with InterviewMate (`interviewmate_mlx` {summary.package_version}) "
-        f"on {summary.train_rows} {rows_in_words(template)} ({run.data.path}).",
+        f"on {summary.train_rows} {_rows_in_words(run, template)} ({run.data.path}).",
         base_hub_id=base if is_hub_id(base) else None,
         # transformers needs the folder of a shipped base; its name means something here alone.
         base_folder=f"models/{base}" if is_shipped else base,
@@ -229,6 +237,13 @@ def write_run_card(
         template=template,
         end_ids=end_ids,
     )
+
+
+def _rows_in_words(run: RunConfig, template: Template) -> str:
+    if run.train.method == "sft":
+        return rows_in_words(template)
+    kind = "answers with a label" if run.train.method == "kto" else "pairs of answers"
+    return f"{kind}, by {run.train.method.upper()}"
 
 
 def _steps(count: int) -> str:

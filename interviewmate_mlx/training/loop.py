@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_map
 
 from interviewmate_mlx.adapter.folder import adapter_weights, save_adapter
 from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.config import RunConfig, parse_run, to_toml
-from interviewmate_mlx.data.batches import by_width, collate, epoch_steps
-from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.data.batches import Row, by_width, epoch_steps
 from interviewmate_mlx.data.templates import end_ids, text_beside
 from interviewmate_mlx.errors import DivergedError
 from interviewmate_mlx.files import Progress
@@ -54,7 +54,7 @@ from interviewmate_mlx.training.metrics import (
     write_summary,
 )
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
-from interviewmate_mlx.training.step import Step, total_loss
+from interviewmate_mlx.training.step import Step, total_of
 from interviewmate_mlx.training.task import Task, changed_versions, prepare, versions
 
 Item = TypeVar("Item")
@@ -126,9 +126,11 @@ def run_task(
 ) -> Iterator[Event]:
     """Train, from the start or from what was saved; see `train`."""
     run, model = task.run, task.model
+    write_run(run, out)
+    task = task.with_references(out)  # of the model as the run begins
     optimizer = adamw(run.train.weight_decay)
-    step = Step(model, optimizer, run.train.max_grad_norm, task.executor)
-    loss_of = total_loss(model, task.executor)
+    step = Step(model, optimizer, run.train.max_grad_norm, task.executor, task.objective.loss)
+    loss_of = total_of(model, task.objective.loss, task.executor)
     state = State(
         to_toml(run),
         token_budget=task.memory.token_budget,
@@ -146,13 +148,11 @@ def run_task(
         # What a save does after its checkpoint: the run may have been killed before that.
         prune(out, run.train.keep_checkpoints)
         write_adapter(task, out, best or adapter_weights(model))
-    write_run(run, out)
     notes += start_metrics(out, state.step)
     started = task.describe(state.step, notes)
     yield started
     if state.step == 0 and task.rows.valid:
-        loss, elapsed_s = validate(task, loss_of)
-        yield record(out, Validated(0, loss, is_best=False, elapsed_s=elapsed_s))
+        yield record(out, validate(task, state.step, loss_of))
     has_left = False
 
     def is_stopping() -> bool:
@@ -207,26 +207,26 @@ def judge(
     task: Task,
     state: State,
     best: dict[str, mx.array],
-    loss_of: Callable[..., tuple[float, int]],
+    loss_of: Callable[..., Any],
 ) -> Validated:
     """Validate after a step, and note in place whether its adapter is the best so far.
 
     Raises:
         DivergedError: the loss is not finite.
     """
-    loss, elapsed_s = validate(task, loss_of)
-    if not math.isfinite(loss):
+    found = validate(task, state.step, loss_of)
+    if not math.isfinite(found.loss):
         raise DivergedError(
-            f"The validation loss after step {state.step} is {loss}.\n"
+            f"The validation loss after step {state.step} is {found.loss}.\n"
             "The last checkpoint stays. Train again with a lower train.learning_rate."
         )
-    is_best = state.best_loss is None or loss < state.best_loss
+    is_best = state.best_loss is None or found.loss < state.best_loss
     if is_best:
         best.update(adapter_weights(task.model))
-        state.best_loss, state.best_step, state.bad_validations = loss, state.step, 0
+        state.best_loss, state.best_step, state.bad_validations = found.loss, state.step, 0
     else:
         state.bad_validations += 1
-    return Validated(state.step, loss, is_best, elapsed_s)
+    return dataclasses.replace(found, is_best=is_best)
 
 
 def record(out: Path, event: Measured) -> Measured:
@@ -258,9 +258,9 @@ class Dispatched(NamedTuple):
     """A step that was handed to the device; its numbers may not be computed yet."""
 
     number: int  # from 1
-    rows: list[Example]
+    rows: list[Row]
     learning_rate: float
-    numbers: dict[str, mx.array]
+    numbers: dict[str, Any]
 
 
 def run_steps(
@@ -279,10 +279,11 @@ def run_steps(
     clock = time.perf_counter()
     steps = dispatch_steps(task, step, first, last, stop)
     for dispatched in delayed(steps, task.executor.steps_ahead):
-        numbers: Any = {name: array.item() for name, array in dispatched.numbers.items()}
+        numbers = tree_map(lambda array: array.item(), dispatched.numbers)
+        sides = [side for row in dispatched.rows for side in row.sides]
         elapsed_s, clock = time.perf_counter() - clock, time.perf_counter()
         if not numbers["is_finite"]:
-            rows = ", ".join(example.record.source for example in dispatched.rows)
+            rows = ", ".join(row.record.source for row in dispatched.rows)
             raise DivergedError(
                 f"Step {dispatched.number}: the loss, a gradient or an updated parameter is not "
                 f"finite (loss {numbers['loss']}); the step was not applied.\n"
@@ -296,11 +297,23 @@ def run_steps(
             learning_rate=dispatched.learning_rate,
             grad_norm=numbers["grad_norm"],
             num_rows=len(dispatched.rows),
-            num_tokens=sum(map(len, dispatched.rows)),
-            num_predicted=sum(int(example.loss_mask.sum()) for example in dispatched.rows),
+            num_tokens=sum(map(len, sides)),
+            num_predicted=sum(int(side.loss_mask.sum()) for side in sides),
             elapsed_s=elapsed_s,
             peak_bytes=mx.get_peak_memory(),
+            measures=means(numbers["measures"]),
         )
+
+
+def means(measures: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """What was measured, from sums and counts; nothing of what there was none of.
+
+    And the margin: by how much the rewards of good answers are above those of bad ones.
+    """
+    found = {name: total / count for name, (total, count) in measures.items() if count}
+    if {"reward_chosen", "reward_rejected"} <= found.keys():
+        found["margin"] = found["reward_chosen"] - found["reward_rejected"]
+    return found
 
 
 def dispatch_steps(
@@ -318,16 +331,16 @@ def dispatch_steps(
         )
         groups = task.executor.split(rows, task.memory.token_budget)
         # Dropout follows from the seed and the step alone, so a resumed run repeats it.
-        step.accumulate([collate(group) for group in groups], [settings.seed, number])
+        step.accumulate(task.objective.collate(groups), [settings.seed, number])
         yield Dispatched(number + 1, rows, learning_rate, step.update(learning_rate))
         if stop():
             break
 
 
-def rows_of_steps(task: Task, first: int, last: int) -> Iterator[tuple[int, list[Example]]]:
+def rows_of_steps(task: Task, first: int, last: int) -> Iterator[tuple[int, list[Row]]]:
     """The number and the rows of each step, in the order of the run's seed."""
     settings = task.run.train
-    lengths = [len(example) for example in task.rows.train]
+    lengths = [len(row) for row in task.rows.train]
     epoch, order = -1, []
     for number in range(first, last):
         if number // task.steps_per_epoch != epoch:
@@ -346,18 +359,20 @@ def delayed(items: Iterable[Item], count: int) -> Iterator[Item]:
     yield from waiting
 
 
-def validate(task: Task, loss_of: Callable[..., tuple[float, int]]) -> tuple[float, float]:
-    """Mean loss over the whole validation set, without dropout; and the seconds it took."""
+def validate(task: Task, step: int, loss_of: Callable[..., Any]) -> Validated:
+    """The mean loss over the whole validation set after a step, without dropout."""
     start = time.perf_counter()
     task.model.eval()
     # In microbatches as large as a step's, so that it takes no more memory than training.
-    groups = (
+    groups = [
         group
         for rows in by_width(task.rows.valid)
         for group in task.executor.split(rows, task.memory.step_tokens)
-    )
-    loss_sum, num_tokens = loss_of([collate(group) for group in groups])
-    return loss_sum / num_tokens, time.perf_counter() - start
+    ]
+    found = tree_map(lambda array: array.item(), loss_of(task.objective.collate(groups)))
+    loss_sum, count, measures = found
+    elapsed_s = time.perf_counter() - start
+    return Validated(step, loss_sum / count, False, elapsed_s, means(measures))
 
 
 def is_validation(task: Task, step: int) -> bool:

@@ -14,82 +14,82 @@ CrossEntropy = Callable[[mx.array, mx.array], mx.array]
 Head = Callable[[mx.array], mx.array]
 
 
-def masked_cross_entropy(
-    logits: mx.array,
-    targets: mx.array,
-    mask: mx.array,
-    cross_entropy: CrossEntropy = falcon_cross_entropy,
-) -> tuple[mx.array, mx.array]:
-    """Sum of cross-entropy over the tokens that count, and their number.
+# What a microbatch comes to: the loss sum; how many it is a sum over; and what is measured
+# beside it, by name, each as a sum and a count, () float32. All of it adds up.
+Measures = dict[str, tuple[mx.array, mx.array]]
+Sums = tuple[mx.array, mx.array, Measures]
+# The losses of the predicted tokens (N,), which of them count (N,), and `Microbatch.of_rows`.
+Loss = Callable[[mx.array, mx.array, dict[str, mx.array]], Sums]
+
+
+def token_loss(losses: mx.array, mask: mx.array, of_rows: dict[str, mx.array]) -> Sums:
+    """The loss over tokens: each that counts, counts the same.
 
     A sum, not a mean: microbatches of unequal length then add up to the
     gradient of one large batch.
 
     Args:
-        logits: (..., V), any float dtype.
-        targets: (...) int32 token ids.
-        mask: (...) bool, true on the tokens that count.
-        cross_entropy: (..., V) and (...) int32 -> (...) float32, summed in float32.
+        losses: (N,) float32, of the predicted tokens, nats.
+        mask: (N,) bool, true on the tokens that count.
+        of_rows: nothing.
 
     Returns:
         loss_sum: () float32, nats.
         num_tokens: () int32.
+        measures: none.
     """
-    losses = cross_entropy(logits, targets)
-    return mx.where(mask, losses, 0).sum(), mask.sum()
+    return mx.where(mask, losses, 0).sum(), mask.sum(), {}
 
 
 def chunked_cross_entropy(
     head: Head,
     hidden: mx.array,
     targets: mx.array,
-    mask: mx.array,
     chunk: int,
     cross_entropy: CrossEntropy = falcon_cross_entropy,
 ) -> tuple[mx.array, mx.array]:
-    """The loss sum of a frozen head and its gradient, with logits of `chunk` tokens at once.
+    """Each token's loss under a frozen head, and its gradient, with logits of `chunk` tokens.
 
     The gradient of the hidden states is computed along with the loss, chunk by
-    chunk, so that no chunk's logits wait for the backward pass. The head's own
-    weights get none.
+    chunk, so that no chunk's logits wait for the backward pass: a token's loss
+    depends on its own hidden state alone. The head's own weights get none.
 
     Args:
         head: hidden states (N, C) -> logits (N, V).
         hidden: (N, C).
         targets: (N,) int32 token ids.
-        mask: (N,) bool, true on the tokens that count.
         chunk: tokens.
-        cross_entropy: as in `masked_cross_entropy`.
+        cross_entropy: (..., V) and (...) int32 -> (...) float32, summed in float32.
 
     Returns:
-        loss_sum: () float32, nats.
-        gradient: (N, C), by the hidden states; nothing is differentiated through it.
+        losses: (N,) float32, nats.
+        gradient: (N, C), of each token's loss by its hidden state; nothing is
+            differentiated through it.
     """
 
     @mx.custom_function
-    def loss_sum(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        total = mx.array(0.0)
+    def token_losses(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        losses: list[mx.array] = []
         gradients: list[mx.array] = []
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
 
-            def loss_of_part(states: mx.array, part: slice = part) -> mx.array:
-                return masked_cross_entropy(head(states), targets[part], mask[part], cross_entropy)[
-                    0
-                ]
+            def loss_of_part(states: mx.array, part: slice = part) -> tuple[mx.array, mx.array]:
+                of_tokens = cross_entropy(head(states), targets[part])
+                return of_tokens.sum(), of_tokens
 
             # The next chunk waits for this one, so that their logits never exist together.
-            (states,) = mx.depends([hidden[part]], gradients[-1:] or [total])
-            loss, gradient = mx.value_and_grad(loss_of_part)(states)
-            total += loss
+            (states,) = mx.depends([hidden[part]], gradients[-1:] or [targets])
+            (_, of_tokens), gradient = mx.value_and_grad(loss_of_part)(states)
+            losses.append(of_tokens)
             gradients.append(gradient)
-        return total, mx.concatenate(gradients)
+        return mx.concatenate(losses), mx.concatenate(gradients)
 
-    @loss_sum.vjp
+    @token_losses.vjp
     def _(
         _: mx.array, cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
     ) -> mx.array:
-        return (cotangents[0] * outputs[1]).astype(outputs[1].dtype)
+        return (cotangents[0][:, None] * outputs[1]).astype(outputs[1].dtype)
 
-    results: Any = loss_sum(hidden)
+    results: Any = token_losses(hidden)
     return results

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from interviewmate_mlx.data.batches import padded_width
-from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.data.batches import Row, padded_tokens, padded_width
 from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.lora import LORA_NAMES, Projection, lora_layers, shape_of
 from interviewmate_mlx.model.tree import named_arrays
@@ -194,14 +193,14 @@ class MemoryPlan:
 
     Attributes:
         memory_bytes: that may be taken.
-        row_width: padded tokens of the longest row.
+        row_tokens: padded tokens of the longest row; both sides of a pair count.
         token_budget: padded tokens that there is room for at a time, over all streams.
         step_tokens: of them, those of the largest step.
         peak_bytes: expected at that step.
     """
 
     memory_bytes: int
-    row_width: int
+    row_tokens: int
     token_budget: int
     step_tokens: int
     peak_bytes: int
@@ -209,12 +208,12 @@ class MemoryPlan:
     @property
     def max_rows(self) -> int:
         """How many of the longest rows there is room for at a time."""
-        return max(1, self.token_budget // self.row_width)
+        return max(1, self.token_budget // self.row_tokens)
 
 
 def plan_memory(
     model: Network,
-    rows: Sequence[Example],
+    rows: Sequence[Row],
     effective_batch: int,
     bytes_per_token: Callable[[int, int], int],
     gradient_checkpointing: bool,
@@ -238,9 +237,9 @@ def plan_memory(
         BackendError: not even the longest row fits.
     """
     weights = weight_bytes(model)
-    width = padded_width(max(map(len, rows)) - 1)
+    width, row_tokens = padded_width(max(map(len, rows)) - 1), max(map(padded_tokens, rows))
     per_token = bytes_per_token(width, 1)
-    needed = weights + width * per_token
+    needed = weights + row_tokens * per_token
     if needed > memory_bytes:
         raise BackendError(
             f"Training needs about {needed / 1e9:.1f} GB ({weights / 1e9:.1f} of them weights), "
@@ -249,12 +248,12 @@ def plan_memory(
             f"{'' if gradient_checkpointing else ', or set train.gradient_checkpointing'}."
         )
     budget = token_budget or (memory_bytes - weights) // per_token
-    executor = executor.limited_to(budget // width)
+    executor = executor.limited_to(budget // row_tokens)
     longest = sorted(rows, key=len)[-effective_batch:]
     groups = executor.split(longest, budget)
-    sizes = sorted(padded_width(len(group[0]) - 1) * len(group) for group in groups)
+    sizes = sorted(padded_tokens(group[0]) * len(group) for group in groups)
     side_by_side = min(executor.num_streams, len(sizes))
     step_tokens = sum(sizes[-side_by_side:])
     per_token = bytes_per_token(width, side_by_side)
     peak_bytes = weight_bytes(model, side_by_side) + step_tokens * per_token
-    return MemoryPlan(memory_bytes, width, budget, step_tokens, peak_bytes)
+    return MemoryPlan(memory_bytes, row_tokens, budget, step_tokens, peak_bytes)

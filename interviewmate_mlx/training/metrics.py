@@ -52,6 +52,8 @@ def start_metrics(out: Path, step: int) -> list[str]:
 def append_metrics(out: Path, event: Stepped | Validated) -> None:
     """Add the line of an event."""
     content = asdict(event)
+    if not content["measures"]:
+        del content["measures"]
     timing = {key: content.pop(key) for key in ("elapsed_s", "peak_bytes") if key in content}
     kind = "step" if isinstance(event, Stepped) else "validation"
     append_text(out / METRICS_FILE, _line({"event": kind, **content, "timing": timing}))
@@ -109,7 +111,9 @@ def write_summary(
     """
     metrics = read_metrics(out / METRICS_FILE)
     steps = [line for line in metrics if line["event"] == "step"]
-    losses = {line["step"]: line["loss"] for line in metrics if line["event"] == "validation"}
+    validations = {line["step"]: line for line in metrics if line["event"] == "validation"}
+    losses = {step: line["loss"] for step, line in validations.items()}
+    measures = {step: line.get("measures", {}) for step, line in validations.items()}
     window = max(1, round(_LOSS_WINDOW * len(steps)))
     here = backend.machine()
     dtype = here.dtype if run.model.dtype == "auto" else run.model.dtype
@@ -119,8 +123,8 @@ def write_summary(
         base=run.model.base,
         steps=step,
         epochs=step / started.steps_per_epoch,
-        first_loss=_mean_loss(steps[:window]),
-        final_loss=_mean_loss(steps[-window:]),
+        first_loss=_mean_loss(steps[:window], run.train.method),
+        final_loss=_mean_loss(steps[-window:], run.train.method),
         loss_window_steps=window,
         base_valid_loss=losses.get(0),
         best_valid_loss=None if best_step is None else losses.get(best_step),
@@ -136,6 +140,10 @@ def write_summary(
         peak_gb=max(line["timing"]["peak_bytes"] for line in steps) / 1e9,
         package_version=__version__,
         machine=f"{here.device_name}, {dtype}, MLX {here.mlx_version}",
+        method=run.train.method,
+        started_from=run.lora.start_from,
+        base_valid_measures=measures.get(0, {}),
+        best_valid_measures={} if best_step is None else measures.get(best_step, {}),
     )
     with atomic_file(out / SUMMARY_FILE) as temporary:
         temporary.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
@@ -159,9 +167,10 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
     return lines, ""
 
 
-def _mean_loss(steps: Sequence[dict[str, Any]]) -> float:
-    tokens = sum(line["num_predicted"] for line in steps)
-    return float(sum(line["loss"] * line["num_predicted"] for line in steps) / tokens)
+def _mean_loss(steps: Sequence[dict[str, Any]], method: str) -> float:
+    weight = "num_predicted" if method == "sft" else "num_rows"  # what a step's loss is a mean over
+    total = sum(line[weight] for line in steps)
+    return float(sum(line["loss"] * line[weight] for line in steps) / total)
 
 
 def _line(value: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """One optimizer update: microbatches are accumulated, then applied.
 
-    gradient of a step = sum over its microbatches of d(loss_sum) / number of predicted tokens
+    gradient of a step = sum over its microbatches of d(loss_sum) / count
+
+The count is that of what the loss is a sum over: predicted tokens, or the rows of preferences.
 
 So any split of a step into microbatches gives the same update, and padding
 never matters. (With dropout, each split draws other masks.)
@@ -20,13 +22,14 @@ import numpy as np
 from mlx.utils import tree_map
 from numpy.random import SeedSequence  # loaded here: a Ctrl-C is lost while it loads
 
-from interviewmate_mlx.data.batches import Microbatch, split_step
-from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.data.batches import AnyRow, Microbatch, split_step
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.loss import (
     CHUNK_ELEMENTS,
+    Loss,
+    Measures,
     chunked_cross_entropy,
-    masked_cross_entropy,
+    token_loss,
 )
 
 # A result to be added up, and the arrays that are computed on the way to it, in order.
@@ -51,7 +54,7 @@ class Executor(Protocol):
     def opened(self) -> AbstractContextManager[object]:
         """Use it within the block."""
 
-    def split(self, rows: Sequence[Example], token_budget: int) -> list[list[Example]]:
+    def split(self, rows: Sequence[AnyRow], token_budget: int) -> list[list[AnyRow]]:
         """The rows of each microbatch of a step."""
 
     def sum_of(self, compile_one: Callable[[], Compute]) -> Callable[[Sequence[Microbatch]], Any]:
@@ -70,7 +73,7 @@ class OneStream:
     def opened(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def split(self, rows: Sequence[Example], token_budget: int) -> list[list[Example]]:
+    def split(self, rows: Sequence[AnyRow], token_budget: int) -> list[list[AnyRow]]:
         return split_step(rows, token_budget)
 
     def sum_of(self, compile_one: Callable[[], Compute]) -> Callable[[Sequence[Microbatch]], Any]:
@@ -95,7 +98,7 @@ class Step:
     nothing is updated any more.
 
     Attributes:
-        sums: the loss sum, token count and gradients of what was accumulated since the
+        sums: the loss sum, count, measures and gradients of what was accumulated since the
             last update; None before the first microbatch.
         num_updates: how often `update` was called.
     """
@@ -106,6 +109,7 @@ class Step:
         optimizer: optim.Optimizer,
         max_grad_norm: float = 0.0,
         executor: Executor | None = None,
+        loss: Loss = token_loss,
     ) -> None:
         """
         Args:
@@ -113,11 +117,12 @@ class Step:
             optimizer: initialised here.
             max_grad_norm: the global norm to clip to; 0 does not clip.
             executor: where microbatches are computed; by default one after the other.
+            loss: of the predicted tokens.
         """
         optimizer.init(model.trainable_parameters())
         self._model, self._optimizer = model, optimizer
         self._max_grad_norm = max_grad_norm or math.inf
-        self._total = (executor or OneStream()).sum_of(partial(_compile_gradients, model))
+        self._total = (executor or OneStream()).sum_of(partial(_compile_gradients, model, loss))
         self.sums: Any = None
         self.num_updates = 0
         self._is_healthy = mx.array(True)
@@ -137,12 +142,12 @@ class Step:
         )
         self.sums = tree_map(mx.add, self.sums, sums) if self.sums else sums
 
-    def update(self, learning_rate: float) -> dict[str, mx.array]:
+    def update(self, learning_rate: float) -> dict[str, Any]:
         """Apply what was accumulated, and start the next step's sums.
 
         Returns:
-            `loss`, `grad_norm` (before clipping), () float32 each, and `is_finite`, () bool;
-            on their way to the device, not evaluated.
+            `loss`, `grad_norm` (before clipping), () float32 each, `is_finite`, () bool, and
+            `measures`, a sum and a count by name; on their way to the device, not evaluated.
         """
         numbers = self._update(self.sums, mx.array(learning_rate), self._is_healthy)
         self.sums, self._is_healthy = None, numbers["is_finite"]
@@ -150,13 +155,11 @@ class Step:
         mx.async_eval(numbers, self._model.trainable_parameters())
         return numbers
 
-    def _apply(
-        self, sums: Any, learning_rate: mx.array, is_healthy: mx.array
-    ) -> dict[str, mx.array]:
+    def _apply(self, sums: Any, learning_rate: mx.array, is_healthy: mx.array) -> dict[str, Any]:
         model, optimizer = self._model, self._optimizer
-        loss_sum, num_tokens, gradient_sums = sums
-        loss = loss_sum / num_tokens
-        mean = tree_map(lambda g: g / num_tokens, gradient_sums)
+        loss_sum, count, measures, gradient_sums = sums
+        loss = loss_sum / count
+        mean = tree_map(lambda g: g / count, gradient_sums)
         gradients, grad_norm = optim.clip_grad_norm(mean, self._max_grad_norm)
         before = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
         optimizer.state["learning_rate"] = learning_rate
@@ -170,47 +173,77 @@ class Step:
         )
         model.update(parameters)
         optimizer.state.update(moments)
-        return {"loss": loss, "grad_norm": grad_norm, "is_finite": is_finite}
+        numbers = {"loss": loss, "grad_norm": grad_norm, "is_finite": is_finite}
+        return {**numbers, "measures": measures}
 
 
 def total_loss(
     model: nn.Module, executor: Executor | None = None
 ) -> Callable[[Sequence[Microbatch]], tuple[float, int]]:
     """Compile the loss alone, for validation: the loss sum and token count of microbatches."""
-    total = (executor or OneStream()).sum_of(partial(_compile_loss, model))
+    total = total_of(model, token_loss, executor)
 
     def evaluate(microbatches: Sequence[Microbatch]) -> tuple[float, int]:
-        loss_sum, num_tokens = total(microbatches)
+        loss_sum, num_tokens, _ = total(microbatches)
         return loss_sum.item(), num_tokens.item()
 
     return evaluate
 
 
-def microbatch_loss(
-    model: nn.Module, inputs: mx.array, positions: mx.array, targets: mx.array, mask: mx.array
-) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """Loss sum and token count of a microbatch. Logits exist only where there is a loss.
+def total_of(
+    model: nn.Module, loss: Callable[..., Any], executor: Executor | None = None
+) -> Callable[[Sequence[Microbatch]], Any]:
+    """Compile what a loss gives, without gradients; of several microbatches it is added up.
 
     Args:
         model: a `Network`.
-        inputs, positions, targets, mask: see `Microbatch`.
+        loss: a `Loss`, or one that gives other arrays.
+        executor: where microbatches are computed; by default one after the other.
+    """
+    return (executor or OneStream()).sum_of(partial(_compile_loss, model, loss))
+
+
+def microbatch_loss(
+    model: nn.Module,
+    inputs: mx.array,
+    positions: mx.array,
+    targets: mx.array,
+    mask: mx.array,
+    of_rows: dict[str, mx.array],
+    *,
+    loss: Loss = token_loss,
+) -> tuple[mx.array, mx.array, Measures, list[mx.array]]:
+    """What a microbatch comes to. Logits exist only where there is a loss.
+
+    Args:
+        model: a `Network`.
+        inputs, positions, targets, mask, of_rows: see `Microbatch`.
+        loss: of the predicted tokens.
 
     Returns:
         loss_sum: () float32, nats.
-        num_tokens: () int32.
+        count: () int32, of what it is a sum over.
+        measures: see `Sums`.
         on_the_way: arrays that lead to the loss, in the order of their computation.
     """
+    losses, on_the_way = _token_losses(model, inputs, positions, targets)
+    return *loss(losses, mask, of_rows), on_the_way
+
+
+def _token_losses(
+    model: nn.Module, inputs: mx.array, positions: mx.array, targets: mx.array
+) -> tuple[mx.array, list[mx.array]]:
+    """Each predicted token's loss, (N,) float32; and what leads to it."""
     states = model.states(inputs)
     hidden = states[-1]
     predicting = hidden.reshape(-1, hidden.shape[-1])[positions]
     if model.training and not _has_trainable_head(model):
         chunk = CHUNK_ELEMENTS // model.args.vocab_size
-        loss_sum, gradient = chunked_cross_entropy(
-            model.head, predicting, targets, mask, chunk, model.cross_entropy
+        losses, gradient = chunked_cross_entropy(
+            model.head, predicting, targets, chunk, model.cross_entropy
         )
-        return loss_sum, mask.sum(), [*states, gradient]
-    logits = model.head(predicting)
-    return *masked_cross_entropy(logits, targets, mask, model.cross_entropy), states
+        return losses, [*states, gradient]
+    return model.cross_entropy(model.head(predicting), targets), states
 
 
 def _has_trainable_head(model: nn.Module) -> bool:
@@ -218,22 +251,22 @@ def _has_trainable_head(model: nn.Module) -> bool:
     return bool(model.head_layer.trainable_parameters())
 
 
-def _compile_gradients(model: nn.Module) -> Compute:
-    """Compile the loss sum, token count and gradients of a microbatch."""
+def _compile_gradients(model: nn.Module, loss: Loss) -> Compute:
+    """Compile the loss sum, count, measures and gradients of a microbatch."""
 
-    def loss_and_rest(*arrays: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
-        return microbatch_loss(model, *arrays)
+    def loss_and_rest(*arrays: Any) -> Any:
+        return microbatch_loss(model, *arrays, loss=loss)
 
     differentiate = nn.value_and_grad(model, loss_and_rest)
     random = mx.random.state
 
     @partial(mx.compile, inputs=[model.state, random], outputs=[random])
-    def gradients_of(*arrays: mx.array) -> Any:
+    def gradients_of(*arrays: Any) -> Any:
         parameters = model.trainable_parameters()
-        (loss_sum, num_tokens, on_the_way), gradients = differentiate(*arrays)
+        (loss_sum, count, measures, on_the_way), gradients = differentiate(*arrays)
         # Put the parameters back: tracing leaves placeholders in the model, which is not an output.
         model.update(parameters)
-        return (loss_sum, num_tokens, gradients), on_the_way
+        return (loss_sum, count, measures, gradients), on_the_way
 
     def compute(microbatch: Microbatch) -> Computed:
         mx.random.seed(microbatch.seed)
@@ -242,10 +275,16 @@ def _compile_gradients(model: nn.Module) -> Compute:
     return compute
 
 
-def _compile_loss(model: nn.Module) -> Compute:
+def _compile_loss(model: nn.Module, loss: Callable[..., Any]) -> Compute:
     @partial(mx.compile, inputs=[model.state])
-    def loss_of(*arrays: mx.array) -> Any:
-        loss_sum, num_tokens, on_the_way = microbatch_loss(model, *arrays)
-        return (loss_sum, num_tokens), on_the_way
+    def loss_of(
+        inputs: mx.array,
+        positions: mx.array,
+        targets: mx.array,
+        mask: mx.array,
+        of_rows: dict[str, mx.array],
+    ) -> Any:
+        losses, on_the_way = _token_losses(model, inputs, positions, targets)
+        return loss(losses, mask, of_rows), on_the_way
 
     return lambda microbatch: loss_of(*microbatch.arrays())

@@ -3,17 +3,22 @@
 import hashlib
 import math
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from interviewmate_mlx import __version__, backend
+from interviewmate_mlx.adapter.folder import Adapter
+from interviewmate_mlx.adapter.start import check_start, start_from
 from interviewmate_mlx.base.base import Base, is_here
 from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.data.batches import steps_per_epoch
-from interviewmate_mlx.data.prompts import Example, encode_records, template_of
-from interviewmate_mlx.data.records import Record, load_splits
+from interviewmate_mlx.data.pairs import Judged, encode_preferences
+from interviewmate_mlx.data.preferences import load_preferences
+from interviewmate_mlx.data.prompts import encode_records, template_of
+from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.data.templates import AUTO, VERBATIM, Template, choose_template
 from interviewmate_mlx.errors import (
     AdapterError,
@@ -26,7 +31,7 @@ from interviewmate_mlx.errors import (
 )
 from interviewmate_mlx.files import Progress, check_free_space, is_utf8, scratch_file
 from interviewmate_mlx.formats.safetensors_file import save_tensors
-from interviewmate_mlx.hub.names import fetch_data
+from interviewmate_mlx.hub.names import fetch_data, local_path
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.falcon import scaled_dot_product_attention
 from interviewmate_mlx.model.gpu_kernels import (
@@ -59,20 +64,31 @@ from interviewmate_mlx.training.memory import (
     widths_of,
 )
 from interviewmate_mlx.training.optimizer import learning_rate_at
+from interviewmate_mlx.training.preference import (
+    PAIRED,
+    WITH_REFERENCE,
+    Objective,
+    divergence_of,
+    kept_log_probabilities,
+    log_probabilities,
+    objective_of,
+)
 from interviewmate_mlx.training.step import Executor, OneStream
+
+REFERENCE_FILE = "reference.safetensors"
 
 
 @dataclass(frozen=True)
 class Rows:
     """What a run learns from and is validated on."""
 
-    train: list[Example]
-    valid: list[Example]
+    train: list[Any]  # examples, pairs of answers, or answers with a label
+    valid: list[Any]
     num_dropped: int  # with nothing left to learn from
     template: Template  # how prompts are put to the model
 
     @property
-    def all(self) -> list[Example]:
+    def all(self) -> list[Any]:
         return self.train + self.valid
 
 
@@ -87,6 +103,7 @@ class Task:
     memory: MemoryPlan
     executor: Executor
     fingerprint: dict[str, str]  # of base and data
+    objective: Objective
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -101,6 +118,30 @@ class Task:
     def total_steps(self) -> int:
         return self.run.train.total_steps(self.steps_per_epoch)
 
+    def with_references(self, out: Path) -> "Task":
+        """The same, whose rows know what the model gives them as it stands, where that is asked.
+
+        The model must be as the run begins. A fresh LoRA changes nothing, so that is the base; a
+        run that starts from an adapter is compared with that one.
+
+        Raises:
+            StorageError: they cannot be kept in the run's folder.
+        """
+        if self.run.train.method not in WITH_REFERENCE:
+            return self
+        answers = [answer for row in self.rows.all for answer in row.compared]
+        found = kept_log_probabilities(
+            out / REFERENCE_FILE,
+            self.fingerprint,
+            lambda: log_probabilities(self.model, answers, self.executor, self.memory.step_tokens),
+        )
+        values = iter(found.reshape(-1, 2).tolist())
+        train, valid = (
+            [row.with_references(next(values)) for row in rows]
+            for rows in (self.rows.train, self.rows.valid)
+        )
+        return replace(self, rows=replace(self.rows, train=train, valid=valid))
+
     def memory_limits(self) -> AbstractContextManager[None]:
         """Keep MLX within the plan."""
         return backend.memory_limits(self.memory.memory_bytes, self.memory.peak_bytes)
@@ -114,7 +155,9 @@ class Task:
             steps_per_epoch=self.steps_per_epoch,
             num_train_rows=len(self.rows.train),
             num_valid_rows=len(self.rows.valid),
-            num_truncated_rows=sum(example.num_truncated > 0 for example in self.rows.all),
+            num_truncated_rows=sum(
+                any(side.num_truncated for side in row.sides) for row in self.rows.all
+            ),
             num_dropped_rows=self.rows.num_dropped,
             num_trainable=num_trainable,
             num_parameters=num_parameters,
@@ -152,30 +195,73 @@ def prepare(
     base = checks.run(lambda *_: base or Base.open(run.model.base, progress), *needs)
     checks.run(check_network, run, base)
     model = checks.run(build_model, run, base)
+    start = checks.run(open_start, run, base, model, out)
     checks.run(check_disk, run, model, out)
     rows = checks.run(encode_rows, run, splits, base)
     checks.run(check_row_lengths, rows, base)
     checks.run(check_steps, run, rows, state)
-    fingerprint = checks.run(hash_inputs, base, rows)
+    fingerprint = checks.run(hash_inputs, base, rows, start)
     checks.run(check_unchanged, fingerprint, state)
     memory = checks.run(plan, run, model, rows, state)
     checks.raise_faults()
     base.read(model)
+    if isinstance(start, Adapter):
+        start_from(start, model)
     executor = choose_executor().limited_to(memory.max_rows)
-    return Task(run, base, model, rows, memory, executor, fingerprint)
+    objective = choose_objective(run, model, executor, memory.token_budget)
+    return Task(run, base, model, rows, memory, executor, fingerprint, objective)
 
 
-def read_splits(run: RunConfig, progress: Progress | None) -> dict[str, list[Record]]:
-    """The checked rows of a run's data, by split.
+def open_start(run: RunConfig, base: Base, model: Network, out: Path | None) -> Adapter | str:
+    """The adapter that a run starts from; "" if it starts afresh.
+
+    Raises:
+        AdapterError: it cannot be read, is not of the run's base and shape, or would be
+            written over.
+    """
+    if not run.lora.start_from:
+        return ""
+    folder = local_path(run.lora.start_from)
+    if out and out.resolve() == folder.resolve():
+        raise AdapterError(
+            f"The run would write over the adapter that it starts from: {folder}\n"
+            "Choose another folder.",
+            "out",
+        )
+    adapter = Adapter.open(folder)
+    check_start(adapter, model, base.weights_hash, run.lora.alpha, run.lora.rslora)
+    return adapter
+
+
+def choose_objective(
+    run: RunConfig, model: Network, executor: Executor, token_budget: int
+) -> Objective:
+    """What a run makes smaller."""
+    asked = run.preference
+    return objective_of(
+        run.train.method,
+        asked.beta,
+        asked.label_smoothing,
+        asked.length_normalized,
+        asked.target_margin,
+        divergence_of(model, executor, token_budget),
+    )
+
+
+def read_splits(run: RunConfig, progress: Progress | None) -> dict[str, list[Any]]:
+    """The checked rows of a run's data, by split: records, or preferences.
 
     Raises:
         DataError: rows that cannot be read, all of them.
         HubError: the Hub did not give them.
     """
-    return load_splits(fetch_data(run.data.path, progress))
+    path = fetch_data(run.data.path, progress)
+    if run.train.method == "sft":
+        return load_splits(path)
+    return load_preferences(path, is_paired=run.train.method in PAIRED)
 
 
-def encode_rows(run: RunConfig, splits: dict[str, list[Record]], base: Base) -> Rows:
+def encode_rows(run: RunConfig, splits: dict[str, list[Any]], base: Base) -> Rows:
     """A run's rows in tokens.
 
     Raises:
@@ -184,17 +270,22 @@ def encode_rows(run: RunConfig, splits: dict[str, list[Record]], base: Base) -> 
     """
     data, tokenizer = run.data, base.tokenizer
     template = choose_template(data.template, tokenizer)
-    (train, train_dropped), (valid, valid_dropped) = (
-        encode_records(tokenizer, splits.get(split, []), data.max_length, data.train_on, template)
-        for split in ("train", "valid")
-    )
+
+    def encoded(split: str) -> tuple[list[Any], int]:
+        rows, settings = splits.get(split, []), (data.max_length, data.train_on, template)
+        if run.train.method == "sft":
+            kept, dropped = encode_records(tokenizer, rows, *settings)
+            return kept, len(dropped)
+        return encode_preferences(tokenizer, rows, *settings, run.train.effective_batch)
+
+    (train, num_dropped), (valid, num_valid_dropped) = encoded("train"), encoded("valid")
     if not train:
         raise DataError(
-            f"{data.path}: of {len(train_dropped)} rows none has a token left to learn from after "
+            f"{data.path}: of {num_dropped} rows none has a token left to learn from after "
             f"{data.max_length} tokens.\nRaise data.max_length."
         )
-    asked = template_of((example.record for example in train), template)
-    return Rows(train, valid, len(train_dropped) + len(valid_dropped), asked)
+    asked = template_of((row.record for row in train), template)
+    return Rows(train, valid, num_dropped + num_valid_dropped, asked)
 
 
 def build_model(run: RunConfig, base: Base) -> Network:
@@ -317,12 +408,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def hash_inputs(base: Base, rows: Rows) -> dict[str, str]:
-    """What tells the base and the data of a run from others."""
+def hash_inputs(base: Base, rows: Rows, start: Adapter | str) -> dict[str, str]:
+    """What tells the base, the data and the first adapter of a run from others."""
     digest = hashlib.sha256()
-    for example in rows.all:
-        digest.update(example.tokens.tobytes() + example.loss_mask.tobytes())
-    return {"base": base.fingerprint, "data": digest.hexdigest()}
+    for row in rows.all:
+        digest.update(row.content())
+    found = {"base": base.fingerprint, "data": digest.hexdigest()}
+    if isinstance(start, Adapter):
+        found["start"] = hashlib.sha256(start.weights_file.read_bytes()).hexdigest()
+    return found
 
 
 def check_unchanged(fingerprint: dict[str, str], state: State | None) -> None:
@@ -440,9 +534,10 @@ def plan(run: RunConfig, model: Network, rows: Rows, state: State | None) -> Mem
             return cpu_bytes_per_token(widths, width, dtype.size, scores, recomputes, num_streams)
         return gpu_bytes_per_token(widths, width, dtype.size, widened, scores, recomputes)
 
+    others = [row.other for row in rows.all if isinstance(row, Judged)]
     return plan_memory(
         model,
-        rows.all,
+        rows.all + others,
         run.train.effective_batch,
         bytes_per_token,
         gradient_checkpointing=recomputes,

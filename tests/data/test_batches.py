@@ -61,7 +61,7 @@ def test_rows_of_a_step_have_similar_lengths():
 def test_collated_positions_point_at_the_token_before_each_target():
     rows = [example(10), example(7, prompt=5, start=100)]
     batch = collate(rows)
-    inputs, positions, targets, mask = (np.array(array) for array in batch.arrays())
+    inputs, positions, targets, mask = (np.array(array) for array in batch.arrays()[:4])
     assert inputs.shape == (2, WIDTH_STEP)
     found = list(zip(inputs.reshape(-1)[positions[mask]], targets[mask], strict=True))
     assert found == [(n, n + 1) for n in range(3, 10)] + [(n, n + 1) for n in (104, 105)]

@@ -19,7 +19,8 @@ from interviewmate_mlx.errors import ConfigError, DataError
 from interviewmate_mlx.evaluation.evaluate import evaluate
 from interviewmate_mlx.files import locked
 from interviewmate_mlx.training import loop, task
-from interviewmate_mlx.training.step import total_loss
+from interviewmate_mlx.training.loss import token_loss
+from interviewmate_mlx.training.step import total_of
 
 QUESTIONS = ["What is a loss?", "Why?", "How does a model learn from rows that have labels?"]
 
@@ -63,7 +64,9 @@ def test_loss_of_an_adapter_is_its_validation_loss(tiny_base, questions, learned
     run = load_run("A", [f"model.base={tiny_base}", f"data.path={questions}"])
     prepared = task.prepare(run)
     prepared.model.eval()
-    loss, _ = loop.validate(prepared, total_loss(prepared.model))  # a fresh LoRA changes nothing
+    loss = loop.validate(
+        prepared, 0, total_of(prepared.model, token_loss)
+    ).loss  # a fresh LoRA changes nothing
     assert base.loss.loss == pytest.approx(loss, rel=1e-5)
     assert base.difference is None
     assert own.loss.rows == 4

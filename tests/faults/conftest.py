@@ -126,6 +126,12 @@ class Launchers:
         began = (work / "run" / "run.toml").exists()
         return self.train(work, *(["--resume"] if began else []), **fault)
 
+    def whole(self, work: Path, *options: str) -> "Whole":
+        """The run that nothing interrupts."""
+        ended = self.train(work, *options)
+        assert ended.code == 0, ended.stderr
+        return Whole(contents(work), ended.moments)
+
     def each(self, check: Callable[[Any], str], values: Iterable[Any]) -> None:
         """Check all values, several at once; a check returns what is wrong, or nothing."""
         with ThreadPoolExecutor(len(self.all)) as pool:
@@ -180,7 +186,4 @@ class Whole:
 
 @pytest.fixture(scope="session")
 def whole(launchers: Launchers, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    work = tmp_path_factory.mktemp("whole")
-    ended = launchers.train(work)
-    assert ended.code == 0, ended.stderr
-    return Whole(contents(work), ended.moments)
+    return launchers.whole(tmp_path_factory.mktemp("whole"))

@@ -1,5 +1,6 @@
 """A process that dies at any moment loses nothing: the run ends as if it had not."""
 
+import json
 import shutil
 import signal
 
@@ -91,3 +92,24 @@ def test_kill_while_a_run_is_replaced_leaves_one_that_can_be(launchers, whole, t
         return whole.compare(work, what) if ended.code == 0 else f"{what}: {ended.stderr}"
 
     launchers.each(check, range(begin, end, 2))
+
+
+def test_preferences_killed_at_any_moment_end_as_if_they_were_not(launchers, tmp_path):
+    """Also before their reference is written, while it is, and after."""
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{n}?", "chosen": "A b c.", "rejected": f"D e {n}."} for n in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ("train.method=dpo", "data.train_on=answer", f"data.path={data}", "train.epochs=3")
+    options = [word for setting in settings for word in ("--set", setting)]
+    whole = launchers.whole(tmp_path / "whole", *options)
+    assert "reference.safetensors" in whole.contents
+    written = [n for n, moment in enumerate(whole.moments) if "reference.safetensors" in moment]
+
+    def check(moment: int) -> str:
+        work, what = tmp_path / str(moment), f"{moment} {whole.moments[moment]}"
+        assert launchers.train(work, *options, at=moment).code == -signal.SIGKILL
+        began = ["--resume"] if (work / "run" / "run.toml").exists() else []
+        ended = launchers.train(work, *options, *began)
+        return whole.compare(work, what) if ended.code == 0 else f"{what}: {ended.stderr}"
+
+    launchers.each(check, sorted({*written, *range(0, len(whole.moments), 9)}))

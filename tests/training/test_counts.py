@@ -56,12 +56,12 @@ def gradients(model: Model, rows: int, length: int) -> tuple[mx.array, ...]:
     @partial(mx.compile, inputs=state, outputs=[mx.random.state])
     def step(*arrays):
         parameters = model.trainable_parameters()
-        (loss, _, _), slopes = differentiate(*arrays)
+        (loss, *_), slopes = differentiate(*arrays)
         model.update(parameters)
         return loss, *(array for _, array in tree_flatten(slopes))
 
     targets = mx.zeros(8, mx.int32)
-    return step(mx.zeros((rows, length), mx.int32), mx.arange(8), targets, mx.ones(8, mx.bool_))
+    return step(mx.zeros((rows, length), mx.int32), mx.arange(8), targets, mx.ones(8, mx.bool_), {})
 
 
 def operations(layers: int, folder: Path) -> Counter[str]:

@@ -25,8 +25,9 @@ from interviewmate_mlx.training.checkpoint import checkpoints
 from interviewmate_mlx.training.events import Finished, Started, Stepped, Validated
 from interviewmate_mlx.training.folder import read_run
 from interviewmate_mlx.training.loop import train
+from interviewmate_mlx.training.loss import token_loss
 from interviewmate_mlx.training.metrics import read_metrics
-from interviewmate_mlx.training.step import total_loss
+from interviewmate_mlx.training.step import total_of
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_loss_falls_and_the_best_adapter_is_kept(run, tmp_path):
     model = Base.open(run.model.base).load(mx.float32)
     Adapter.open(out).apply(model)
     task.choose_kernels(model, mx.float32)
-    loss, _ = loop.validate(replace(prepared, model=model), total_loss(model))
+    loss = loop.validate(replace(prepared, model=model), 0, total_of(model, token_loss)).loss
     assert loss == pytest.approx(best.loss, rel=1e-6)
 
 

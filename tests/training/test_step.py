@@ -16,11 +16,11 @@ from interviewmate_mlx.data.batches import collate
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
-from interviewmate_mlx.model.falcon import Model
+from interviewmate_mlx.model.falcon import Model, cross_entropy
 from interviewmate_mlx.model.lora import add_lora
 from interviewmate_mlx.training import step as step_module
 from interviewmate_mlx.training.cpu_streams import CpuStreams
-from interviewmate_mlx.training.loss import masked_cross_entropy
+from interviewmate_mlx.training.loss import token_loss
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
 from interviewmate_mlx.training.step import OneStream, Step, microbatch_loss, total_loss
 
@@ -125,9 +125,9 @@ def test_frozen_head_s_gradient_is_on_the_way_to_the_loss():
     assert len(pieces) == num_layers + 2
     assert pieces[-1].shape == (len(arrays[1]), model.args.hidden_size)
     model.eval()
-    assert len(microbatch_loss(model, *arrays)[2]) == num_layers + 1
+    assert len(microbatch_loss(model, *arrays)[-1]) == num_layers + 1
     model.train().unfreeze()
-    assert len(microbatch_loss(model, *arrays)[2]) == num_layers + 1
+    assert len(microbatch_loss(model, *arrays)[-1]) == num_layers + 1
 
 
 def test_memory_does_not_grow_with_the_number_of_microbatches():
@@ -188,16 +188,15 @@ def test_loss_is_the_reference_s_sum_and_count():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(6, 50)).astype(np.float32) * 5
     targets, mask = rng.integers(0, 50, 6), np.array([1, 0, 1, 1, 0, 1], dtype=bool)
-    total, count = masked_cross_entropy(
-        mx.array(logits), mx.array(targets.astype(np.int32)), mx.array(mask)
-    )
+    ids = mx.array(targets.astype(np.int32))
+    total, count, _ = token_loss(cross_entropy(mx.array(logits), ids), mx.array(mask), {})
     expected = torch.nn.functional.cross_entropy(
         torch.tensor(logits[mask]), torch.tensor(targets[mask]), reduction="sum"
     )
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     assert count.item() == 4
-    halved = masked_cross_entropy(
-        mx.array(logits).astype(mx.bfloat16), mx.array(targets.astype(np.int32)), mx.array(mask)
+    halved = token_loss(
+        cross_entropy(mx.array(logits).astype(mx.bfloat16), ids), mx.array(mask), {}
     )
     assert halved[0].dtype == mx.float32
 
