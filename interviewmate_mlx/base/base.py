@@ -106,8 +106,9 @@ class Base:
         quantization = read_quantization(folder, config, names)
         files = read_tokenizer_files(folder)
         check_tokenizer_class(files, folder / "config.json", config)
-        check_vocab(files, network.vocab_size)
-        tokenizer = build_tokenizer(files)
+        fitting = files.within(network.vocab_size)
+        check_vocab(fitting, network.vocab_size)
+        tokenizer = build_tokenizer(fitting)
         small_files = hashlib.sha256(config_bytes + files.contents.get("tokenizer.json", b""))
         return cls(name, folder, network, quantization, headers, tokenizer, small_files)
 

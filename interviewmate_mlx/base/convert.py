@@ -98,7 +98,7 @@ def convert(
     config = read_config(source)
     network = read_network(source, config)
     tokenizer = read_tokenizer_files(source)
-    check_vocab(tokenizer, network.vocab_size)
+    check_vocab(tokenizer.within(network.vocab_size), network.vocab_size)
     weights = find_weights(source)
     tensors = read_tensors(weights)
     quantized = read_quantization(source, config, tensors)

@@ -6,7 +6,7 @@ loaded, so it can lead to no code and to no pickle of a model folder.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,26 @@ class TokenizerFiles:
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self.ids.values()) + 1
+
+    def within(self, vocab_size: int) -> "TokenizerFiles":
+        """The same without added tokens beyond the embedding.
+
+        Some text models share the tokenizer of one that reads images, whose tokens they have no
+        rows for. Unchanged if another token, or the end token, lies there: `check_vocab` refuses.
+        """
+        content = self.objects.get("tokenizer.json", {})
+        beyond = {text for text, number in self.ids.items() if number >= vocab_size}
+        added = {token["content"] for token in content.get("added_tokens", [])}
+        if not beyond or not beyond <= added - set(self.special.values()):
+            return self
+        kept = [t for t in content["added_tokens"] if t["content"] not in beyond]
+        content = {**content, "added_tokens": kept}
+        return replace(
+            self,
+            contents={**self.contents, "tokenizer.json": json.dumps(content).encode()},
+            objects={**self.objects, "tokenizer.json": content},
+            ids={text: number for text, number in self.ids.items() if text not in beyond},
+        )
 
     @property
     def special_ids(self) -> dict[str, int]:

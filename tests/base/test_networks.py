@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import tiny_falcon, write_checkpoint
+from hub_server import HubServer
 from mlx_lm.utils import load_model
 from networks import edit_config, write_network
 from transformers import AutoModelForCausalLM
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.base.convert import convert
 from interviewmate_mlx.base.quantization import Quantization
+from interviewmate_mlx.base.record import origin_of
+from interviewmate_mlx.data.prompts import encode
 from interviewmate_mlx.errors import ModelError, WeightsError
 
 IDS = np.random.default_rng(0).integers(3, 384, (1, 20))
@@ -65,6 +68,35 @@ def test_chat_template_of_the_source_stays(source, tmp_path):
     convert(source, tmp_path / "out")
     kept = (tmp_path / "out" / "chat_template.jinja").read_text(encoding="utf-8")
     assert kept == "{{ messages[0]['content'] }}"
+
+
+def test_tokens_of_images_beyond_the_embedding_are_left_out(source, tmp_path):
+    """As in Gemma 3's text models, which share the tokenizer of those that see."""
+    path = source / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    image = content["added_tokens"][0] | {"content": "<image>", "id": 400}
+    content["added_tokens"].append(image)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    convert(source, tmp_path / "out")
+    tokenizer = Base.open(tmp_path / "out").tokenizer
+    assert max(encode(tokenizer, "an <image> here")) < 384
+    assert tokenizer.decode(encode(tokenizer, "an <image> here")) == "an <image> here"
+    assert "<image>" in (tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the library's own
+def test_hub_id_of_a_network_is_pulled_once(source, tmp_path, monkeypatch):
+    (source / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with HubServer({"some/llama": source}) as hub:
+        hub.isolate(monkeypatch, tmp_path / "home")
+        np.testing.assert_array_equal(logits(Base.open("some/llama")), logits(source))
+        asked = len(hub.requests)
+        Base.open("some/llama")
+        assert len(hub.requests) == asked
+    origin = origin_of(tmp_path / "models/some/llama")
+    assert (origin.source, origin.licence) == ("some/llama", "mit")
+    assert len(origin.revision) == 40
 
 
 def test_weights_of_another_network_are_refused(source, tmp_path):
