@@ -173,12 +173,13 @@ def _scan(path: Path) -> tuple[dict[str, list[Record]], list[Fault]]:
     """The rows of each split that can be read, and the faults of other rows and of files."""
     splits: dict[str, list[Record]] = {}
     faults: list[Fault] = []
-    for split, file in split_files(path).items():
-        splits[split], found = scan_records(file)
+    for split, files in split_files(path).items():
+        splits[split], found = scan_records(*files)
         faults += found
         if not splits[split] and not found:
+            name = files[0].name
             fault = "no rows, expected at least one, or no such file"
-            faults.append(Fault(file.name, fault, f"Add rows to {file.name}, or remove it."))
+            faults.append(Fault(name, fault, f"Add rows to {name}, or remove it."))
     return splits, faults
 
 
