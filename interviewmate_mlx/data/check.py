@@ -15,12 +15,14 @@ from interviewmate_mlx.data.leakage import (
     fold,
     similar_pairs,
 )
+from interviewmate_mlx.data.personal import find_personal
 from interviewmate_mlx.data.prompts import encode_record, row_fault
 from interviewmate_mlx.data.records import (
     DIFFICULTIES,
     TAKEN_ID,
     UNIQUE_ADVICE,
     Record,
+    readings,
     scan_records,
     split_files,
 )
@@ -67,6 +69,7 @@ class DataReport:
     rows: dict[str, int]  # by split
     categories: dict[str, dict[str, int]]  # by category, then split
     difficulties: dict[str, dict[str, int]]
+    readings: dict[str, list[str]]  # by split, how the keys of rows were understood
     answer_words: tuple[int, float, int]  # shortest, mean, longest
     closest: list[ClosePair]
     token_lengths: tuple[int, float, int] | None = None  # shortest, median, longest row
@@ -124,8 +127,8 @@ def inspect_data(
     Faults are files, rows or splits that cannot be read or are empty; ids that two
     splits share; labels that only some rows have; unknown difficulties; categories that
     are not in train; rows that are too long; near-duplicates within or between splits.
-    Warnings are answers that end in the text of an end token, and rows that already hold
-    the template.
+    Warnings are answers that end in the text of an end token, rows that already hold the
+    template, and what looks like personal data or a secret.
 
     Args:
         path: a file, or a folder with the files of the splits.
@@ -153,12 +156,17 @@ def inspect_data(
         *(_fault(pair) for pair in pairs if pair.similarity >= _THRESHOLDS[pair.what]),
     ]
     end_tokens = dict.fromkeys([*([tokenizer.eos_token] if tokenizer else []), *_END_TOKENS])
-    warnings = [*_ends_of_text(records, list(end_tokens)), *_templates_in_text(records)]
+    warnings = [
+        *_ends_of_text(records, list(end_tokens)),
+        *_templates_in_text(records),
+        *_personal(records),
+    ]
     if faults:
         return Findings(path, faults, warnings, None)
     words = [len(fold(record.answer)) for record in records]
     report = DataReport(
         rows={split: len(rows) for split, rows in splits.items()},
+        readings={split: readings(rows) for split, rows in splits.items()},
         categories=_count_by(splits, "category"),
         difficulties=_count_by(splits, "difficulty"),
         answer_words=(min(words), statistics.mean(words), max(words)),
@@ -310,6 +318,20 @@ def _templates_in_text(records: list[Record]) -> Iterator[Fault]:
                     f"a text of the {role} begins with {word!r}, which the template adds",
                     "Remove these words from the texts.",
                 )
+
+
+def _personal(records: list[Record]) -> Iterator[Fault]:
+    """Rows with addresses, numbers or keys, which an adapter would remember."""
+    for record in records:
+        texts = [message.content for message in record.messages]
+        whole = "\n".join([*texts, record.prompt, record.completion, record.follow_up])
+        for kind, start in find_personal(whole):
+            yield Fault(
+                _place(record),
+                f"holds what looks like {kind} ({start}), which an adapter would remember",
+                "Remove personal data, or write an invented one, such as name@example.com.",
+                f"holds what looks like {kind}, which an adapter would remember",
+            )
 
 
 def _place(record: Record) -> str:
