@@ -96,7 +96,11 @@ def _next(rows: Iterator[list[str]], text: "_Decoded", number: int) -> _Values |
     try:
         values = next(rows, None)
     except csv.Error as error:
-        if text.is_over or "limit" in str(error):
+        if "limit" in str(error):
+            raise TableFault(
+                f"row {number} holds a cell of more than 1 MB, or a quote that does not close"
+            ) from error
+        if text.is_over:
             raise TableFault(f"a quote that opens in row {number} does not close") from error
         return _Values([], str(error))
     finally:
@@ -142,8 +146,11 @@ class _Decoded:
         except StopIteration:
             self.is_over = True
             raise
+        if b"\0" in line:
+            self.fault = f"a zero byte, at byte {line.index(0)} of the line"
+            line = line.replace(b"\0", b"")
         try:
-            return line.decode("utf-8").replace("\0", "\ufffd")
+            return line.decode("utf-8")
         except UnicodeDecodeError as error:
             self.fault = f"not UTF-8 at byte {error.start} of the line"
             return line.decode("utf-8", "replace")
