@@ -154,7 +154,8 @@ def content_id(record: Record) -> str:
 
 def _sort_key(row: dict[str, Any], row_id: str, seed: int) -> tuple[str, str, str]:
     digest = hashlib.sha256(f"{seed}:{row_id}".encode()).hexdigest()
-    return str(row.get("category", "")), str(row.get("difficulty", "")), digest
+    by_name = {key.strip().casefold(): value for key, value in row.items()}
+    return str(by_name.get("category", "")), str(by_name.get("difficulty", "")), digest
 
 
 def _deal(held: list[int], num_new: int, shares: tuple[float, float, float]) -> list[str]:

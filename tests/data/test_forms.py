@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
+from interviewmate_mlx.data.check import inspect_data
 from interviewmate_mlx.data.prompts import encode_records
 from interviewmate_mlx.data.records import (
     Message,
@@ -24,6 +25,7 @@ from interviewmate_mlx.data.records import (
     readings,
     scan_records,
 )
+from interviewmate_mlx.data.splits import split_rows
 from interviewmate_mlx.errors import DataError
 
 ROWS = [
@@ -112,6 +114,39 @@ PLACES = {
 def test_places_are_those_that_a_person_finds(tmp_path, name, places):
     (tmp_path / name).write_bytes(FILES[name])
     assert [record.source for record in read_records(tmp_path / name)] == places
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.jsonl"])
+def test_split_of_every_file_is_the_same(tmp_path, name):
+    """Rows keep their columns, and go where the same rows of JSON Lines go."""
+    rows = [
+        {"ID": f"{n:02}", "Category": "ab"[n % 2], "Question": f"Q{n}?", "Response": f"A {n}."}
+        for n in range(20)
+    ]
+    files = {"csv": as_csv(rows), "parquet": as_parquet(rows), "jsonl": as_lines(rows)}
+    (tmp_path / name).write_bytes(files[name.partition(".")[2]])
+    split_rows([tmp_path / name], tmp_path / "out")
+    own = [{"id": row["ID"], "category": row["Category"], "question": row["Question"],
+            "answer": row["Response"]} for row in rows]  # fmt: skip
+    (tmp_path / "own.jsonl").write_bytes(as_lines(own))
+    split_rows([tmp_path / "own.jsonl"], tmp_path / "expected")
+    got, expected = (
+        {s: [(r.id, r.category, r.question, r.answer) for r in found] for s, found in both.items()}
+        for both in (load_splits(tmp_path / "out"), load_splits(tmp_path / "expected"))
+    )
+    assert got == expected
+    assert sum(map(len, got.values())) == 20
+
+
+def test_near_duplicates_are_found_across_kinds_of_files(tmp_path):
+    text = "a loss says how far the answers of a model are from what was wanted of it"
+    train = [{"question": f"What is it, {n}?", "answer": f"{n} {text}" * (n == 1) or f"B{n}"}
+             for n in range(3)]  # fmt: skip
+    (tmp_path / "train.parquet").write_bytes(as_parquet(train))
+    (tmp_path / "valid.csv").write_bytes(as_csv([{"question": "Why so?", "answer": text}]))
+    (fault,) = [f for f in inspect_data(tmp_path).faults if "answer" in f.message]
+    assert fault.place == "valid.csv row 2"
+    assert "like that of train.parquet group 0 row 2" in fault.message
 
 
 # keys
