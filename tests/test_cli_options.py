@@ -918,6 +918,17 @@ def test_data_convert_writes_rows_of_our_own_form(imate):
     assert not Path("none.jsonl").exists()
 
 
+def test_train_says_how_other_keys_were_understood(imate, tiny_base):
+    Path("rows.csv").write_text(TABLE)
+    words = ["--data", "rows.csv", "--set", "train.warmup_ratio=0", "--max-steps", "1"]
+    said = imate("train", "--model", tiny_base, *words, "--out", "adapter").stderr
+    assert "2 rows: question from 'Question', answer from 'Response'" in said
+    plain = [{"question": "What is it?", "answer": "A loss."}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
+    words[1] = "rows.jsonl"
+    assert "understood" not in imate("train", "--model", tiny_base, *words, "--out", "b").stderr
+
+
 @shows("data convert --force")
 def test_data_convert_replaces_a_file_only_if_asked(imate):
     Path("rows.csv").write_text(TABLE)

@@ -13,7 +13,7 @@ from interviewmate_mlx.base.base import Base, is_here
 from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.data.batches import steps_per_epoch
 from interviewmate_mlx.data.prompts import Example, encode_records, template_of
-from interviewmate_mlx.data.records import Record, load_splits
+from interviewmate_mlx.data.records import Record, load_splits, readings
 from interviewmate_mlx.data.templates import AUTO, VERBATIM, Template, choose_template
 from interviewmate_mlx.errors import (
     AdapterError,
@@ -120,7 +120,12 @@ class Task:
             num_parameters=num_parameters,
             peak_bytes=self.memory.peak_bytes,
             disk_bytes=checkpoint_bytes(self.run, self.model),
-            notes=(*notes, *self.base.network.doubts, *idle_options(self.run, self.rows)),
+            notes=(
+                *notes,
+                *self.base.network.doubts,
+                *renamed_keys(self.rows),
+                *idle_options(self.run, self.rows),
+            ),
         )
 
 
@@ -369,6 +374,12 @@ def check_steps(run: RunConfig, rows: Rows, state: State | None) -> None:
             f"starts at 0 (train.warmup_ratio: {settings.warmup_ratio:g}).\n"
             "Train more epochs or rows, or set train.warmup_ratio to 0."
         )
+
+
+def renamed_keys(rows: Rows) -> list[str]:
+    """Say how rows were understood whose keys are not this package's own."""
+    lines = readings(example.record for example in rows.train)
+    return [f"training rows, as they were understood: {line}" for line in lines if " from " in line]
 
 
 def idle_options(run: RunConfig, rows: Rows) -> list[str]:
