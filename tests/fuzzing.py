@@ -1,6 +1,6 @@
 """Broken files, made up by hypothesis: valid ones mutated, and garbage in a format's own words.
 
-Five readers of what strangers write are the targets. Each may read what it is given or
+Readers of what strangers write are the targets. Each may read what it is given or
 refuse it with an error of this package; any other exception is a fault. `scripts/fuzz.py`
 runs them, in a process whose memory and whose time for each file are limited.
 """
@@ -18,12 +18,15 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from chat_templates import SHAPES, chat_tokenizer
 from hypothesis import strategies as st
 
 from interviewmate_mlx.adapter.config import AdapterConfig
 from interviewmate_mlx.adapter.folder import Adapter, adapter_weights, save_adapter
 from interviewmate_mlx.config import load_run, parse_run, to_toml
-from interviewmate_mlx.data.records import load_splits
+from interviewmate_mlx.data.prompts import encode_messages
+from interviewmate_mlx.data.records import Message, load_splits
+from interviewmate_mlx.data.templates import choose_template
 from interviewmate_mlx.errors import InterviewMateError
 from interviewmate_mlx.formats.safetensors_file import read_safetensors_header, safetensors_header
 from interviewmate_mlx.formats.torch_file import read_torch_file
@@ -432,6 +435,56 @@ def data_target(suffix: str = ".jsonl") -> Target:
     )
 
 
+_TABLES = [
+    b"question,answer\nQ?,A.\n",
+    b'\xef\xbb\xbfQuestion;Response;id\r\n"Q; ""x""\n?";A.;1\r\nR?;B.;2\r\n',
+    b'id\tmessages\na\t"[{""from"": ""human"", ""value"": ""Q""}, '
+    b'{""from"": ""gpt"", ""value"": ""A""}]"',
+    b"text\nT\n",
+]  # fmt: skip
+_CELLS = [
+    b",",
+    b";",
+    b"\t",
+    b'"',
+    b'""',
+    b"\n",
+    b"\r",
+    b"\0",
+    b"\xff",
+    b"question",
+    b"answer",
+    b"=1",
+]
+
+
+def table_target() -> Target:
+    cells = st.lists(st.sampled_from(_CELLS), max_size=40).map(b"".join)
+    contents = st.one_of(st.sampled_from(_TABLES), mutated(_TABLES), cells)
+    return Target("train.csv", contents, load_splits)
+
+
+_JINJA = [
+    *("{{ ", " }}", "{% ", " %}", "{%- ", " -%}", "for m in messages", "endfor", "if loop.last"),
+    *("endif", "else", "set x = ", "m.content", "m['role']", "| trim", "| tojson", "~", "+", "*"),
+    *("eos_token", "add_generation_prompt", "messages[1:]", "namespace(x=1)", "'<|im_end|>'"),
+    *("loop.index0", ".split('a')", ".__class__", "range(99999)", "(", ")", "[", "]", "x", "99"),
+    *("macro f(n)", "endmacro", "f(1)", "generation", "endgeneration", "break", "x.y.z", "\n"),
+]
+
+
+def template_target() -> Target:
+    tokenizer = chat_tokenizer("chatml")
+    asked = [Message("user", "Q"), Message("assistant", "A"), Message("user", "R")]
+    seeds = [template.encode() for template, *_ in SHAPES.values()]
+    words = st.lists(st.sampled_from(_JINJA), max_size=30).map(lambda w: "".join(w).encode())
+
+    def read(path: Path) -> object:
+        return encode_messages(tokenizer, asked, choose_template(str(path), tokenizer))
+
+    return Target("a.jinja", st.one_of(st.sampled_from(seeds), mutated(seeds), words), read)
+
+
 def make_target(name: str, folder: Path) -> Target:
     """A target by its name in `TARGETS`; `folder` is where it may write."""
     if name == "adapter":
@@ -442,7 +495,9 @@ def make_target(name: str, folder: Path) -> Target:
         "config": config_target,
         "data": data_target,
         "json-data": lambda: data_target(".json"),
+        "table": table_target,
+        "template": template_target,
     }[name]()
 
 
-TARGETS = ("torch", "safetensors", "adapter", "config", "data", "json-data")
+TARGETS = ("torch", "safetensors", "adapter", "config", "data", "json-data", "table", "template")

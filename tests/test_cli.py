@@ -169,7 +169,8 @@ def test_wrong_usage_exits_with_2_and_says_why(imate, words, said):
         ("data check nowhere", "DataError: No data at nowhere."),
         (
             "data check FILE",
-            "DataError: FILE: got a nameless file, expected .jsonl or .json.",
+            "DataError: FILE: got a nameless file, expected .jsonl or .json, .csv, .tsv or "
+            ".parquet.",
         ),
         ("data preview QUESTIONS --model BASE --row 13", "ConfigError: --row: got 13, expected at"),
         ("data preview QUESTIONS --model nowhere", "ModelError: No model at nowhere"),

@@ -890,6 +890,106 @@ def test_data_preview_cuts_at_max_length(preview):
     assert whole[0] - whole[1] == cut[0] - cut[1], "the answer is what is cut"
 
 
+TABLE = "Question;Response;Kind\nWhat is it?;A loss.;x\nAnd this?;A mean of many things.;y\n"
+
+
+@shows("data convert --out")
+def test_data_convert_writes_rows_of_our_own_form(imate):
+    Path("rows.csv").write_text(TABLE)
+    said = imate("data", "convert", "rows.csv", "--out", "rows.jsonl").stdout
+    assert said == (
+        "rows.jsonl: 2 rows, 2 of them got an id\n"
+        "2 rows: question from 'Question', answer from 'Response'\n"
+    )
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert [(row["question"], row["answer"]) for row in rows] == [
+        ("What is it?", "A loss."),
+        ("And this?", "A mean of many things."),
+    ]
+    assert len({row["id"] for row in rows}) == 2
+    imate("data", "convert", "rows.jsonl", "--out", "again.jsonl")
+    assert Path("again.jsonl").read_bytes() == Path("rows.jsonl").read_bytes()
+    assert "ends in .jsonl" in imate("data", "convert", "rows.csv", "--out", "x.csv", code=1).stderr
+    Path("rows.csv").write_text(TABLE + "What is it?;A loss.;z\nHalf\n")
+    words = ["data", "convert", "rows.csv", "--out", "none.jsonl"]
+    refusal = imate(*words, code=1).stderr
+    assert "row 4: the same question and answer as rows.csv row 2, and no id" in refusal
+    assert "row 5: got 1 cell, expected 3 cells, as in row 1" in refusal
+    assert not Path("none.jsonl").exists()
+
+
+def test_train_says_how_other_keys_were_understood(imate, tiny_base):
+    Path("rows.csv").write_text(TABLE)
+    words = ["--data", "rows.csv", "--set", "train.warmup_ratio=0", "--max-steps", "1"]
+    said = imate("train", "--model", tiny_base, *words, "--out", "adapter").stderr
+    assert "2 rows: question from 'Question', answer from 'Response'" in said
+    plain = [{"question": "What is it?", "answer": "A loss."}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
+    words[1] = "rows.jsonl"
+    assert "understood" not in imate("train", "--model", tiny_base, *words, "--out", "b").stderr
+
+
+@shows("data convert --force")
+def test_data_convert_replaces_a_file_only_if_asked(imate):
+    Path("rows.csv").write_text(TABLE)
+    Path("out.jsonl").write_text("mine\n")
+    words = ["data", "convert", "rows.csv", "--out", "out.jsonl"]
+    assert "--force" in imate(*words, code=1).stderr
+    assert Path("out.jsonl").read_text() == "mine\n"
+    imate(*words, "--force")
+    assert "A loss." in Path("out.jsonl").read_text()
+
+
+@shows("data convert --split")
+def test_data_convert_takes_the_split(imate, questions):
+    words = ["data", "convert", questions, "--out", "out.jsonl"]
+    assert "--split" in imate(*words, code=1).stderr
+    assert imate(*words, "--split", "valid").stdout.startswith("out.jsonl: 4 rows, 4 of them")
+
+
+@pytest.fixture
+def shown_rows(imate: Callable[..., Any], tiny_base: Path, questions: Path) -> Callable[..., Any]:
+    def run(*options: object) -> Any:
+        words = ["data", "show", questions, "--model", tiny_base, "--json", *options]
+        return json.loads(imate(*words).stdout)["train"]
+
+    return run
+
+
+@shows("data show --json")
+def test_data_show_prints_json_of_what_it_shows(imate, shown_rows, questions, tiny_base):
+    report = shown_rows()
+    assert (report["rows"], report["turns"]) == (12, {"1": 12})
+    text = imate("data", "show", questions, "--model", tiny_base).stdout
+    assert re.search(r"rows\s+│\s+12 │\s+4 │\s+3 │", text)
+    share = f"{report['loss_share']:.0%}"
+    assert re.search(rf"tokens with loss\s+│\s+{share} │", text)
+    assert "train: 12 rows: question, answer" in text
+
+
+@shows("data show --model")
+def test_data_show_counts_the_bases_tokens(shown_rows, other_base):
+    assert (
+        shown_rows("--model", other_base)["tokens"]["longest"] > shown_rows()["tokens"]["longest"]
+    )
+
+
+@shows("data show --max-length")
+def test_data_show_counts_rows_that_will_be_cut(shown_rows):
+    assert (shown_rows()["num_cut"], shown_rows("--max-length", 16)["num_cut"]) == (0, 12)
+
+
+@shows("data show --template")
+def test_data_show_counts_tokens_of_the_template(shown_rows):
+    assert shown_rows("--template", "alpaca")["loss_share"] < shown_rows()["loss_share"]
+
+
+@shows("data show --train-on")
+def test_data_show_counts_tokens_with_loss(shown_rows):
+    assert shown_rows("--train-on", "all")["loss_share"] > shown_rows()["loss_share"]
+    assert shown_rows("--train-on", "last") == shown_rows()
+
+
 @shows("data preview --template")
 def test_data_preview_puts_the_row_into_the_template(preview, tmp_path):
     assert preview("--template", "plain") == preview()

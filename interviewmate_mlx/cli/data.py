@@ -1,9 +1,10 @@
-"""imate-mlx data check | split | preview"""
+"""imate-mlx data check | split | preview | show | convert"""
 
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +19,9 @@ from interviewmate_mlx.cli.options import (
     prepared,
 )
 from interviewmate_mlx.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
 @click.group("data")
@@ -183,12 +187,11 @@ def preview(
     Example: imate-mlx data preview my_questions/ --row 3
     """
     with prepared():
-        from interviewmate_mlx.base.base import is_here
-        from interviewmate_mlx.config import DataConfig, ModelConfig
+        from interviewmate_mlx.config import DataConfig
         from interviewmate_mlx.data.prompts import encode_record, template_of
-        from interviewmate_mlx.data.records import load_splits
+        from interviewmate_mlx.data.records import load_splits, readings
         from interviewmate_mlx.data.templates import choose_template
-        from interviewmate_mlx.hub.names import MINI, fetch_data
+        from interviewmate_mlx.hub.names import fetch_data
         from interviewmate_mlx.results.terminal import byte_bar, preview_text
 
         with byte_bar(f"fetching {path}", make_console()) as progress:
@@ -200,10 +203,7 @@ def preview(
         records = splits[split]
         if row > len(records):
             raise ConfigError(f"--row: got {row}, expected at most {len(records)} ({split}).")
-        base = model or (ModelConfig.base if is_here(ModelConfig.base) else MINI)
-        if not model:
-            click.echo(f"in the tokens of {base}; --model takes another base", err=True)
-        tokenizer = load_tokenizer(base)
+        tokenizer = _tokenizer_of(model)
         chosen = choose_template(template or DataConfig.template, tokenizer)
         examples = encode_record(
             tokenizer,
@@ -212,9 +212,101 @@ def preview(
             train_on or DataConfig.train_on,
             chosen,
         )
+        for line in readings(records):
+            click.echo(harmless(f"{split}: {line}"), err=True)
         asked = template_of([records[row - 1]], chosen)
         click.echo(f"template: {harmless(asked.name)}", err=True)
         for number, example in enumerate(examples, start=1):
             if len(examples) > 1:
                 click.echo(f"--- {number} of {len(examples)}: an answer each")
             make_console(sys.stdout).print(preview_text(tokenizer, example), soft_wrap=True)
+
+
+@command.command()
+@click.argument("path")
+@model_option
+@click.option(
+    "--max-length", type=click.IntRange(8), help="Tokens to keep; as in a run by default."
+)
+@click.option("--template", metavar="NAME", help="As data.template of a run; auto by default.")
+@click.option(
+    "--train-on",
+    type=click.Choice(["answer", "answers", "last", "all"]),
+    help="As in a run by default.",
+)
+@json_option
+def show(
+    path: str,
+    model: str | None,
+    max_length: int | None,
+    template: str | None,
+    train_on: str | None,
+    as_json: bool,
+) -> None:
+    """Show what rows are like: lengths, turns, scripts, and what training would see of them.
+
+    Without --model tokens are those of the runs' base if it is here, or else of mini.
+
+    \b
+    Example: imate-mlx data show my_questions/
+    """
+    with prepared():
+        from interviewmate_mlx.config import DataConfig
+        from interviewmate_mlx.data.records import load_splits
+        from interviewmate_mlx.data.summary import summarize
+        from interviewmate_mlx.data.templates import choose_template
+        from interviewmate_mlx.hub.names import fetch_data
+        from interviewmate_mlx.results.terminal import byte_bar, rows_table
+
+        with byte_bar(f"fetching {path}", make_console()) as progress:
+            splits = load_splits(fetch_data(path, progress))
+        tokenizer = _tokenizer_of(model)
+        chosen = choose_template(template or DataConfig.template, tokenizer)
+        length = max_length or DataConfig.max_length
+        found = {
+            split: summarize(records, tokenizer, length, train_on or DataConfig.train_on, chosen)
+            for split, records in splits.items()
+        }
+        if as_json:
+            click.echo(json.dumps({split: asdict(each) for split, each in found.items()}))
+            return
+        make_console(sys.stdout).print(rows_table(found, length))
+
+
+@command.command()
+@click.argument("path")
+@click.option("--out", type=UserPath(), required=True, help="The new file, .jsonl.")
+@click.option("--split", type=click.Choice(["train", "valid", "test"]), help="Of a folder's.")
+@click.option("--force", is_flag=True, help="Replace the file.")
+def convert(path: str, out: Path, split: str | None, force: bool) -> None:
+    """Write rows of any form as JSON Lines in this package's own form, each with an id.
+
+    A row without an id gets one from its question and answer. Other columns are left out.
+
+    \b
+    Example: imate-mlx data convert answers.csv --out rows.jsonl
+    """
+    with prepared():
+        from interviewmate_mlx.data.convert import convert_rows
+        from interviewmate_mlx.hub.names import fetch_data
+        from interviewmate_mlx.results.terminal import byte_bar
+        from interviewmate_mlx.results.terminal import count as count_of
+
+        with byte_bar(f"fetching {path}", make_console()) as progress:
+            folder = fetch_data(path, progress)
+        done = convert_rows(folder, out, split, force)
+    click.echo(f"{out}: {count_of(done.rows, 'row')}, {done.given_ids} of them got an id")
+    for reading, number in done.readings.items():
+        click.echo(harmless(f"{count_of(number, 'row')}: {reading}"))
+
+
+def _tokenizer_of(model: str | None) -> "TokenizerWrapper":
+    """The tokenizer of a base; without one, that of the runs' base or of mini."""
+    from interviewmate_mlx.base.base import is_here
+    from interviewmate_mlx.config import ModelConfig
+    from interviewmate_mlx.hub.names import MINI
+
+    base = model or (ModelConfig.base if is_here(ModelConfig.base) else MINI)
+    if not model:
+        click.echo(f"in the tokens of {base}; --model takes another base", err=True)
+    return load_tokenizer(base)

@@ -54,6 +54,7 @@ _OPTIONS = {
     "quantize": "--quantize",
     "replace": "--force",
     "resume": "--resume",
+    "split": "--split",
     "system": "--system",
     "trim_vocab": "--trim-vocab",
     "untested_base": "--untested-base",

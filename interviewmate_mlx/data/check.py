@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ from interviewmate_mlx.data.leakage import (
     fold,
     similar_pairs,
 )
+from interviewmate_mlx.data.personal import find_personal
 from interviewmate_mlx.data.prompts import encode_record, row_fault
 from interviewmate_mlx.data.records import (
     DIFFICULTIES,
     TAKEN_ID,
     UNIQUE_ADVICE,
     Record,
+    iterate_records,
     scan_records,
     split_files,
 )
@@ -34,6 +37,11 @@ from interviewmate_mlx.data.templates import (
 from interviewmate_mlx.errors import DataError
 
 _MAX_CLOSEST = 5  # pairs in a report
+# Rows that are compared with each other; of more, only so many are in memory.
+MAX_COMPARED_ROWS = 200_000
+_MAX_COMPARED_CHARS = 256 << 20
+_MAX_UNLABELLED = 100_000  # rows without a label that others have, to be named
+_ALL_OR_NONE = ("id", "category", "difficulty")  # labels
 # End tokens of well-known models. A base's own comes from its tokenizer.
 _END_TOKENS = (
     "<|endoftext|>",
@@ -67,6 +75,7 @@ class DataReport:
     rows: dict[str, int]  # by split
     categories: dict[str, dict[str, int]]  # by category, then split
     difficulties: dict[str, dict[str, int]]
+    readings: dict[str, list[str]]  # by split, how the keys of rows were understood
     answer_words: tuple[int, float, int]  # shortest, mean, longest
     closest: list[ClosePair]
     token_lengths: tuple[int, float, int] | None = None  # shortest, median, longest row
@@ -124,8 +133,8 @@ def inspect_data(
     Faults are files, rows or splits that cannot be read or are empty; ids that two
     splits share; labels that only some rows have; unknown difficulties; categories that
     are not in train; rows that are too long; near-duplicates within or between splits.
-    Warnings are answers that end in the text of an end token, and rows that already hold
-    the template.
+    Warnings are answers that end in the text of an end token, rows that already hold the
+    template, and what looks like personal data or a secret.
 
     Args:
         path: a file, or a folder with the files of the splits.
@@ -137,49 +146,186 @@ def inspect_data(
         DataError: there is nothing to read.
         ConfigError, ModelError: the template cannot be used.
     """
-    splits, faults = _scan(path)
-    records = [record for rows in splits.values() for record in rows]
-    lengths: list[int] = []
-    if tokenizer:
-        lengths, misfits = _count_tokens(tokenizer, records, choose_template(template, tokenizer))
-        faults += misfits
-    pairs = _close_pairs(records)
-    faults += [
-        *_shared_ids(splits),
-        *_missing_labels(records),
-        *_unknown_difficulties(records),
-        *_unknown_categories(splits),
-        *_too_long(records, lengths, max_length),
-        *(_fault(pair) for pair in pairs if pair.similarity >= _THRESHOLDS[pair.what]),
-    ]
-    end_tokens = dict.fromkeys([*([tokenizer.eos_token] if tokenizer else []), *_END_TOKENS])
-    warnings = [*_ends_of_text(records, list(end_tokens)), *_templates_in_text(records)]
-    if faults:
-        return Findings(path, faults, warnings, None)
-    words = [len(fold(record.answer)) for record in records]
-    report = DataReport(
-        rows={split: len(rows) for split, rows in splits.items()},
-        categories=_count_by(splits, "category"),
-        difficulties=_count_by(splits, "difficulty"),
-        answer_words=(min(words), statistics.mean(words), max(words)),
-        closest=pairs[:_MAX_CLOSEST],
-        token_lengths=(min(lengths), statistics.median(lengths), max(lengths)) if lengths else None,
-        warnings=warnings,
-    )
-    return Findings(path, [], warnings, report)
+    chosen = choose_template(template, tokenizer) if tokenizer else None
+    tally = _Tally(path, tokenizer, max_length, chosen)
+    for splits in _portions(path, tally.faults):
+        tally.add(splits)
+    return tally.findings()
 
 
-def _scan(path: Path) -> tuple[dict[str, list[Record]], list[Fault]]:
-    """The rows of each split that can be read, and the faults of other rows and of files."""
-    splits: dict[str, list[Record]] = {}
-    faults: list[Fault] = []
-    for split, file in split_files(path).items():
-        splits[split], found = scan_records(file)
+def _portions(path: Path, faults: list[Fault]) -> Iterator[dict[str, list[Record]]]:
+    """The rows of each split that can be read; of many training rows a part at a time.
+
+    Args:
+        path: a file or folder.
+        faults: those of other rows and of files are added to it.
+    """
+    files = split_files(path)
+    others: dict[str, list[Record]] = {}
+    for split in [split for split in files if split != "train"]:
+        others[split], found = scan_records(*files[split])
         faults += found
-        if not splits[split] and not found:
+    portion: list[Record] = []
+    num_chars, num_portions, num_faults = 0, 0, len(faults)
+    for found_row in iterate_records(*files["train"]):
+        if isinstance(found_row, Fault):
+            faults.append(found_row)
+            continue
+        portion.append(found_row)
+        num_chars += len(found_row.question) + len(found_row.answer)
+        if len(portion) == MAX_COMPARED_ROWS or num_chars >= _MAX_COMPARED_CHARS:
+            num_portions += 1
+            yield {"train": portion} | others
+            portion, num_chars = [], 0
+    splits = {"train": portion} | others
+    if portion or not num_portions:
+        yield splits
+    for split in [split for split in files if not splits[split]]:
+        is_faulty = len(faults) > num_faults if split == "train" else bool(faults)
+        if not is_faulty and not (split == "train" and num_portions):
+            name = files[split][0].name
             fault = "no rows, expected at least one, or no such file"
-            faults.append(Fault(file.name, fault, f"Add rows to {file.name}, or remove it."))
-    return splits, faults
+            faults.append(Fault(name, fault, f"Add rows to {name}, or remove it."))
+
+
+class _Tally:
+    """What is found in the rows of a data set, portion by portion."""
+
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: "Tokenizer | None",
+        max_length: int,
+        template: Template | None,
+    ) -> None:
+        self.faults: list[Fault] = []
+        self._path, self._tokenizer = path, tokenizer
+        self._max_length, self._template = max_length, template
+        self._end_tokens = list(
+            dict.fromkeys([*([tokenizer.eos_token] if tokenizer else []), *_END_TOKENS])
+        )
+        self._found: dict[Fault, None] = {}  # in rows; those of valid and test come again
+        self._warnings: dict[Fault, None] = {}
+        self._counts: dict[str, Counter[tuple[str, str]]] = {}  # by split: of (label, value)
+        self._unlabelled: dict[str, list[Fault]] = {label: [] for label in _ALL_OR_NONE}
+        self._closest: list[ClosePair] = []
+        self._words, self._tokens = array("q"), array("q")
+        self._seen: dict[str, set[int]] = {what: set() for what in _THRESHOLDS}
+        self._num_portions = 0
+
+    def add(self, splits: dict[str, list[Record]]) -> None:
+        """Take the next training rows, and the rows of the other splits, the same each time."""
+        self._num_portions += 1
+        new = splits if self._num_portions == 1 else {"train": splits["train"]}
+        rows = [record for records in new.values() for record in records]
+        every = [record for records in splits.values() for record in records]
+        lengths: list[int] = []
+        found: list[Fault] = []
+        if self._tokenizer and self._template:
+            lengths, found = _count_tokens(self._tokenizer, rows, self._template)
+        pairs = _close_pairs(every)
+        found += [
+            *_shared_ids(splits),
+            *_unknown_difficulties(rows),
+            *_too_long(rows, lengths, self._max_length),
+            *(_fault(pair) for pair in pairs if pair.similarity >= _THRESHOLDS[pair.what]),
+            *self._equal_to_earlier(new.get("train", [])),
+        ]
+        self._found |= dict.fromkeys(found)
+        warnings = (
+            _ends_of_text(rows, self._end_tokens),
+            _templates_in_text(rows),
+            _personal(rows),
+        )
+        self._warnings |= dict.fromkeys(fault for each in warnings for fault in each)
+        for split, records in new.items():
+            self._count(split, records)
+        for label, missing in self._unlabelled.items():
+            if len(missing) < _MAX_UNLABELLED:
+                missing += _missing_label(rows, label)
+        self._closest = sorted({*self._closest, *pairs}, key=_order)[:_MAX_CLOSEST]
+        self._words.extend(len(fold(record.answer)) for record in rows)
+        self._tokens.extend(lengths)
+
+    def findings(self) -> Findings:
+        """What was found in all."""
+        counts = self._counts
+        labelled = {label for count in counts.values() for label, value in count if value}
+        missing = (self._unlabelled[label] for label in _ALL_OR_NONE if label in labelled)
+        self.faults += [
+            *self._found,
+            *(fault for faults in missing for fault in faults),
+            *_unknown_categories({split: _values(counts[split], "category") for split in counts}),
+        ]
+        warnings = list(self._warnings)
+        if self._num_portions > 1:
+            text = (
+                f"more than {MAX_COMPARED_ROWS:,} rows: in parts of so many they were compared for "
+                "near-duplicates, and between the parts for equal texts alone"
+            )
+            warnings.append(Fault(self._path.name, text, "Compare smaller files to find more."))
+        if self.faults:
+            return Findings(self._path, self.faults, warnings, None)
+        tokens = self._tokens
+        report = DataReport(
+            rows={split: _values(count, "rows")[""] for split, count in counts.items()},
+            readings={split: _as_lines(_values(counts[split], "reading")) for split in counts},
+            categories=_by_value(counts, "category"),
+            difficulties=_by_value(counts, "difficulty"),
+            answer_words=(min(self._words), statistics.mean(self._words), max(self._words)),
+            closest=self._closest,
+            token_lengths=(min(tokens), statistics.median(tokens), max(tokens)) if tokens else None,
+            warnings=warnings,
+        )
+        return Findings(self._path, [], warnings, report)
+
+    def _count(self, split: str, records: list[Record]) -> None:
+        counts = self._counts.setdefault(split, Counter())
+        counts["rows", ""] += len(records)
+        for label in (*_ALL_OR_NONE[1:], "reading"):
+            for value, number in Counter(getattr(record, label) for record in records).items():
+                counts[label, value] += number
+        if any(record.id for record in records):
+            counts["id", "some"] += 1
+
+    def _equal_to_earlier(self, records: list[Record]) -> Iterator[Fault]:
+        """Texts that equal one of an earlier portion: within one, pairs are found."""
+        for what, seen in self._seen.items():
+            hashes = {}
+            for record in records:
+                words = " ".join(fold(getattr(record, what)))
+                if words:
+                    hashes[hash(words)] = record
+            for number in hashes.keys() & seen:
+                yield Fault(
+                    _place(hashes[number]),
+                    f"its {what} is the same as that of an earlier row, "
+                    f"expected under {_THRESHOLDS[what]:.0%}",
+                    "Remove or rewrite near-duplicates.",
+                    f"its {what} is that of an earlier row, or nearly",
+                )
+            seen.update(hashes)
+
+
+def _values(counts: Counter[tuple[str, str]], label: str) -> Counter[str]:
+    return Counter({value: number for (name, value), number in counts.items() if name == label})
+
+
+def _by_value(counts: dict[str, Counter[tuple[str, str]]], label: str) -> dict[str, dict[str, int]]:
+    own = {split: _values(count, label) for split, count in counts.items()}
+    names = sorted({name for counter in own.values() for name in counter if name})
+    return {name: {split: own[split][name] for split in counts} for name in names}
+
+
+def _as_lines(counts: Counter[str]) -> list[str]:
+    return [
+        f"{number:,} row{'s' if number > 1 else ''}: {text}"
+        for text, number in counts.most_common()
+    ]
+
+
+def _order(pair: ClosePair) -> tuple[float, str, str]:
+    return -pair.similarity, pair.first, pair.second
 
 
 def _close_pairs(records: list[Record]) -> list[ClosePair]:
@@ -219,24 +365,22 @@ def _shared_ids(splits: dict[str, list[Record]]) -> Iterator[Fault]:
                 yield Fault(record.source, fault, UNIQUE_ADVICE, TAKEN_ID)
 
 
-def _missing_labels(records: list[Record]) -> Iterator[Fault]:
-    for label in ("id", "category", "difficulty"):
-        missing = [record for record in records if not getattr(record, label)]
-        if len(missing) < len(records):
+def _missing_label(records: list[Record], label: str) -> Iterator[Fault]:
+    for record in records:
+        if not getattr(record, label):
             fault = f"no {label}, expected one as other rows have"
             advice = f"Give all rows a value for {label}, or none of them."
-            yield from (Fault(record.source, fault, advice) for record in missing)
+            yield Fault(record.source, fault, advice)
 
 
-def _unknown_categories(splits: dict[str, list[Record]]) -> Iterator[Fault]:
+def _unknown_categories(counts: dict[str, Counter[str]]) -> Iterator[Fault]:
     """Categories of other splits that train does not have."""
-    trained = {record.category for record in splits.get("train", []) if record.category}
-    for split, records in splits.items():
-        counts = Counter(record.category for record in records if record.category)
-        for category in sorted(counts.keys() - trained if trained else ()):
+    trained = counts.get("train", Counter()).keys() - {""}
+    for split, own in counts.items():
+        for category in sorted(own.keys() - trained - {""} if trained else ()):
             yield Fault(
                 split,
-                f"category {category!r} ({counts[category]} rows) is not in train",
+                f"category {category!r} ({own[category]} rows) is not in train",
                 "Rename such categories, or add rows of them to train.",
             )
 
@@ -311,11 +455,19 @@ def _templates_in_text(records: list[Record]) -> Iterator[Fault]:
                 )
 
 
+def _personal(records: list[Record]) -> Iterator[Fault]:
+    """Rows with addresses, numbers or keys, which an adapter would remember."""
+    for record in records:
+        texts = [message.content for message in record.messages]
+        whole = "\n".join([*texts, record.prompt, record.completion, record.follow_up])
+        for kind, start in find_personal(whole):
+            yield Fault(
+                _place(record),
+                f"holds what looks like {kind} ({start}), which an adapter would remember",
+                "Remove personal data, or write an invented one, such as name@example.com.",
+                f"holds what looks like {kind}, which an adapter would remember",
+            )
+
+
 def _place(record: Record) -> str:
     return f"{record.source} ({record.id})" if record.id else record.source
-
-
-def _count_by(splits: dict[str, list[Record]], label: str) -> dict[str, dict[str, int]]:
-    counts = {s: Counter(getattr(record, label) for record in rows) for s, rows in splits.items()}
-    names = sorted({name for counter in counts.values() for name in counter if name})
-    return {name: {split: counts[split][name] for split in splits} for name in names}

@@ -66,9 +66,9 @@ def load_preferences(path: Path, is_paired: bool) -> dict[str, list[Preference]]
         DataError: there is nothing to read, or rows are faulty. All faulty rows are named.
     """
     splits, faults = {}, []
-    for split, file in split_files(path).items():
+    for split, files in split_files(path).items():
         try:
-            splits[split] = read_preferences(file, is_paired)
+            splits[split] = read_preferences(files, is_paired)
         except DataError as error:
             faults.append(str(error))
     if faults:
@@ -76,8 +76,8 @@ def load_preferences(path: Path, is_paired: bool) -> dict[str, list[Preference]]
     return splits
 
 
-def read_preferences(path: Path, is_paired: bool) -> list[Preference]:
-    """Read and check one file of preferences.
+def read_preferences(paths: Sequence[Path], is_paired: bool) -> list[Preference]:
+    """Read and check the files of a split.
 
     Raises:
         DataError: the file or some of its rows cannot be read, its rows have several formats,
@@ -87,7 +87,7 @@ def read_preferences(path: Path, is_paired: bool) -> list[Preference]:
     faults: list[Fault] = []
     formats: dict[tuple[str, ...], str] = {}  # the first row of each
     places: dict[str, str] = {}  # of each id
-    for row in read_rows(path):
+    for path, row in ((path, row) for path in paths for row in read_rows(path)):
         source = f"{path.name} {row.place}".strip()
         if row.fault:
             faults.append(Fault(source, row.fault, row.advice))
@@ -103,11 +103,11 @@ def read_preferences(path: Path, is_paired: bool) -> list[Preference]:
         places.setdefault(record.id, row.place)
         formats.setdefault(kinds, row.place)
         found.append(record)
-    faults += [Fault(path.name, *fault) for fault in _file_faults(found, formats)]
+    faults += [Fault(paths[0].name, *fault) for fault in _file_faults(found, formats)]
     if faults:
-        raise data_error(path, faults)
+        raise data_error(paths[0], faults)
     if not found:
-        raise DataError(f"{path}: no rows.\nAdd rows, one JSON object per line.")
+        raise DataError(f"{paths[0]}: no rows.\nAdd rows, one JSON object per line.")
     return found
 
 

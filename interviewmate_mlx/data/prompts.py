@@ -93,29 +93,39 @@ def encode_record(
         DataError: it cannot be used for this row.
     """
     layout = _lay_out(tokenizer, record, template)
-    answers = [n for n, message in enumerate(record.messages) if message.role == "assistant"]
+    places = [n for n, message in enumerate(record.messages) if message.role == "assistant"]
+    num_given = sum(place < record.num_given for place in places)  # answers without loss
+    if train_on == "last":
+        num_given = sum(map(len, layout.rows)) - 1
     examples, num_answers = [], 0
     for turns in layout.rows:
+        unlearned = max(0, num_given - num_answers)
         num_answers += len(turns)
-        if len(layout.rows) > 1:
-            own = replace(record, messages=record.messages[: answers[num_answers - 1] + 1])
-        else:
+        if unlearned < len(turns):
             own = record
-        pieces = list(_encode_turns(tokenizer, turns, layout))
-        examples.append(_example(own, pieces, max_length, train_on))
-    return examples[-1:] if train_on == "last" else examples
+            if len(layout.rows) > 1:
+                own = replace(record, messages=record.messages[: places[num_answers - 1] + 1])
+            pieces = _encode_turns(tokenizer, turns, layout)
+            examples.append(_example(own, pieces, max_length, train_on == "all", unlearned))
+    return examples
 
 
 def _example(
-    record: Record, pieces: list[tuple[list[int], bool]], max_length: int, train_on: str
+    record: Record,
+    pieces: Iterable[tuple[list[int], bool]],
+    max_length: int,
+    learns_all: bool,
+    num_unlearned: int,
 ) -> Example:
+    """A row in tokens; its first answers, so many as are unlearned, carry no loss."""
     tokens: list[int] = []
     loss_mask: list[bool] = []
-    for number, (piece, is_answer) in enumerate(pieces, start=1):
+    num_answers = 0
+    for piece, is_answer in pieces:
+        num_answers += is_answer
         tokens += piece
-        if train_on == "last":
-            is_answer = is_answer and number == len(pieces)
-        loss_mask += [is_answer or train_on == "all"] * len(piece)
+        is_learned = is_answer and num_answers > num_unlearned
+        loss_mask += [is_learned or learns_all] * len(piece)
     if loss_mask:
         loss_mask[0] = False
     return Example(

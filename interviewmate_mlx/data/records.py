@@ -1,66 +1,46 @@
-"""Reads and checks rows, in every accepted format.
+"""Reads and checks rows, in every accepted form.
 
-A row is a JSON object in one of these formats. The first whose keys are all there
-is used:
-
-    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}
-    {"question": ..., "answer": ...}
-    {"prompt": ..., "completion": ...}               verbatim, no template
-    {"instruction": ..., "input": ..., "output": ...}  Alpaca; input may be absent
-    {"text": ...}                                    verbatim, all of it learned
-
-A column of nulls counts as absent: data sets that were joined have such columns.
+`data/forms.py` says what the keys of a row mean. A column of nulls counts as absent: data sets
+that were joined have such columns.
 
 A row may also have the labels `id`, `category`, `difficulty` and `follow_up`. Other keys
 are ignored. But in a row with `question` and `answer`, a key that looks like a misspelt
 label is an error.
 """
 
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 from interviewmate_mlx.data.faults import Fault, data_error
+from interviewmate_mlx.data.forms import LABELS as LABELS
+from interviewmate_mlx.data.forms import Message as Message
+from interviewmate_mlx.data.forms import (
+    Reading,
+    as_text,
+    check_turns,
+    read_keys,
+    read_messages,
+    refuse_untrained,
+)
 from interviewmate_mlx.data.rows import ENDINGS, read_rows
 from interviewmate_mlx.errors import DataError, brief
-from interviewmate_mlx.files import is_utf8
 
-LABELS = ("id", "category", "difficulty", "follow_up")
 DIFFICULTIES = ("beginner", "intermediate", "advanced")
 _MAX_FAULTS = 100_000  # more than anybody reads; a file of 256 MB could have millions
 TAKEN_ID = "an id that an earlier row has"
 UNIQUE_ADVICE = "Give each row an id of its own."
-# The keys that make a row's format.
-_FORMATS = (
-    ("messages",),
-    ("question", "answer"),
-    ("prompt", "completion"),
-    ("instruction", "output"),
-    ("text",),
-)
 _MISSPELT_RATIO = 0.85  # from this difflib ratio on, an unknown key is a misspelt label
-ROLES = ("system", "user", "assistant")
 SPLIT_NAMES = {
     "train": ("train",),
     "valid": ("valid", "validation", "val", "dev"),
     "test": ("test",),
 }
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: `system`, `user` or `assistant`.
-        content: its text.
-        input: the end of `content` that an Alpaca row has apart, as `input`; "" if none.
-    """
-
-    role: str
-    content: str
-    input: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +55,8 @@ class Record:
     category: str = ""
     difficulty: str = ""
     follow_up: str = ""  # what an interviewer would ask next
+    num_given: int = 0  # of the messages, the first ones, that carry no loss
+    reading: str = ""  # how its keys were understood
 
     @property
     def question(self) -> str:
@@ -96,9 +78,9 @@ def load_splits(path: Path) -> dict[str, list[Record]]:
             named, with file and line.
     """
     splits, faults = {}, []
-    for split, file in split_files(path).items():
+    for split, files in split_files(path).items():
         try:
-            splits[split] = read_records(file)
+            splits[split] = read_records(*files)
         except DataError as error:
             faults.append(str(error))
     if faults:
@@ -106,77 +88,152 @@ def load_splits(path: Path) -> dict[str, list[Record]]:
     return splits
 
 
-def split_files(path: Path) -> dict[str, Path]:
+def split_files(path: Path) -> dict[str, list[Path]]:
     """The train, valid and test files of a folder that exist, or one file as `train`.
 
     Raises:
-        DataError: there is no such path, or the folder has no train file.
+        DataError: there is no such path, or the folder has no train file, or not all parts of one.
     """
     if not path.exists():
         where = "" if path.is_absolute() else f"The current folder is {Path.cwd()}. "
         raise DataError(
             f"No data at {path}.\n"
             f"{where}Give a .jsonl or .json file, a folder with train.jsonl (and valid.jsonl, "
-            "test.jsonl), or `interview` for the shipped questions."
+            "test.jsonl), or `interview` for the shipped questions; tables may be .csv, .tsv or "
+            ".parquet."
         )
     if path.is_file():
-        return {"train": path}
-    found = {split: _split_file(path, split) for split in SPLIT_NAMES}
-    if found["train"] is None:
-        raise DataError(f"{path} holds no train.jsonl and no train.json.\nAdd one.")
-    return {split: file for split, file in found.items() if file}
+        return {"train": [path]}
+    names = sorted(file.name for file in path.iterdir() if file.is_file())
+    found = {split: files_of_split(names, split) for split in SPLIT_NAMES}
+    if not found["train"]:
+        others = [name for name in names if name.endswith(ENDINGS)]
+        advice = f"It holds {brief(others[0])}: give that file." if len(others) == 1 else "Add one."
+        raise DataError(
+            f"{path} holds no train.jsonl and no train.json, .csv, .tsv or .parquet.\n{advice}"
+        )
+    for chosen in found.values():
+        if chosen and (total := _num_parts(chosen[0])) > len(chosen):
+            raise DataError(
+                f"{path} holds {len(chosen)} of {total} parts, such as {chosen[0]}.\n"
+                "Download the others, too."
+            )
+    return {split: [path / name for name in chosen] for split, chosen in found.items() if chosen}
 
 
-def read_records(path: Path) -> list[Record]:
-    """Read and check one file of rows.
+def files_of_split(names: Iterable[str], split: str) -> list[str]:
+    """The file of a split among those of a folder, or its parts as the Hub names them.
+
+    Of several files with a split's name, the first ending counts: `train.jsonl` before
+    `train.parquet`.
+
+    Args:
+        names: of the files in one folder.
+        split: `train`, `valid` or `test`.
+    """
+    there = set(names)
+    whole = [f"{name}{ending}" for name in SPLIT_NAMES[split] for ending in ENDINGS]
+    if first := next((name for name in whole if name in there), None):
+        return [first]
+    for name in SPLIT_NAMES[split]:
+        for ending in ENDINGS:
+            part = re.compile(rf"{name}-\d+-of-\d+(-[0-9a-f]+)?{re.escape(ending)}")
+            if parts := sorted(filter(part.fullmatch, there)):
+                return parts
+    return []
+
+
+def _num_parts(name: str) -> int:
+    found = re.search(r"-of-(\d+)", name)
+    return int(found[1][:9]) if found else 1
+
+
+def read_records(*paths: Path) -> list[Record]:
+    """Read and check a file of rows, or one that lies in several parts.
 
     Raises:
         DataError: the file or some of its rows cannot be read. Every faulty row is
             named, with its line.
     """
-    records, faults = scan_records(path)
+    records, faults = scan_records(*paths)
     if faults:
-        raise data_error(path, faults)
+        raise data_error(paths[0], faults)
     if not records:
-        raise DataError(f"{path}: no rows.\nAdd rows, one JSON object per line.")
+        raise DataError(f"{paths[0]}: no rows.\nAdd rows, one JSON object per line.")
     return records
 
 
-def scan_records(path: Path) -> tuple[list[Record], list[Fault]]:
+def scan_records(*paths: Path) -> tuple[list[Record], list[Fault]]:
     """Read a file of rows; return the valid ones, and the faults of the others or of the file."""
     records: list[Record] = []
     faults: list[Fault] = []
-    first_place: dict[str, str] = {}  # of each id
-    for row in read_rows(path):
-        source = f"{path.name} {row.place}".strip()
-        if len(faults) == _MAX_FAULTS:
-            faults.append(Fault(source, f"after {_MAX_FAULTS} faults nothing more was read"))
-            break
-        if row.fault:
-            faults.append(Fault(source, row.fault, row.advice))
-            continue
-        try:
-            record = read_row(row.value, source)
-        except ValueError as error:
-            faults.append(Fault(source, str(error)))
-            continue
-        if record.id and record.id in first_place:
-            first = first_place[record.id]
-            taken = f"id {record.id!r} is taken by {first}; expected each id once"
-            faults.append(Fault(source, taken, UNIQUE_ADVICE, TAKEN_ID))
-        first_place.setdefault(record.id, row.place)
-        records.append(record)
+    for found in iterate_records(*paths):
+        if isinstance(found, Record):
+            records.append(found)
+        else:
+            faults.append(found)
     return records, faults
 
 
-def split_file_names(split: str) -> list[str]:
-    """The names that a split's file may have, the first that exists is taken."""
-    return [f"{name}{ending}" for name in SPLIT_NAMES[split] for ending in ENDINGS]
+def iterate_records(*paths: Path) -> Iterator[Record | Fault]:
+    """The rows of a file one after the other, each checked, or its fault."""
+    num_faults = 0
+    first_place: dict[str, str] = {}  # of each id
+    for path in paths:
+        for row in read_rows(path):
+            source = f"{path.name} {row.place}".strip()
+            if num_faults == _MAX_FAULTS:
+                yield Fault(source, f"after {_MAX_FAULTS} faults nothing more was read")
+                return
+            fault = Fault(source, row.fault, row.advice) if row.fault else None
+            record = None
+            if not fault:
+                try:
+                    record = read_row(row.value, source)
+                except ValueError as error:
+                    fault = Fault(source, str(error))
+            if record and record.id:
+                first = first_place.setdefault(record.id, source)
+                if first is not source:
+                    place = first.removeprefix(f"{path.name} ")
+                    taken = f"id {record.id!r} is taken by {place}; expected each id once"
+                    fault = Fault(source, taken, UNIQUE_ADVICE, TAKEN_ID)
+            if fault:
+                num_faults += 1
+                yield fault
+            if record:
+                yield record
 
 
-def _split_file(folder: Path, split: str) -> Path | None:
-    names = split_file_names(split)
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+def readings(records: Iterable[Record]) -> list[str]:
+    """What was understood of rows, the most usual first: as in `12 rows: question, answer`."""
+    counts = Counter(record.reading for record in records)
+    return [
+        f"{number:,} row{'s' if number > 1 else ''}: {text}"
+        for text, number in counts.most_common()
+    ]
+
+
+def own_row(record: Record, row_id: str) -> dict[str, Any]:
+    """A row in this package's own form, as JSON has it."""
+    said = [{"role": message.role, "content": message.content} for message in record.messages]
+    roles = [message.role for message in record.messages]
+    row: dict[str, Any] = {"id": row_id}
+    if record.num_given:
+        row |= {"prompt": said[: record.num_given], "completion": said[record.num_given :]}
+    elif roles == ["user", "assistant"] and (extra := record.messages[0].input):
+        asked = record.question[: -len(extra)].rstrip()
+        row |= {"instruction": asked, "input": extra, "output": record.answer}
+    elif roles == ["user", "assistant"]:
+        row |= {"question": record.question, "answer": record.answer}
+    elif roles:
+        row |= {"messages": said}
+    elif record.prompt:
+        row |= {"prompt": record.prompt, "completion": record.completion}
+    else:
+        row |= {"text": record.completion}
+    labels = {name: getattr(record, name) for name in LABELS if name != "id"}
+    return row | {name: value for name, value in labels.items() if value}
 
 
 def read_row(row: object, source: str) -> Record:
@@ -187,82 +244,86 @@ def read_row(row: object, source: str) -> Record:
     """
     if not isinstance(row, dict):
         raise ValueError(f"got {brief(row)}, expected a JSON object")
-    labels: dict[str, Any] = {key: _label(row, key) for key in LABELS}
-    match _format_of(row):
-        case ("messages",):
-            return Record(source, messages=_read_messages(row["messages"]), **labels)
-        case ("question", "answer"):
-            _refuse_misspelt(row)
-            pair = _string(row, "question").strip(), _string(row, "answer").strip()
-            return Record(source, messages=_dialogue(*pair), **labels)
-        case ("prompt", "completion"):
-            prompt, completion = _string(row, "prompt"), _string(row, "completion")
-            return Record(source, prompt=prompt, completion=completion, **labels)
-        case ("instruction", "output"):
-            extra = _string(row, "input").strip() if row.get("input") else ""
-            question = "\n\n".join(filter(None, [_string(row, "instruction").strip(), extra]))
-            answer = Message("assistant", _string(row, "output").strip())
-            return Record(source, messages=(Message("user", question, extra), answer), **labels)
-        case ("text",):
-            return Record(source, completion=_string(row, "text"), **labels)
-    if row.keys() >= {"prompt"} and row.keys() & {"chosen", "rejected", "label"}:
+    if row.keys() >= {"prompt"} and row.keys() & {"chosen", "rejected"}:
         raise ValueError("got a preference, expected one answer (or set train.method, as to dpo)")
-    keys = ", ".join(brief(key) for key in list(row)[:10]) or "(none)"
-    more = f" and {len(row) - 10} more" if len(row) > 10 else ""
-    raise ValueError(
-        f"got the keys {keys}{more}, expected 'question' and 'answer' "
-        "(or messages, prompt and completion, instruction and output, text)"
-    )
+    refuse_untrained(row)
+    present = tuple(key for key, value in row.items() if value is not None)
+    null = tuple(key for key, value in row.items() if value is None)
+    reading = read_keys(present, null)
+    keys = reading.keys
+    labels: dict[str, Any] = {name: _label(row, keys[name]) for name in LABELS if name in keys}
+    labels["reading"] = str(reading)
+    match reading.form:
+        case "messages":
+            messages = read_messages(_parsed(row[keys["messages"]]), keys["messages"])
+            return Record(source, _with_system(row, reading, messages), **labels)
+        case "question":
+            _refuse_misspelt(row, reading)
+            asked, answer = (as_text(row, keys[name]).strip() for name in ("question", "answer"))
+            return Record(source, _with_system(row, reading, _dialogue(asked, answer)), **labels)
+        case "instruction":
+            asked, answer = (as_text(row, keys[name]).strip() for name in ("instruction", "output"))
+            extra = as_text(row, keys["input"]).strip() if row.get(keys.get("input", "")) else ""
+            both = "\n\n".join(filter(None, [asked, extra]))
+            dialogue = _dialogue(both, answer, extra)
+            return Record(source, _with_system(row, reading, dialogue), **labels)
+        case "prompt":
+            return _read_prompt(row, reading, source, labels)
+    return Record(source, completion=as_text(row, keys["text"]), **labels)
 
 
-def _format_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """The first format whose keys are all there, not all of them null; () if there is none."""
-    complete = [keys for keys in _FORMATS if row.keys() >= set(keys)]
-    filled = [keys for keys in complete if any(row[key] is not None for key in keys)]
-    return next(iter(filled or complete), ())
+def _read_prompt(
+    row: dict[str, Any], reading: Reading, source: str, labels: dict[str, Any]
+) -> Record:
+    """A prompt and its completion: texts as they stand, or lists of messages."""
+    prompt, completion = reading.keys["prompt"], reading.keys["completion"]
+    if not isinstance(row[prompt], list) and not isinstance(row[completion], list):
+        texts = as_text(row, prompt), as_text(row, completion)
+        return Record(source, prompt=texts[0], completion=texts[1], **labels)
+    given, learned = (read_messages(row[key], key) for key in (prompt, completion))
+    messages = (*given, *learned)
+    check_turns(messages, f"{prompt} and {completion}")
+    if not learned or (given[-1:] and given[-1].role != "user"):
+        raise ValueError(f"{prompt}: expected messages that end with the user's")
+    return Record(source, messages, num_given=len(given), **labels)
 
 
-def _refuse_misspelt(row: dict[str, Any]) -> None:
+def _with_system(
+    row: dict[str, Any], reading: Reading, messages: tuple[Message, ...]
+) -> tuple[Message, ...]:
+    """Messages with the system message that a row has apart."""
+    key = reading.keys.get("system", "")
+    if row.get(key):
+        if messages[:1] and messages[0].role == "system":
+            raise ValueError(
+                f"{key}: the messages begin with a system message, too; remove one of them"
+            )
+        messages = (Message("system", as_text(row, key).strip()), *messages)
+    check_turns(messages, reading.keys.get("messages", "messages"))
+    return messages
+
+
+def _parsed(value: object) -> object:
+    """Messages that stand in a table as the text of a JSON list."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"messages: got text that is not JSON: {brief(value)}") from error
+    return value
+
+
+def _refuse_misspelt(row: dict[str, Any], reading: Reading) -> None:
     given = {key for key, value in row.items() if value is not None}
-    for key in sorted(given - {"question", "answer", *LABELS}):
+    for key in sorted(given - set(reading.keys.values())):
         ratios = {label: SequenceMatcher(None, key.casefold(), label).ratio() for label in LABELS}
         nearest = max(LABELS, key=ratios.__getitem__)
         if ratios[nearest] >= _MISSPELT_RATIO:
             raise ValueError(f"got the key {brief(key)}, expected {nearest!r} (or another name)")
 
 
-def _dialogue(question: str, answer: str) -> tuple[Message, ...]:
-    return Message("user", question), Message("assistant", answer)
-
-
-def _read_messages(value: object) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
-        raise ValueError("messages: expected a list of objects with role and content")
-    messages = tuple(Message(_string(m, "role"), _string(m, "content").strip()) for m in value)
-    roles = [message.role for message in messages]
-    if unknown := set(roles) - set(ROLES):
-        got = brief(min(unknown))
-        raise ValueError(f"messages: got the role {got}, expected {', '.join(ROLES)}")
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    expected = ["user", "assistant"] * (len(turns) // 2)
-    if not turns or turns != expected:
-        raise ValueError(
-            f"messages: got the roles {', '.join(roles[:10]) or '(none)'}, "
-            "expected user and assistant in turn, ending with assistant"
-        )
-    return messages
-
-
-def _string(row: dict[str, Any], key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        got = "nothing" if value is None else brief(value)
-        raise ValueError(f"{key}: got {got}, expected a string")
-    if not value.strip():
-        raise ValueError(f"{key}: got an empty string")
-    if not is_utf8(value):
-        raise ValueError(f"{key}: got half a surrogate pair, expected valid Unicode")
-    return value
+def _dialogue(question: str, answer: str, extra: str = "") -> tuple[Message, ...]:
+    return Message("user", question, extra), Message("assistant", answer)
 
 
 def _label(row: dict[str, Any], key: str) -> str:
@@ -271,7 +332,7 @@ def _label(row: dict[str, Any], key: str) -> str:
         return ""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    text = _string(row, key)
-    if key != "follow_up" and not text.isprintable():
+    text = as_text(row, key)
+    if key.casefold() != "follow_up" and not text.isprintable():
         raise ValueError(f"{key}: got {brief(text)}, expected no line breaks or control characters")
     return text

@@ -116,7 +116,7 @@ def _has_rows(path: Path) -> bool:
 
 def _files(sources: list[Path]) -> list[Path]:
     """The sources, with each folder replaced by the files of its splits."""
-    return [file for source in sources for file in split_files(source).values()]
+    return [file for source in sources for files in split_files(source).values() for file in files]
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
@@ -126,7 +126,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     sources: dict[str, str] = {}
     faults = []
     for record, row in zip(records, read_rows(path), strict=True):
-        row_id = record.id or _content_id(record)
+        row_id = record.id or content_id(record)
         if row_id in rows:
             fault = f"the same question and answer as {sources[row_id]}, and no id"
             faults.append(Fault(record.source, fault, "Remove one of them."))
@@ -141,7 +141,7 @@ def _without_id(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "id"}  # it may be null
 
 
-def _content_id(record: Record) -> str:
+def content_id(record: Record) -> str:
     """An id that stays the same as long as a row's question and answer do.
 
     White space around a text, the order of the keys, and labels do not matter.
@@ -154,7 +154,8 @@ def _content_id(record: Record) -> str:
 
 def _sort_key(row: dict[str, Any], row_id: str, seed: int) -> tuple[str, str, str]:
     digest = hashlib.sha256(f"{seed}:{row_id}".encode()).hexdigest()
-    return str(row.get("category", "")), str(row.get("difficulty", "")), digest
+    by_name = {key.strip().casefold(): value for key, value in row.items()}
+    return str(by_name.get("category", "")), str(by_name.get("difficulty", "")), digest
 
 
 def _deal(held: list[int], num_new: int, shares: tuple[float, float, float]) -> list[str]:

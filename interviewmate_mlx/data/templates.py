@@ -75,6 +75,7 @@ _IM_END = "<|im_end|>"
 _START = "{{ bos_token }}"
 AUTO = "auto"
 NAMES = (AUTO, "plain", "alpaca", "chatml")
+_MAX_GIVEN_CHARS = 100  # of an answer, which a template gives the model
 _PRIVATE = range(0xF0000, 0xFFFFE)  # characters that no text has
 
 
@@ -83,8 +84,8 @@ class Template:
     """How a conversation is put to a model.
 
     Attributes:
-        name: `plain`, `alpaca`, `chatml`, `own` for a base's, or a file's name; `verbatim` for
-            no template: texts as they stand.
+        name: `plain`, `alpaca`, `chatml`, `own` for a base's (or `own, without thinking`), or a
+            file's name; `verbatim` for no template: texts as they stand.
         text: Jinja; "" for `verbatim`.
     """
 
@@ -92,19 +93,24 @@ class Template:
     text: str = ""
 
     def __str__(self) -> str:
-        return (
-            "the base's chat template" if self.name == _OWN else f"the template {brief(self.name)}"
-        )
+        return "the base's chat template" if self.is_own else f"the template {brief(self.name)}"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a base brings it."""
+        return self.name in (_OWN, _WITHOUT_THINKING)
 
     def fault(self, reason: object) -> InterviewMateError:
         """The error of a template that cannot be used."""
-        return (ModelError if self.name == _OWN else ConfigError)(
+        return (ModelError if self.is_own else ConfigError)(
             f"{self} cannot be used: {reason}.\n"
             "Choose another one: data.template = plain, alpaca, chatml, or a file of Jinja."
         )
 
 
 _OWN = "own"
+_WITHOUT_THINKING = "own, without thinking"
+_NO_THINKING = "{% set enable_thinking = false %}{% set thinking = false %}"
 VERBATIM = Template("verbatim")
 PLAIN = Template("plain", CHAT_TEMPLATE)
 
@@ -199,7 +205,25 @@ def own_template(tokenizer: "Tokenizer") -> Template:
         return choose_template("plain", tokenizer)
     if not isinstance(found, str):
         raise Template(_OWN).fault(f"got {brief(found)}, expected a text, or one named default")
-    return Template(_OWN, found)
+    return _answering(found, tokenizer)
+
+
+@lru_cache(maxsize=8)
+def _answering(text: str, tokenizer: "Tokenizer") -> Template:
+    """A base's template; without thinking, if answers do not fit it otherwise.
+
+    Some begin to think for the model, where it is asked, and not where it has answered.
+    """
+    own, quiet = Template(_OWN, text), Template(_WITHOUT_THINKING, _NO_THINKING + text)
+    return own if _is_usable(own, tokenizer) or not _is_usable(quiet, tokenizer) else quiet
+
+
+def _is_usable(template: Template, tokenizer: "Tokenizer") -> bool:
+    try:
+        lay_out(template, tokenizer, [Message("user", "?"), Message("assistant", "!")])
+    except InterviewMateError:
+        return False
+    return True
 
 
 def text_beside(template: Template, tokenizer: "Tokenizer") -> str:
@@ -340,8 +364,7 @@ class _Shown:
         end = self.special.pattern.search(tail)
         if end is None:
             raise self._refuse("no special token ends an answer, so a model never learns to stop")
-        words = "".join(rest.removesuffix(tail).split())
-        if not rest.endswith(tail) or "".join(content.split()) not in words:
+        if not (rest.endswith(tail) and _holds(before, rest.removesuffix(tail), content)):
             raise DataError(
                 f"{self.template} changes an answer: "
                 f"got {brief(content)}, shown as {brief(rest)}.\n"
@@ -366,6 +389,20 @@ class _Shown:
 
     def _refuse(self, reason: str) -> InterviewMateError:
         return self.template.fault(reason)
+
+
+def _holds(before: str, rest: str, content: str) -> bool:
+    """Whether an answer is in the text that is learned, but for white space.
+
+    It may begin in the text before: `<think>` may be given to the model.
+    """
+    content, rest = ("".join(text.split()) for text in (content, rest))
+    if content in rest:
+        return True
+    given = "".join(before[-_MAX_GIVEN_CHARS:].split())
+    most = min(len(content), len(given) + 1)
+    starts = (number for number in range(1, most) if given.endswith(content[:number]))
+    return any(content[number:] in rest for number in starts)
 
 
 def _as_values(message: Message, hidden: dict[str, str], special: Special) -> dict[str, str]:

@@ -45,8 +45,9 @@ _METHODS = {
     tuple: "index count",
 }
 _FILTERS = (
-    "abs capitalize count d default e escape first float int items last length lower map max min "
-    "reject rejectattr reverse round safe select selectattr title trim upper"
+    "abs capitalize count d default dictsort e escape first float int items last length lower map "
+    "max min reject rejectattr reverse round safe select selectattr sort sum title trim unique "
+    "upper"
 )
 _KNOWN: dict[type, frozenset[str]] = {
     kind: frozenset(names.split()) for kind, names in _METHODS.items()
@@ -140,7 +141,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         known = {name: self._counted(self.filters[name]) for name in _FILTERS.split()}
         own = {"join": self.join, "list": self.make_list, "string": self.to_text}
         own |= {"tojson": self.to_json, "replace": self.replace, "indent": self.indent}
-        self.filters = known | own
+        self.filters = {name: _unknown_filter(name) for name in self.filters} | known | own
         self.globals = {
             "range": safe_range,
             "dict": lambda *args, **values: dict(*args, **values),
@@ -369,6 +370,13 @@ class _Meter(NodeTransformer):
 
 def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
     return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
+
+
+def _unknown_filter(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise TemplateFault(f"it uses the filter {name!r}, which is not known here")
+
+    return refuse
 
 
 def _namespace(*args: Any, **values: Any) -> Namespace:

@@ -14,6 +14,7 @@ from interviewmate_mlx.errors import ConfigError, HubError, ModelError
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.hub.pull import PulledFolder, pull, pull_dataset
 
+_SUFFIXES = (".json", ".jsonl", ".toml", ".csv", ".tsv", ".parquet", ".gz", ".jinja")
 MINI = "mini"  # the base that is shipped with the package
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def is_hub_id(name: str) -> bool:
     below an existing folder, counts as a path.
     """
     path = Path(name)
-    looks_local = name.startswith((".", "/", "~")) or path.suffix in (".json", ".jsonl", ".toml")
+    looks_local = name.startswith((".", "/", "~")) or path.suffix in _SUFFIXES
     return name.count("/") == 1 and not looks_local and not path.parent.exists()
 
 

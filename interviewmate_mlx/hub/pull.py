@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 
-from interviewmate_mlx.data.records import SPLIT_NAMES, split_file_names
+from interviewmate_mlx.data.records import SPLIT_NAMES, files_of_split
 from interviewmate_mlx.errors import HubError, list_faults
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.formats.model_files import (
@@ -88,19 +88,19 @@ def pull(
 def pull_dataset(
     repo_id: str, revision: str | None = None, *, progress: Progress | None = None
 ) -> Path:
-    """Download a data set's JSONL or JSON files; return the folder that holds them.
+    """Download a data set's files; return the folder that holds them.
 
-    The files are train, valid (validation, val, dev) and test, in the repository's
-    root or in its `data` folder. The rest is as for `pull`.
+    The files are train, valid (validation, val, dev) and test, whole or in parts, in the
+    repository's root, in its `data` folder, or in the only other folder that has such files.
+    The rest is as for `pull`.
 
     Raises:
         HubError: as for `pull`, or the repository has no train.jsonl and no train.json.
         StorageError: as for `pull`.
     """
     pulled = _pull("dataset", repo_id, revision, _choose_data_files, progress)
-    train = split_file_names("train")
-    folders = [pulled.path / folder for folder in _DATA_FOLDERS]
-    return next(f for f in folders if any((f / name).is_file() for name in train))
+    there = [file.relative_to(pulled.path).as_posix() for file in pulled.path.rglob("*.*")]
+    return pulled.path / next(iter(_folders_of_splits(there)))
 
 
 def _pull(
@@ -195,17 +195,37 @@ def _choose_model_files(
 def _choose_data_files(
     repo_id: str, names: Collection[str], read: Callable[[str], Path]
 ) -> list[str]:
-    for folder in _DATA_FOLDERS:
-        found = {
-            split: [folder + name for name in split_file_names(split) if folder + name in names][:1]
-            for split in SPLIT_NAMES
-        }
-        if found["train"]:
-            return [name for names_of_split in found.values() for name in names_of_split]
+    found = _folders_of_splits(names)
+    if len(found) > 1:
+        raise HubError(
+            f"{repo_id} holds several data sets:\n{list_faults(sorted(found), max_shown=20)}\n"
+            "Download one of them, and give its folder:\n"
+            f"  hf download {repo_id} --repo-type dataset --local-dir FOLDER"
+        )
+    if found:
+        return next(iter(found.values()))
     others = sorted(n for n in names if n.endswith((".jsonl", ".json", ".csv", ".parquet")))
     raise HubError(
-        f"{repo_id} has no train.jsonl and no train.json"
+        f"{repo_id} has no train.jsonl and no train.json, .csv, .tsv or .parquet"
         + (f", but\n{list_faults(others, max_shown=5)}\n" if others else ".\n")
         + "Choose another data set, or save this one as JSONL and give that file:\n"
         f"  datasets.load_dataset({repo_id!r})['train'].to_json('train.jsonl')"
     )
+
+
+def _folders_of_splits(names: Collection[str]) -> dict[str, list[str]]:
+    """The folder that holds a data set's splits, and the names of their files.
+
+    The root comes before `data`, and that before other folders, of which there may be several.
+    """
+    by_folder: dict[str, list[str]] = {}
+    for name in names:
+        folder, slash, file = name.rpartition("/")
+        by_folder.setdefault(folder + slash, []).append(file)
+    found = {}
+    for folder, files in by_folder.items():
+        splits = {split: files_of_split(files, split) for split in SPLIT_NAMES}
+        if splits["train"]:
+            found[folder] = [folder + file for each in splits.values() for file in each]
+    first = next((folder for folder in _DATA_FOLDERS if folder in found), None)
+    return found if first is None else {first: found[first]}

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from interviewmate_mlx.data.check import DataReport
 from interviewmate_mlx.data.prompts import Example
+from interviewmate_mlx.data.summary import Lengths, SplitSummary
 from interviewmate_mlx.evaluation.evaluate import Evaluation, Questions, in_words
 from interviewmate_mlx.files import Progress as ByteProgress
 from interviewmate_mlx.results.bench import BenchResult
@@ -349,6 +350,7 @@ def data_tables(report: DataReport) -> list[Table | Text]:
     shortest, mean, longest = report.answer_words
     parts: list[Table | Text] = [
         counts,
+        *(Text(f"{split}: {line}") for split, lines in report.readings.items() for line in lines),
         Text(f"words an answer: {shortest} to {longest}, mean {mean:.0f}"),
     ]
     if report.token_lengths:
@@ -364,6 +366,52 @@ def data_tables(report: DataReport) -> list[Table | Text]:
             line = "       " + " ".join(text.split())
             parts.append(Text(line, style="dim", no_wrap=True, overflow="ellipsis"))
     return parts
+
+
+def rows_table(found: dict[str, SplitSummary], max_length: int) -> Table:
+    """What the rows of each split are like, a column a split."""
+    table = Table(title_justify="left")
+    table.add_column("")
+    for split in found:
+        table.add_column(split, justify="right")
+
+    def add(name: str, show: Callable[[SplitSummary], str]) -> None:
+        table.add_row(name, *(show(summary) for summary in found.values()))
+
+    add("rows", lambda s: f"{s.rows:,}")
+    for name in sorted({n for s in found.values() for n in s.turns}):
+        title = f"with {count(name, 'answer')}" if name else "texts as they stand"
+        add(f"  {title}", lambda s, n=name: f"{s.turns.get(n, 0):,}")  # type: ignore[misc]
+    for key in ("categories", "difficulties", "scripts"):
+        table.add_section()
+        for label in dict.fromkeys(n for s in found.values() for n in getattr(s, key)):
+            add(label, lambda s, k=key, n=label: f"{getattr(s, k).get(n, 0):,}")  # type: ignore[misc]
+    table.add_section()
+    for key in ("question_words", "answer_words", "tokens"):
+        title = "tokens a row" if key == "tokens" else f"words {_AN[key]}"
+        add(title, lambda s, k=key: _lengths(getattr(s, k)))  # type: ignore[misc]
+    table.add_section()
+    add("shortest", lambda s: s.shortest)
+    add("longest", lambda s: s.longest)
+    add(f"cut at {max_length} tokens", lambda s: f"{s.num_cut:,}")
+    add("nothing left to learn", lambda s: f"{s.num_dropped:,}")
+    add("tokens with loss", lambda s: f"{s.loss_share:.0%}")
+    table.caption = "\n".join(
+        f"{split}: {line}" for split, summary in found.items() for line in summary.readings
+    )
+    table.caption_justify = "left"
+    return table
+
+
+_AN = {"question_words": "a question", "answer_words": "an answer"}
+
+
+def _lengths(lengths: Lengths) -> str:
+    """As in `3 to 90, median 20, 95 % up to 60`."""
+    return (
+        f"{lengths.shortest} to {lengths.longest}, median {lengths.median:.0f}, "
+        f"95 % up to {lengths.most}"
+    )
 
 
 def preview_text(tokenizer: Any, example: Example) -> Text:

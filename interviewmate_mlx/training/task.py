@@ -18,7 +18,7 @@ from interviewmate_mlx.data.batches import steps_per_epoch
 from interviewmate_mlx.data.pairs import Judged, encode_preferences
 from interviewmate_mlx.data.preferences import load_preferences
 from interviewmate_mlx.data.prompts import encode_records, template_of
-from interviewmate_mlx.data.records import load_splits
+from interviewmate_mlx.data.records import load_splits, readings
 from interviewmate_mlx.data.templates import AUTO, VERBATIM, Template, choose_template
 from interviewmate_mlx.errors import (
     AdapterError,
@@ -163,7 +163,12 @@ class Task:
             num_parameters=num_parameters,
             peak_bytes=self.memory.peak_bytes,
             disk_bytes=checkpoint_bytes(self.run, self.model),
-            notes=(*notes, *self.base.network.doubts, *idle_options(self.run, self.rows)),
+            notes=(
+                *notes,
+                *self.base.network.doubts,
+                *renamed_keys(self.rows),
+                *idle_options(self.run, self.rows),
+            ),
         )
 
 
@@ -463,6 +468,12 @@ def check_steps(run: RunConfig, rows: Rows, state: State | None) -> None:
             f"starts at 0 (train.warmup_ratio: {settings.warmup_ratio:g}).\n"
             "Train more epochs or rows, or set train.warmup_ratio to 0."
         )
+
+
+def renamed_keys(rows: Rows) -> list[str]:
+    """Say how rows were understood whose keys are not this package's own."""
+    lines = readings(example.record for example in rows.train)
+    return [f"training rows, as they were understood: {line}" for line in lines if " from " in line]
 
 
 def idle_options(run: RunConfig, rows: Rows) -> list[str]:

@@ -2,14 +2,20 @@
 
 import json
 import random
+import time
 import tracemalloc
+from dataclasses import replace
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from checkpoints import write_tokenizer
+from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from interviewmate_mlx.config import shipped
-from interviewmate_mlx.data.check import check_data
+from interviewmate_mlx.data import check
+from interviewmate_mlx.data.check import check_data, inspect_data
 from interviewmate_mlx.data.leakage import (
     ANSWER_THRESHOLD,
     QUESTION_THRESHOLD,
@@ -343,3 +349,56 @@ def test_rows_that_cannot_be_split_are_refused_and_nothing_is_written(tmp_path, 
         split_rows([], tmp_path / "out")
     with pytest.raises(DataError, match="sum to 1"):
         split_rows([], tmp_path / "out", shares=(0.7, 0.2, 0.2))
+
+
+def many_rows(count: int) -> list[dict[str, str]]:
+    """Rows whose words are drawn at random, so that no two are alike."""
+    draw = np.random.default_rng(0)
+    letters = draw.integers(97, 123, (5000, 7), np.uint8)
+    words = np.array([row.tobytes().decode() for row in letters])
+    labels = {"category": "c", "difficulty": "beginner"}
+    return [
+        {"id": str(n), "question": " ".join(row[:10]), "answer": " ".join(row[10:])} | labels
+        for n, row in enumerate(words[draw.integers(0, len(words), (count, 90))])
+    ]
+
+
+def test_rows_in_parts_give_the_findings_of_the_whole(tmp_path, monkeypatch):
+    """Of near-duplicates those that are equal, and those of valid and test, in every part."""
+    rows = many_rows(40)
+    rows[33] = rows[2] | {"id": "33"}  # equal texts, in two parts
+    del rows[17]["id"], rows[17]["category"]
+    rows[18]["difficulty"] = "odd"
+    valid = many_rows(44)[40:]
+    valid[0]["answer"] = rows[25]["answer"] + " and more"  # leaks from the third part
+    valid[1]["category"] = "unknown"
+    valid[2]["id"] = "30"  # of the fourth
+    for name, part in (("train", rows), ("valid", valid)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    whole = inspect_data(tmp_path)
+    monkeypatch.setattr(check, "MAX_COMPARED_ROWS", 10)
+    parts = inspect_data(tmp_path)
+    kinds = [
+        [(fault.place, fault.kind or fault.message) for fault in f.faults] for f in (whole, parts)
+    ]
+    assert sorted(kinds[0]) == sorted(kinds[1])
+    assert len(kinds[0]) == 8
+    assert "in parts of so many they were compared" in parts.warnings[-1].message
+
+
+def test_report_of_rows_in_parts_is_that_of_the_whole(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in many_rows(25)))
+    whole = check_data(path)
+    monkeypatch.setattr(check, "MAX_COMPARED_ROWS", 10)
+    parts = check_data(path)
+    assert replace(parts, closest=[], warnings=[]) == replace(whole, closest=[], warnings=[])
+
+
+@pytest.mark.slow
+def test_100_000_rows_of_parquet_are_checked_in_a_minute(tmp_path):
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.Table.from_pylist(many_rows(100_000)), path, row_group_size=10_000)
+    start = time.monotonic()
+    assert check_data(path).rows == {"train": 100_000}
+    assert time.monotonic() - start < 60

@@ -261,3 +261,12 @@ def test_every_check_belongs_to_a_row():
 def test_every_check_passes(capsys):
     assert runpy.run_path(str(SCRIPTS / "check_rows.py"))["main"]([]) == 0
     assert "560 checks of 1072 rows, 0 failed" in capsys.readouterr().out
+
+
+def test_shipped_dialogues_train_and_chat(imate, tiny_base):
+    """Several turns: learned in each, and remembered from one to the next."""
+    rows = ["--data", "interview-dialogues", "--set", "data.max_length=128"]
+    short = ["--max-steps", "1", "--set", "train.warmup_ratio=0", "--set", "validate.every=9"]
+    imate("train", "--model", tiny_base, *rows, *short, "--out", "adapter")
+    said = imate("chat", "--adapter", "adapter", "--max-tokens", "3", stdin="Hello\nAnd then?\n")
+    assert len(said.stdout.splitlines()) == 2

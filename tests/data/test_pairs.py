@@ -45,7 +45,7 @@ def written(folder, *rows):
     ids=["texts", "messages", "text_and_messages", "whole_conversations", "both"],
 )
 def test_all_forms_of_a_pair_are_the_same_pair(tmp_path, row):
-    (pair,) = read_preferences(written(tmp_path, row), is_paired=True)
+    (pair,) = read_preferences([written(tmp_path, row)], is_paired=True)
     asked = Message("user", "Why?")
     assert pair.chosen.messages == (asked, Message("assistant", "Because."))
     assert pair.rejected.messages == (asked, Message("assistant", "No."))
@@ -54,7 +54,7 @@ def test_all_forms_of_a_pair_are_the_same_pair(tmp_path, row):
 def test_a_pair_may_follow_earlier_turns_and_has_its_labels(tmp_path):
     prompt = [{"role": "system", "content": "Be brief."}, *ASKED, *said("So."), *ASKED]
     row = {"prompt": prompt, "chosen": said("a"), "rejected": said("b"), "id": 3, "category": "x"}
-    (pair,) = read_preferences(written(tmp_path, row), is_paired=True)
+    (pair,) = read_preferences([written(tmp_path, row)], is_paired=True)
     assert [message.role for message in pair.chosen.messages] == [
         "system",
         "user",
@@ -94,7 +94,7 @@ BAD_PAIRS = {
 @pytest.mark.parametrize(("row", "fault"), BAD_PAIRS.values(), ids=BAD_PAIRS)
 def test_bad_pair_is_named(tmp_path, row, fault):
     with pytest.raises(DataError) as caught:
-        read_preferences(written(tmp_path, PAIR, row), is_paired=True)
+        read_preferences([written(tmp_path, PAIR, row)], is_paired=True)
     assert "line 2" in str(caught.value)
     assert fault in str(caught.value)
 
@@ -102,7 +102,7 @@ def test_bad_pair_is_named(tmp_path, row, fault):
 def test_formats_are_not_mixed_in_a_file(tmp_path):
     other = {"prompt": ASKED, "chosen": said("a"), "rejected": said("b")}
     with pytest.raises(DataError, match="a prompt of text and answers of text in line 1") as caught:
-        read_preferences(written(tmp_path, PAIR, other), is_paired=True)
+        read_preferences([written(tmp_path, PAIR, other)], is_paired=True)
     assert "expected one format in a file" in str(caught.value)
 
 
@@ -117,13 +117,13 @@ def test_formats_are_not_mixed_in_a_file(tmp_path):
 )
 def test_bad_label_is_named(tmp_path, row, fault):
     with pytest.raises(DataError) as caught:
-        read_preferences(written(tmp_path, JUDGED, row), is_paired=False)
+        read_preferences([written(tmp_path, JUDGED, row)], is_paired=False)
     assert fault in str(caught.value)
 
 
 def test_labels_of_one_kind_alone_are_refused(tmp_path):
     with pytest.raises(DataError, match="got the label true in all rows, expected both"):
-        read_preferences(written(tmp_path, JUDGED, JUDGED), is_paired=False)
+        read_preferences([written(tmp_path, JUDGED, JUDGED)], is_paired=False)
 
 
 def test_an_id_twice_no_rows_and_several_files_are_told(tmp_path):
@@ -141,7 +141,7 @@ def test_a_preference_among_other_rows_names_the_method(tmp_path):
 
 
 def test_the_answers_alone_count_and_the_prompt_is_the_one_of_generation(tmp_path, tokenizer):
-    rows = read_preferences(written(tmp_path, PAIR), is_paired=True)
+    rows = read_preferences([written(tmp_path, PAIR)], is_paired=True)
     (pair,), dropped = encode_pairs(tokenizer, rows, 64, "answer")
     prompt = encode_question(tokenizer, "Why?")
     for side, text in ((pair.chosen, " Because."), (pair.rejected, " No.")):
@@ -158,12 +158,15 @@ def test_pairs_that_are_alike_once_truncated_are_left_out(tmp_path, tokenizer):
     rows = [PAIR, {"prompt": "Why?", "chosen": "The same. Then this", "rejected": "The same. No"}]
     prompt = len(encode_question(tokenizer, "Why?"))
     pairs, dropped = encode_pairs(
-        tokenizer, read_preferences(written(tmp_path, *rows), is_paired=True), prompt + 3, "answer"
+        tokenizer,
+        read_preferences([written(tmp_path, *rows)], is_paired=True),
+        prompt + 3,
+        "answer",
     )
     assert (len(pairs), dropped) == (1, 1)
     assert len(pairs[0]) == prompt + 3
     nothing, dropped = encode_pairs(
-        tokenizer, read_preferences(tmp_path / "train.jsonl", is_paired=True), prompt, "answer"
+        tokenizer, read_preferences([tmp_path / "train.jsonl"], is_paired=True), prompt, "answer"
     )
     assert (nothing, dropped) == ([], 2)
 
@@ -171,7 +174,7 @@ def test_pairs_that_are_alike_once_truncated_are_left_out(tmp_path, tokenizer):
 def test_judged_rows_know_another_row_s_answer(tmp_path, tokenizer):
     rows = [{"prompt": f"{n}?", "completion": f"say {n}", "label": n > 1} for n in range(4)]
     found, dropped = encode_judged(
-        tokenizer, read_preferences(written(tmp_path, *rows), is_paired=False), 64, 2
+        tokenizer, read_preferences([written(tmp_path, *rows)], is_paired=False), 64, 2
     )
     others = [tokenizer.decode(row.other.tokens[row.other.loss_mask]) for row in found]
     assert others == [f" say {n}<|endoftext|>" for n in (1, 0, 3, 2)]

@@ -78,9 +78,9 @@ FAULTS = [
     ({"messages": [{"role": "tool", "content": "Q"}]}, "got the role 'tool'"),
     ({"messages": [{"role": "user"}]}, "content: got nothing"),
     ({"question": "Q", "answer": "A", "id": []}, "id: got"),
-    ({"question": "Q", "answer": "A", "ID": "x"}, "got the key 'ID', expected 'id'"),
+    ({"question": "Q", "answer": "A", "ID": 1, "id": 2}, "'ID' and 'id', which mean the same"),
     ({"question": "Q", "answer": "A", "catgory": "x"}, "'catgory', expected 'category'"),
-    ({"question": "Q", "answer": "A", "Difficulty": "x"}, "'Difficulty', expected 'difficulty'"),
+    ({"question": "Q", "answer": "A", "dificulty": "x"}, "'dificulty', expected 'difficulty'"),
     ({"question": "Q", "answer": "A", "followup": "x"}, "'followup', expected 'follow_up'"),
 ]
 
@@ -151,7 +151,8 @@ def test_folder_is_read_by_split_and_its_faults_by_file(tmp_path):
     ("name", "content", "message"),
     [
         ("none.jsonl", None, "No data at"),
-        ("rows.csv", b"a,b", "got a .csv file"),
+        ("rows.xlsx", b"a,b", "got a .xlsx file"),
+        ("rows.csv", b"a,b", "no rows"),
         ("empty.jsonl", b"", "no rows"),
         ("object.json", b"{}", "got a JSON dict, expected a list"),
         ("broken.json", b"[", "not JSON"),

@@ -174,6 +174,55 @@ def test_reasoning_in_an_answer_is_learned_where_the_template_shows_it(tokenizer
         encode_record(tokenizers["deepseek", "byte level"], record, 9999, "answer")
 
 
+THINKS_FIRST = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+
+
+def test_answer_may_begin_in_what_is_given_to_the_model():
+    """As Qwen 3.5's: `<think>` is put before every answer, in training and in generation."""
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = THINKS_FIRST.replace(
+        "message['content'] +",
+        "(message['content'] if message['role'] != 'assistant' else message['content'] if "
+        "message['content'].startswith('<think>') else '<think>\n</think>' + message['content']) +",
+    )
+    for answer, said in (
+        ("<think>\nhm\n</think>\nFar off.", "hm\n</think>\nFar off.<|im_end|>"),
+        ("Far off.", "</think>Far off.<|im_end|>"),
+    ):
+        record = Record("row", messages=(ONE[0], Message("assistant", answer)))
+        (example,) = encode_record(tokenizer, record, 999, "answer")
+        assert tokenizer.decode(example.tokens[example.loss_mask]) == said
+
+
+def test_base_that_thinks_before_it_answers_is_asked_without_if_answers_fit_only_so():
+    """As Nemotron 3's: `<think>` is given where it is asked, and is closed in its answers."""
+    tokenizer = chat_tokenizer("chatml")
+    text = CHATML.replace(
+        "assistant\n' }}",
+        "assistant\n' + ('<think></think>' if enable_thinking is defined and not enable_thinking "
+        "else '<think>\n') }}",
+    ).replace(
+        "'\n' + message['content']",
+        "'\n' + ('<think></think>' if message['role'] == 'assistant' else '') + message['content']",
+    )
+    assert text.count("<think></think>") == 2
+    tokenizer.chat_template = text
+    template = own_template(tokenizer)
+    assert template.name == "own, without thinking"
+    (example,) = encode_record(tokenizer, Record("row", messages=ONE), 999, "answer")
+    prompt = tokenizer.apply_chat_template(
+        as_dicts(ONE[:1]),
+        add_generation_prompt=True,
+        enable_thinking=False,
+        tokenize=True,
+        return_dict=False,
+    )
+    assert learned([example]) == [(prompt, example.tokens[len(prompt) :].tolist())]
+    assert text_beside(template, tokenizer) == template.text  # it goes out with the adapter
+    with pytest.raises(ModelError, match="an answer does not begin where generation does"):
+        encode_record(tokenizer, Record("row", messages=ONE), 999, "answer", Template("own", text))
+
+
 # our own templates
 
 

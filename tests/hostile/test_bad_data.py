@@ -118,7 +118,7 @@ DATA = [
     rows("empty file", b"", "no rows", "Add rows, one JSON object per line"),
     rows("only blank lines", b"\r\n \n\n", "no rows"),
     rows("only a mark", b"\xef\xbb\xbf", "no rows"),
-    rows("another ending", LINE, "got a .csv file, expected .jsonl or .json", file="rows.csv"),
+    rows("another ending", LINE, "got a .txt file, expected .jsonl or .json", file="rows.txt"),
     rows("no ending", LINE, "got a nameless file, expected .jsonl or .json", file="rows"),
     rows("object in .json", LINE, "got a JSON dict, expected a list of rows", file="rows.json"),
     rows("broken .json", b"[" + LINE, "not JSON: ", "char", file="rows.json"),

@@ -649,7 +649,7 @@ def test_environment_variables_alone_lead_a_new_process_to_hub_and_cache(
 @pytest.mark.parametrize("folder", ["", "data/"])
 def test_pull_dataset_gives_the_folder_of_its_jsonl_files(serve, write, folder):
     names = ["train.jsonl", "validation.jsonl", "test.json"]
-    others = ["README.md", "build.py", "train.parquet", "test.csv"]
+    others = ["README.md", "build.py", "other/train.parquet", "other/test.csv", "all.csv"]
     source = write("set", *(folder + name for name in names), *others)
     serve({"datasets/owner/questions": source})
     pulled = pull_dataset("owner/questions")
@@ -664,7 +664,7 @@ def test_pull_dataset_takes_one_file_a_split(serve, write):
     assert names_in(pull_dataset("owner/questions")) == {"train.jsonl", "valid.jsonl"}
 
 
-@pytest.mark.parametrize("files", [["data/train-00000-of-00001.parquet"], ["all.jsonl"], ["q.py"]])
+@pytest.mark.parametrize("files", [["data/questions.parquet"], ["all.jsonl"], ["q.py"]])
 def test_pull_dataset_refuses_a_set_without_a_train_file_and_names_what_there_is(
     serve, write, files
 ):
@@ -673,6 +673,22 @@ def test_pull_dataset_refuses_a_set_without_a_train_file_and_names_what_there_is
         pull_dataset("owner/questions")
     assert (files[0] in str(caught.value)) == (not files[0].endswith(".py"))
     assert "load_dataset('owner/questions')['train'].to_json('train.jsonl')" in str(caught.value)
+
+
+PARTS = [f"train-0000{n}-of-00002.parquet" for n in range(2)]
+
+
+@pytest.mark.parametrize("folder", ["", "data/", "plain_text/"])
+def test_pull_dataset_takes_the_parts_of_a_split_as_the_hub_names_them(serve, write, folder):
+    names = [*PARTS, "validation-00000-of-00001.parquet", "test-00000-of-00001-0a1b2c.parquet"]
+    serve({"datasets/owner/questions": write("set", *(folder + n for n in names), "README.md")})
+    assert names_in(pull_dataset("owner/questions")) == set(names)
+
+
+def test_pull_dataset_refuses_to_choose_among_several_sets(serve, write):
+    serve({"datasets/owner/questions": write("set", f"easy/{PARTS[0]}", f"hard/{PARTS[0]}")})
+    with pytest.raises(HubError, match=r"holds several data sets:\n  easy/\n  hard/\n"):
+        pull_dataset("owner/questions")
 
 
 def test_a_missing_data_set_is_called_a_data_set(serve):
