@@ -76,6 +76,7 @@ class LoraConfig:
     # layers that get one, in every block: names, or the base's own attention, or all-linear
     targets: tuple[str, ...] = _option(("attention",), bool, _NAMES)
     rslora: bool = False  # scale by alpha / sqrt(rank)
+    plus_ratio: float = _at_least(1.0, 1)  # LoRA+: the learning rate of B by that of A
     # an adapter's folder, whose numbers the LoRA starts with; "": a fresh LoRA
     start_from: str = _option("", lambda v: not v or _is_name(v), "an adapter's folder")
 
@@ -107,7 +108,10 @@ class TrainConfig:
     grad_accumulation: int = _at_least(4, 1)  # batches in one step
     learning_rate: float = _above_zero(2e-4)  # after the warmup
     schedule: str = _one_of("linear", "cosine", "constant")  # from there to 0, or level
+    # share of the learning rate that cosine falls to
+    floor: float = _option(0.0, lambda v: 0 <= v <= 1, "from 0 to 1")
     warmup_ratio: float = _option(0.03, lambda v: 0 <= v <= 1, "from 0 to 1")  # share of the steps
+    warmup_steps: int = _at_least(0, 0)  # in place of that share; 0: the share
     weight_decay: float = _at_least(0.0, 0)  # AdamW's, of LoRA A and B
     max_grad_norm: float = _at_least(1.0, 0)  # 0: no clipping
     save_every: int = _at_least(50, 0)  # steps; 0: only when validating
@@ -189,7 +193,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         faults = [f for t in _TABLES for f in _range_faults(t, getattr(self, t))]
-        _refuse(self.name, faults or _method_faults(self))
+        _refuse(self.name, faults or _idle_faults(self))
 
     def replace(self, name: str | None = None, **tables: Mapping[str, Any]) -> "RunConfig":
         """A copy with other values, as in `run.replace(lora={"rank": 16}, data={"path": "mine"})`.
@@ -443,9 +447,11 @@ def _range_faults(table: str, values: Any) -> list[str]:
     ]
 
 
-def _method_faults(run: RunConfig) -> list[str]:
-    """Keys that the run's method does not ask for, and yet have another value than by default."""
+def _idle_faults(run: RunConfig) -> list[str]:
+    """Keys that nothing in the run asks for, and yet have another value than by default."""
     method, faults = run.train.method, []
+    if run.train.floor and run.train.schedule != "cosine":
+        faults.append(f"train.floor: got {run.train.floor:g}, expected 0 but with schedule cosine")
     for f in fields(run.preference):
         value = getattr(run.preference, f.name)
         asked_by = _ASKED_BY.get(f.name, METHODS[1:])

@@ -132,6 +132,7 @@ def test_every_key_of_a_file_is_read(write_run):
         dropout = 0
         targets = ["dense", "query_key_value"]
         rslora = true
+        plus_ratio = 16
         start_from = "adapters/mine"
         [data]
         path = "rows"
@@ -146,7 +147,9 @@ def test_every_key_of_a_file_is_read(write_run):
         grad_accumulation = 3
         learning_rate = 1
         schedule = "cosine"
+        floor = 0.1
         warmup_ratio = 0.5
+        warmup_steps = 3
         weight_decay = 0.01
         max_grad_norm = 0
         save_every = 7
@@ -165,9 +168,11 @@ def test_every_key_of_a_file_is_read(write_run):
     assert run == RunConfig(
         name="mine",
         model=ModelConfig("models/mine", "bfloat16", True),
-        lora=LoraConfig(16, 32.0, 0.0, ("dense", "query_key_value"), True, "adapters/mine"),
+        lora=LoraConfig(16, 32.0, 0.0, ("dense", "query_key_value"), True, 16.0, "adapters/mine"),
         data=DataConfig("rows", 128, "all", "chatml"),
-        train=TrainConfig("orpo", 5.0, 11, 2, 3, 1.0, "cosine", 0.5, 0.01, 0.0, 7, 3, True, 6.5, 0),
+        train=TrainConfig(
+            "orpo", 5.0, 11, 2, 3, 1.0, "cosine", 0.1, 0.5, 3, 0.01, 0.0, 7, 3, True, 6.5, 0
+        ),
         preference=PreferenceConfig(0.3),  # a method asks for some of its keys, not for all
         validate=ValidateConfig(10, 2),
     )
@@ -291,6 +296,9 @@ RANGES = [
     ("train.schedule", "constant", "constant2", "one of linear, cosine, constant"),
     ("train.warmup_ratio", "0", "-0.1", "from 0 to 1"),
     ("train.warmup_ratio", "1", "1.1", "from 0 to 1"),
+    ("train.warmup_steps", "0", "-1", "at least 0"),
+    ("train.floor", "0", "1.1", "from 0 to 1"),
+    ("lora.plus_ratio", "1", "0.9", "at least 1"),
     ("train.weight_decay", "0", "-0.1", "at least 0"),
     ("train.max_grad_norm", "0", "-0.1", "at least 0"),
     ("train.save_every", "0", "-1", "at least 0"),

@@ -128,7 +128,7 @@ def run_task(
     run, model = task.run, task.model
     write_run(run, out)
     task = task.with_references(out)  # of the model as the run begins
-    optimizer = adamw(run.train.weight_decay)
+    optimizer = adamw(run.train.weight_decay, run.lora.plus_ratio)
     step = Step(model, optimizer, run.train.max_grad_norm, task.executor, task.objective.loss)
     loss_of = total_of(model, task.objective.loss, task.executor)
     state = State(
@@ -328,6 +328,8 @@ def dispatch_steps(
             settings.learning_rate,
             settings.schedule,
             settings.warmup_ratio,
+            settings.warmup_steps,
+            settings.floor,
         )
         groups = task.executor.split(rows, task.memory.token_budget)
         # Dropout follows from the seed and the step alone, so a resumed run repeats it.

@@ -458,15 +458,21 @@ def check_steps(run: RunConfig, rows: Rows, state: State | None) -> None:
         )
     rates = (
         learning_rate_at(
-            step, total_steps, settings.learning_rate, settings.schedule, settings.warmup_ratio
+            step,
+            total_steps,
+            settings.learning_rate,
+            settings.schedule,
+            settings.warmup_ratio,
+            settings.warmup_steps,
+            settings.floor,
         )
         for step in range(total_steps)
     )
     if not any(rates):
         raise TrainingError(
             f"The learning rate is 0 in all steps of the run (it has {total_steps}): the warmup "
-            f"starts at 0 (train.warmup_ratio: {settings.warmup_ratio:g}).\n"
-            "Train more epochs or rows, or set train.warmup_ratio to 0."
+            f"starts at 0 (train.warmup_ratio: {settings.warmup_ratio:g}, train.warmup_steps: "
+            f"{settings.warmup_steps}).\nTrain more epochs or rows, or set both to 0."
         )
 
 
@@ -490,6 +496,11 @@ def idle_options(run: RunConfig, rows: Rows) -> list[str]:
         said.append(
             f"train.max_steps has no effect: got {settings.max_steps}, and the run has only "
             f"{total_steps} steps"
+        )
+    if settings.warmup_steps >= total_steps:
+        said.append(
+            f"the learning rate never arrives: train.warmup_steps is {settings.warmup_steps}, and "
+            f"the run has only {total_steps} steps"
         )
     if not rows.valid:
         chosen = [name for name, value in asdict(run.validate).items() if value]
