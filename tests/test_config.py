@@ -257,8 +257,13 @@ WRONG_TYPES = [
         "[]",
         'got [], expected attention, all-linear, or a list of names, as in ["query_key_value"]',
     ),
-    ("lora.targets", '["dense", 1]', "got ['dense', 1], expected a list of names"),
-    ("lora.targets", '[""]', "got [''], expected a list of names"),
+    (
+        "lora.targets",
+        '["dense", 1]',
+        "got ['dense', 1], expected attention, all-linear, or a list of names",
+    ),
+    ("lora.targets", '[""]', "got [''], expected attention, all-linear, or a list of names"),
+    ("model.untested_base", "1", "got 1, expected true or false"),
     ("data.path", "8", "got 8, expected a string"),
     ("train.seed", "1979-05-27", "got datetime.date(1979, 5, 27), expected a whole number"),
 ]

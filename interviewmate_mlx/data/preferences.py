@@ -87,8 +87,9 @@ def read_preferences(paths: Sequence[Path], is_paired: bool) -> list[Preference]
     faults: list[Fault] = []
     formats: dict[tuple[str, ...], str] = {}  # the first row of each
     places: dict[str, str] = {}  # of each id
-    for file, row in ((file, row) for file in paths for row in read_rows(file)):
-        source = f"{file.name} {row.place}".strip()
+    rows = ((path.name, row) for path in paths for row in read_rows(path))
+    for name, row in rows:
+        source = f"{name} {row.place}".strip()
         if row.fault:
             faults.append(Fault(source, row.fault, row.advice))
             continue
