@@ -40,7 +40,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-MAX_FILES = 14  # of a folder, without `__init__.py`; `cli` has one a command
+MAX_FILES = 15  # of a folder, without `__init__.py`; `cli` has one a command
 # What tells one machine from another.
 MACHINE = {
     "mx": {
