@@ -87,8 +87,8 @@ def read_preferences(paths: Sequence[Path], is_paired: bool) -> list[Preference]
     faults: list[Fault] = []
     formats: dict[tuple[str, ...], str] = {}  # the first row of each
     places: dict[str, str] = {}  # of each id
-    for file, row in ((file, row) for file in paths for row in read_rows(file)):
-        source = f"{file.name} {row.place}".strip()
+    for path, row in ((each, row) for each in paths for row in read_rows(each)):
+        source = f"{path.name} {row.place}".strip()
         if row.fault:
             faults.append(Fault(source, row.fault, row.advice))
             continue
