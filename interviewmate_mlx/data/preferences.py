@@ -87,9 +87,8 @@ def read_preferences(paths: Sequence[Path], is_paired: bool) -> list[Preference]
     faults: list[Fault] = []
     formats: dict[tuple[str, ...], str] = {}  # the first row of each
     places: dict[str, str] = {}  # of each id
-    rows = ((path.name, row) for path in paths for row in read_rows(path))
-    for name, row in rows:
-        source = f"{name} {row.place}".strip()
+    for path, row in ((each, row) for each in paths for row in read_rows(each)):
+        source = f"{path.name} {row.place}".strip()
         if row.fault:
             faults.append(Fault(source, row.fault, row.advice))
             continue

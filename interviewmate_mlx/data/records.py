@@ -244,7 +244,8 @@ def read_row(row: object, source: str) -> Record:
     """
     if not isinstance(row, dict):
         raise ValueError(f"got {brief(row)}, expected a JSON object")
-    if row.keys() >= {"prompt"} and row.keys() & {"chosen", "rejected"}:
+    is_judged = isinstance(row.get("label"), bool)  # or a bad answer would be learned
+    if "prompt" in row and (is_judged or row.keys() & {"chosen", "rejected"}):
         raise ValueError("got a preference, expected one answer (or set train.method, as to dpo)")
     refuse_untrained(row)
     present = tuple(key for key, value in row.items() if value is not None)

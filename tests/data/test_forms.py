@@ -236,6 +236,8 @@ REFUSED = [
         "got a part of the kind 'image_url', expected text",
     ),
     ({"messages": [USER | {"content": [3]}, ASSISTANT]}, "got a part of the kind 3, expected text"),
+    ({"prompt": "P", "completion": "C", "label": False}, "got a preference, expected one answer"),
+    ({"prompt": "P", "chosen": "C", "rejected": "D"}, "got a preference, expected one answer"),
     ({"messages": "[1"}, "got text that is not JSON: '[1'"),
     ({"prompt": [USER], "completion": "A"}, "completion: expected a list of objects"),
     ({"prompt": [USER, ASSISTANT], "completion": [USER, ASSISTANT]}, "that end with the user's"),
