@@ -195,6 +195,27 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> tuple[str, ...]
     return tuple(dict.fromkeys(name for target in targets for name in words.get(target, (target,))))
 
 
+def block_numbers(model: nn.Module, layers: Sequence[int] | int) -> tuple[int, ...] | None:
+    """The numbers of the blocks that get LoRA; None for all of them.
+
+    Args:
+        model: a `Network`.
+        layers: that many of the last blocks, or their numbers from 0; none: all.
+
+    Raises:
+        AdapterError: the model has no such blocks.
+    """
+    count = len(model.layers)
+    numbers = range(count - layers, count) if isinstance(layers, int) else layers
+    if wrong := [number for number in numbers if number not in range(count)]:
+        got = layers if isinstance(layers, int) else ", ".join(map(str, wrong))
+        raise AdapterError(
+            f"lora.layers: got {got}, and the base has {count} blocks, 0 to {count - 1}.\n"
+            "Choose among these."
+        )
+    return tuple(numbers) or None
+
+
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """Paths of the linear layers whose path ends in one of `targets`, in the model's order.
 

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from interviewmate_mlx import __version__, backend
+from interviewmate_mlx.adapter.config import AdapterConfig
 from interviewmate_mlx.adapter.folder import Adapter
 from interviewmate_mlx.adapter.start import check_start, start_from
 from interviewmate_mlx.base.base import Base, is_here
@@ -40,9 +41,10 @@ from interviewmate_mlx.model.gpu_kernels import (
     use_fused_cross_entropy,
 )
 from interviewmate_mlx.model.lora import (
-    add_lora,
+    block_numbers,
     count_parameters,
     find_targets,
+    place_lora,
     resolve_targets,
 )
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
@@ -50,6 +52,7 @@ from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.checkpoint import State
 from interviewmate_mlx.training.cpu_streams import CpuStreams
 from interviewmate_mlx.training.events import Started
+from interviewmate_mlx.training.folder import adapter_config
 from interviewmate_mlx.training.memory import (
     SCORES_AGAIN,
     SCORES_CAUSAL,
@@ -109,6 +112,12 @@ class Task:
     def targets(self) -> tuple[str, ...]:
         """The names of the layers that have a LoRA."""
         return resolve_targets(self.model, self.run.lora.targets)
+
+    @property
+    def adapter_config(self) -> AdapterConfig:
+        """What the adapter's folder says of it."""
+        numbers = block_numbers(self.model, self.run.lora.layers)
+        return adapter_config(self.run, self.targets, numbers)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -306,7 +315,8 @@ def build_model(run: RunConfig, base: Base) -> Network:
     lora = run.lora
     targets = resolve_targets(model, lora.targets)
     check_names(model, base, targets)
-    add_lora(model, targets, lora.rank, lora.alpha, lora.dropout, rslora=lora.rslora)
+    config = adapter_config(run, targets, block_numbers(model, lora.layers))
+    place_lora(model, config.layers(model), lora.dropout, rslora=lora.rslora)
     choose_kernels(model, dtype)
     if run.train.gradient_checkpointing:
         use_gradient_checkpointing(model)
