@@ -85,6 +85,7 @@ class LoraConfig:
     # blocks that get one: so many of the last ones, or a list of their numbers from 0; []: all
     layers: tuple[int, ...] | int = _option((), _is_layers, _LAYERS)
     rslora: bool = False  # scale by alpha / sqrt(rank)
+    dora: bool = False  # and learn a magnitude for each row of a weight
     plus_ratio: float = _at_least(1.0, 1)  # LoRA+: the learning rate of B by that of A
     # an adapter's folder, whose numbers the LoRA starts with; "": a fresh LoRA
     start_from: str = _option("", lambda v: not v or _is_name(v), "an adapter's folder")

@@ -133,6 +133,7 @@ def test_every_key_of_a_file_is_read(write_run):
         targets = ["dense", "query_key_value"]
         layers = [0, 2]
         rslora = true
+        dora = true
         plus_ratio = 16
         start_from = "adapters/mine"
         [data]
@@ -170,7 +171,7 @@ def test_every_key_of_a_file_is_read(write_run):
         name="mine",
         model=ModelConfig("models/mine", "bfloat16", True),
         lora=LoraConfig(
-            16, 32.0, 0.0, ("dense", "query_key_value"), (0, 2), True, 16.0, "adapters/mine"
+            16, 32.0, 0.0, ("dense", "query_key_value"), (0, 2), True, True, 16.0, "adapters/mine"
         ),
         data=DataConfig("rows", 128, "all", "chatml"),
         train=TrainConfig(
@@ -255,6 +256,7 @@ WRONG_TYPES = [
     ("lora.layers", "true", "got True, expected a number of at least 1, or a list"),
     ("lora.layers", "[0, 1.5]", "got [0, 1.5], expected a number of at least 1, or a list"),
     ("lora.rslora", "1", "got 1, expected true or false"),
+    ("lora.dora", "1", "got 1, expected true or false"),
     ("preference.length_normalized", "1", "got 1, expected true or false"),
     ("train.gradient_checkpointing", "1", "got 1, expected true or false"),
     (

@@ -198,6 +198,7 @@ def adapter_config(
         targets,
         lora.rslora,
         layer_numbers=layer_numbers,
+        dora=lora.dora,
     )
 
 

@@ -34,6 +34,7 @@ from interviewmate_mlx.files import Progress, check_free_space, is_utf8, scratch
 from interviewmate_mlx.formats.safetensors_file import save_tensors
 from interviewmate_mlx.hub.names import fetch_data, local_path
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
+from interviewmate_mlx.model.dora import place_dora, start_magnitudes
 from interviewmate_mlx.model.falcon import scaled_dot_product_attention
 from interviewmate_mlx.model.gpu_kernels import (
     fused_width,
@@ -219,6 +220,8 @@ def prepare(
     memory = checks.run(plan, run, model, rows, state)
     checks.raise_faults()
     base.read(model)
+    if run.lora.dora:
+        start_magnitudes(model)
     if isinstance(start, Adapter):
         start_from(start, model)
     executor = choose_executor().limited_to(memory.max_rows)
@@ -317,6 +320,8 @@ def build_model(run: RunConfig, base: Base) -> Network:
     check_names(model, base, targets)
     config = adapter_config(run, targets, block_numbers(model, lora.layers))
     place_lora(model, config.layers(model), lora.dropout, rslora=lora.rslora)
+    if lora.dora:
+        place_dora(model)
     choose_kernels(model, dtype)
     if run.train.gradient_checkpointing:
         use_gradient_checkpointing(model)
