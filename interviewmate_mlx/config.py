@@ -22,6 +22,7 @@ _MAX_BYTES = 1 << 16  # of a run's file
 _MAX_SHOWN_CHARS = 200  # of a wrong value
 _SHIPPED_NAME = re.compile(r"[a-z0-9-]+").fullmatch
 _NAMES = 'attention, all-linear, or a list of names, as in ["query_key_value"]'
+_LAYERS = "a number of at least 1, or a list of different numbers of blocks from 0"
 
 
 def _option(default: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
@@ -51,6 +52,12 @@ def _is_name(value: str) -> bool:
     return bool(value.strip()) and is_utf8(value)
 
 
+def _is_layers(value: Any) -> bool:
+    if isinstance(value, int):
+        return value >= 1
+    return len(set(value)) == len(value) and all(number >= 0 for number in value)
+
+
 def _is_file_name(value: object) -> bool:
     return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value
 
@@ -75,7 +82,10 @@ class LoraConfig:
     dropout: float = _option(0.05, lambda v: 0 <= v < 1, "from 0 to below 1")
     # layers that get one, in every block: names, or the base's own attention, or all-linear
     targets: tuple[str, ...] = _option(("attention",), bool, _NAMES)
+    # blocks that get one: so many of the last ones, or a list of their numbers from 0; []: all
+    layers: tuple[int, ...] | int = _option((), _is_layers, _LAYERS)
     rslora: bool = False  # scale by alpha / sqrt(rank)
+    dora: bool = False  # and learn a magnitude for each row of a weight
     plus_ratio: float = _at_least(1.0, 1)  # LoRA+: the learning rate of B by that of A
     # an adapter's folder, whose numbers the LoRA starts with; "": a fresh LoRA
     start_from: str = _option("", lambda v: not v or _is_name(v), "an adapter's folder")
@@ -415,6 +425,11 @@ def _coerce(value: Any, expected: Any) -> Any:
             return float(value)
         except OverflowError as error:
             raise TypeError(f"a number of at most {sys.float_info.max:.1e}") from error
+    if expected == tuple[int, ...] | int:
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+            raise TypeError(_LAYERS)
+        return tuple(numbers) if isinstance(value, list | tuple) else value
     if expected is int and is_number and isinstance(value, int):
         if value.bit_length() > 63:
             raise TypeError("a whole number of at most 64 bits")  # as TOML has them

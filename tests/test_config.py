@@ -131,7 +131,9 @@ def test_every_key_of_a_file_is_read(write_run):
         alpha = 32
         dropout = 0
         targets = ["dense", "query_key_value"]
+        layers = [0, 2]
         rslora = true
+        dora = true
         plus_ratio = 16
         start_from = "adapters/mine"
         [data]
@@ -168,7 +170,9 @@ def test_every_key_of_a_file_is_read(write_run):
     assert run == RunConfig(
         name="mine",
         model=ModelConfig("models/mine", "bfloat16", True),
-        lora=LoraConfig(16, 32.0, 0.0, ("dense", "query_key_value"), True, 16.0, "adapters/mine"),
+        lora=LoraConfig(
+            16, 32.0, 0.0, ("dense", "query_key_value"), (0, 2), True, True, 16.0, "adapters/mine"
+        ),
         data=DataConfig("rows", 128, "all", "chatml"),
         train=TrainConfig(
             "orpo", 5.0, 11, 2, 3, 1.0, "cosine", 0.1, 0.5, 3, 0.01, 0.0, 7, 3, True, 6.5, 0
@@ -249,7 +253,10 @@ WRONG_TYPES = [
     ("lora.rank", '"8"', "got '8', expected a whole number"),
     ("lora.alpha", '"8"', "got '8', expected a number"),
     ("lora.alpha", "true", "got True, expected a number"),
+    ("lora.layers", "true", "got True, expected a number of at least 1, or a list"),
+    ("lora.layers", "[0, 1.5]", "got [0, 1.5], expected a number of at least 1, or a list"),
     ("lora.rslora", "1", "got 1, expected true or false"),
+    ("lora.dora", "1", "got 1, expected true or false"),
     ("preference.length_normalized", "1", "got 1, expected true or false"),
     ("train.gradient_checkpointing", "1", "got 1, expected true or false"),
     (
@@ -275,6 +282,7 @@ def test_value_of_another_type_is_refused(write_run, key, value, said):
     assert f"\n  {key}: {said}" in refusal(write_run(f"[{table}]\n{name} = {value}"))
 
 
+BLOCKS = "a number of at least 1, or a list of different numbers of blocks from 0"
 # The last value that is allowed, and the first that is not, at each end of a range.
 RANGES = [
     ("lora.rank", "1", "0", "at least 1"),
@@ -284,6 +292,9 @@ RANGES = [
     ("lora.dropout", "0", "-0.1", "from 0 to below 1"),
     ("lora.dropout", "0.99", "1", "from 0 to below 1"),
     ("lora.start_from", "x", "' '", "an adapter's folder"),
+    ("lora.layers", "1", "0", BLOCKS),
+    ("lora.layers", "[0, 3]", "[3, 3]", BLOCKS),
+    ("lora.layers", "[]", "[-1]", BLOCKS),
     ("data.max_length", "8", "7", "at least 8"),
     ("data.train_on", "all", "question", "one of answer, answers, last, all"),
     ("data.path", "x", "' '", "a name or a path, in Unicode"),

@@ -44,7 +44,6 @@ _UNSUPPORTED: dict[str, Sequence[object]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "use_bdlora": (None, False),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "velora_config": (None,),
 }
@@ -75,6 +74,7 @@ _OTHER_KEYS = {
     "runtime_config",
     "target_modules",
     "task_type",
+    "use_dora",
     "use_rslora",
 }
 
@@ -97,6 +97,7 @@ class AdapterConfig:
     excluded: tuple[str, ...] | str = ()  # as `targets`; these layers are left as they are
     layer_numbers: tuple[int, ...] | None = None  # of the layers with LoRA; None: of all
     layers_patterns: tuple[str, ...] = ()  # before a layer's number in a path; (): any name
+    dora: bool = False
 
     def to_peft(self) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
@@ -113,7 +114,7 @@ class AdapterConfig:
             "inference_mode": True,
             "init_lora_weights": True,
             "use_rslora": self.rslora,
-            "use_dora": False,
+            "use_dora": self.dora,
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
             "layers_to_transform": self.layer_numbers,
@@ -229,6 +230,7 @@ def read_peft_config(folder: Path, content: dict[str, Any]) -> AdapterConfig:
         )
     # PEFT's defaults: rank and alpha are 8 if absent.
     defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
+    defaults |= {"use_dora": False}
     config: dict[str, Any] = {**defaults, **content}
     faults = _config_faults(config)
     if faults:
@@ -246,6 +248,7 @@ def read_peft_config(folder: Path, content: dict[str, Any]) -> AdapterConfig:
         dropout=float(config["lora_dropout"]),
         targets=targets if isinstance(targets, str) else tuple(targets),
         rslora=config["use_rslora"],
+        dora=config["use_dora"],
         rank_pattern={name: int(rank) for name, rank in ranks.items()},
         alpha_pattern={name: float(alpha) for name, alpha in alphas.items()},
         excluded=excluded if isinstance(excluded, str) else tuple(excluded),
@@ -279,8 +282,9 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
         faults.append(f"lora_alpha: got {brief(alpha)}, expected a finite number")
     if not is_number(dropout) or not 0 <= dropout < 1:
         faults.append(f"lora_dropout: got {brief(dropout)}, expected from 0 to below 1")
-    if not isinstance(config["use_rslora"], bool):
-        faults.append(f"use_rslora: got {brief(config['use_rslora'])}, expected true or false")
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(config[key], bool):
+            faults.append(f"{key}: got {brief(config[key])}, expected true or false")
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str | None):
         faults.append(f"base_model_name_or_path: got {brief(base)}, expected a name or a path")

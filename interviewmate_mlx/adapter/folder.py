@@ -38,6 +38,7 @@ from interviewmate_mlx.formats.safetensors_file import (
     read_safetensors_header,
     save_tensors,
 )
+from interviewmate_mlx.model.dora import place_dora
 from interviewmate_mlx.model.lora import linear_paths, place_lora, shape_of
 from interviewmate_mlx.model.tree import named_arrays
 
@@ -51,7 +52,8 @@ _TEMPLATE_KEY = "template"
 _JINJA_KEY = "chat_template"
 # The templates that need no text in the metadata, by their names there.
 _NAMED_TEMPLATES = {"questions": PLAIN, "verbatim": VERBATIM}
-_LORA_MATRICES = (".lora_A.weight", ".lora_B.weight")
+_MAGNITUDE = ".lora_magnitude_vector"  # DoRA's
+_LORA_MATRICES = (".lora_A.weight", ".lora_B.weight", _MAGNITUDE)
 _HEAD = "lm_head"
 # PEFT merges such an adapter into a tied head and into the embedding with it: wrong answers.
 _TIED_HEAD_HINT = (
@@ -149,6 +151,8 @@ class Adapter:
         layers = self.config.layers(model)
         self._compare(model, layers)
         place_lora(model, layers, self.config.dropout, rslora=self.config.rslora)
+        if self.config.dora:
+            place_dora(model)
         model.load_weights(list(self.matrices().items()), strict=False)
         mx.eval(model.trainable_parameters())
         model.template = self.template
@@ -274,6 +278,8 @@ class Adapter:
             out_features, in_features = shape_of(modules[path])
             expected[f"{path}.lora_A.weight"] = (rank, in_features)
             expected[f"{path}.lora_B.weight"] = (out_features, rank)
+            if self.config.dora:
+                expected[f"{path}{_MAGNITUDE}"] = (out_features,)
         got = {name: entry.shape for name, entry in self.tensors.items()}
         faults = [
             f"{name}: got {got.get(name, 'nothing')}, expected {shape}"

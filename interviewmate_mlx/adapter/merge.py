@@ -14,21 +14,25 @@ from interviewmate_mlx.model.lora import lora_layers, remove_lora
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to a layer's weight: `scale * B A`.
+    """What an adapter adds to a layer's weight: `scale * B A`; DoRA then stretches its rows.
 
     Attributes:
         a: (r, in) float32.
         b: (out, r) float32.
         scale: alpha / r, or what rsLoRA makes of it.
+        magnitude: (out,) float32, the norms that DoRA gives the rows of the sum; None: their own.
     """
 
     a: mx.array
     b: mx.array
     scale: float
+    magnitude: mx.array | None = None
 
     def added_to(self, weight: mx.array) -> mx.array:
         """The sum, (out, in), computed in float32 and rounded to the weight's dtype."""
         total: mx.array = weight.astype(mx.float32) + self.scale * (self.b @ self.a)
+        if self.magnitude is not None:
+            total *= (self.magnitude / mx.linalg.norm(total, axis=1))[:, None]
         return total.astype(weight.dtype)
 
 
@@ -44,7 +48,12 @@ def read_updates(adapter: Adapter, model: nn.Module) -> dict[str, Update]:
     """
     adapter.apply(model)
     updates = {
-        path: Update(layer.lora_A.weight, layer.lora_B.weight, layer.scale)
+        path: Update(
+            layer.lora_A.weight,
+            layer.lora_B.weight,
+            layer.scale,
+            layer.get("lora_magnitude_vector"),
+        )
         for path, layer in lora_layers(model)
     }
     remove_lora(model)
@@ -64,6 +73,11 @@ def combine(adapters: Sequence[dict[str, Update]], weights: Sequence[float]) -> 
     Raises:
         AdapterError: two adapters have different ranks in a layer.
     """
+    if any(part.magnitude is not None for updates in adapters for part in updates.values()):
+        raise AdapterError(
+            "A DoRA cannot be combined with others or weighted: it scales whole weights.\n"
+            "Merge it alone, and train the others on the merged base."
+        )
     paths = dict.fromkeys(path for updates in adapters for path in updates)
     faults, combined = [], {}
     for path in paths:

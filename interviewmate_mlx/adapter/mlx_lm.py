@@ -142,6 +142,8 @@ def write(folder: Path, model: nn.Module, base: str, dropout: float) -> None:
     total = len(model.layers)
     if numbers != set(range(total - len(numbers), total)):
         faults.append(f"blocks {sorted(numbers)}: expected the last ones of {total}")
+    if any("lora_magnitude_vector" in layer for layer in layers.values()):
+        faults.append("expected plain LoRA, got DoRA")
     if len(layers) != len(numbers) * len(keys):
         faults.append("expected the same layers in each block")
     kinds = sorted({(layer.lora_A.weight.shape[0], layer.scale) for layer in layers.values()})

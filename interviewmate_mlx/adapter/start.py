@@ -40,8 +40,8 @@ def check_start(
         raise AdapterError(
             f"The run cannot start from {adapter.folder}, which it does not fit:\n"
             f"{list_faults(faults)}\n"
-            "Give the run the adapter's base, lora.rank, lora.alpha, lora.rslora and lora.targets "
-            "(its run.toml or adapter_config.json has them), or merge it into the base."
+            "Give the run the adapter's base, rank, alpha, targets, layers, rslora and dora (they "
+            "stand in its run.toml or adapter_config.json), or merge it into the base."
         )
 
 

@@ -91,11 +91,7 @@ class LoRALinear(nn.Module):
         A quantised base comes out dequantised: quantising it again would round
         the update away.
         """
-        base, weight = self.base_layer, self.base_layer.weight
-        if isinstance(base, nn.QuantizedLinear):
-            weight = mx.dequantize(
-                weight, base.scales, base.get("biases"), base.group_size, base.bits, base.mode
-            )
+        base, weight = self.base_layer, plain_weight(self.base_layer)
         update = self.scale * (self.lora_B.weight @ self.lora_A.weight)
         linear = nn.Linear(1, 1, bias="bias" in base)
         linear.weight = (weight.astype(mx.float32) + update).astype(weight.dtype)
@@ -129,6 +125,21 @@ def _add_product_vjp(
     wide = cotangent.astype(mx.float32)
     rows = wide.reshape(-1, wide.shape[-1])
     return cotangent, wide @ weight, rows.T @ inner.reshape(-1, inner.shape[-1])
+
+
+def plain_weight(linear: Projection) -> mx.array:
+    """The weight of a linear layer, (out, in), dequantised if need be."""
+    if isinstance(linear, nn.QuantizedLinear):
+        return mx.dequantize(
+            linear.weight,
+            linear.scales,
+            linear.get("biases"),
+            linear.group_size,
+            linear.bits,
+            linear.mode,
+        )
+    weight: mx.array = linear.weight
+    return weight
 
 
 def shape_of(linear: Projection) -> tuple[int, int]:
@@ -193,6 +204,27 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> tuple[str, ...]
         ),
     }
     return tuple(dict.fromkeys(name for target in targets for name in words.get(target, (target,))))
+
+
+def block_numbers(model: nn.Module, layers: Sequence[int] | int) -> tuple[int, ...] | None:
+    """The numbers of the blocks that get LoRA; None for all of them.
+
+    Args:
+        model: a `Network`.
+        layers: that many of the last blocks, or their numbers from 0; none: all.
+
+    Raises:
+        AdapterError: the model has no such blocks.
+    """
+    count = len(model.layers)
+    numbers = range(count - layers, count) if isinstance(layers, int) else layers
+    if wrong := [number for number in numbers if number not in range(count)]:
+        got = layers if isinstance(layers, int) else ", ".join(map(str, wrong))
+        raise AdapterError(
+            f"lora.layers: got {got}, and the base has {count} blocks, 0 to {count - 1}.\n"
+            "Choose among these."
+        )
+    return tuple(numbers) or None
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:

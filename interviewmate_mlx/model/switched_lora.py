@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from interviewmate_mlx.model.dora import DoRALinear
 from interviewmate_mlx.model.lora import LoRALinear, Projection, shape_of
 from interviewmate_mlx.model.zoo import Network
 
@@ -48,7 +49,7 @@ class RowUpdates:
 
 
 class SwitchedLoRALinear(nn.Module):
-    """`y = Wx + b + B_i A_i x`, with another i for each row."""
+    """`y = Wx + b + B_i A_i x`, with another i for each row; and the rows of DoRA's W stretched."""
 
     def __init__(self, base_layer: Projection, current: RowUpdates) -> None:
         super().__init__()
@@ -57,6 +58,8 @@ class SwitchedLoRALinear(nn.Module):
         out_features, in_features = shape_of(base_layer)
         self.A = mx.zeros((1, 1, in_features))
         self.B = mx.zeros((1, out_features, 1))
+        self.stretch = mx.zeros((1, out_features))  # of DoRA's rows, less 1
+        self._has_dora = False
 
     def add(self, number: int, update: LoRALinear) -> None:
         """Take the matrices of a LoRA layer as an update; ranks are padded to the largest."""
@@ -65,6 +68,10 @@ class SwitchedLoRALinear(nn.Module):
         grown = count - self.A.shape[0], rank - self.A.shape[1]
         self.A = mx.pad(self.A, [(0, grown[0]), (0, grown[1]), (0, 0)])
         self.B = mx.pad(self.B, [(0, grown[0]), (0, 0), (0, grown[1])])
+        self.stretch = mx.pad(self.stretch, [(0, grown[0]), (0, 0)])
+        if isinstance(update, DoRALinear):
+            stretch, self._has_dora = update.stretch(), True
+            self.stretch[number], b = stretch - 1, stretch[:, None] * b
         self.A[number, : a.shape[0]] = a
         self.B[number, :, : a.shape[0]] = b
 
@@ -77,7 +84,11 @@ class SwitchedLoRALinear(nn.Module):
             return y
         rows = mx.array(numbers)
         inner = x.astype(mx.float32) @ self.A[rows].swapaxes(1, 2)
-        return (y + inner @ self.B[rows].swapaxes(1, 2)).astype(y.dtype)
+        added = inner @ self.B[rows].swapaxes(1, 2)
+        if self._has_dora:
+            seen = y - self.base_layer.bias if "bias" in self.base_layer else y
+            added += self.stretch[rows][:, None] * seen.astype(mx.float32)
+        return (y + added).astype(y.dtype)
 
 
 class SwitchedModel(nn.Module):

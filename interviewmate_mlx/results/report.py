@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from interviewmate_mlx.config import shipped_data
+from interviewmate_mlx.config import LoraConfig, shipped_data
 from interviewmate_mlx.data.check import check_data
 from interviewmate_mlx.errors import InterviewMateError
 from interviewmate_mlx.hub.names import fetch_data, is_hub_id
@@ -120,18 +120,22 @@ def build_report(runs: Sequence[FinishedRun], left_out: Sequence[str] = ()) -> R
 
 
 def _overview(runs: Sequence[FinishedRun]) -> Iterator[Part]:
-    first, seconds = runs[0], sum(run.summary.training_s for run in runs)
+    seconds = sum(run.summary.training_s for run in runs)
     bases = dict.fromkeys(run.run.model.base for run in runs)
     rows = [
         ["base", ", ".join(bases)],
         ["method", ", ".join(dict.fromkeys(run.run.train.method for run in runs))],
-        ["adapter", "LoRA" + (" (rsLoRA)" if first.run.lora.rslora else "")],
+        ["adapter", ", ".join(dict.fromkeys(_kind(run.run.lora) for run in runs))],
         ["machine", ", ".join(dict.fromkeys(run.summary.machine or "not known" for run in runs))],
         ["training, all runs together", _duration(seconds)],
     ]
     for path in dict.fromkeys(run.run.data.path for run in runs):
         rows.append([f"data: {path}", _data_in_words(path)])
     yield Table(["", ""], rows)
+
+
+def _kind(lora: LoraConfig) -> str:
+    return ("DoRA" if lora.dora else "LoRA") + (" (rsLoRA)" if lora.rslora else "")
 
 
 def _data_in_words(path: str) -> str:

@@ -176,13 +176,30 @@ def write_run(run: RunConfig, out: Path) -> None:
         temporary.write_text(to_toml(run), encoding="utf-8")
 
 
-def adapter_config(run: RunConfig, targets: tuple[str, ...]) -> AdapterConfig:
-    """What the adapter's folder says of it; `targets` are the names of the layers."""
+def adapter_config(
+    run: RunConfig, targets: tuple[str, ...], layer_numbers: tuple[int, ...] | None
+) -> AdapterConfig:
+    """What the adapter's folder says of it.
+
+    Args:
+        run: the run.
+        targets: the names of the layers.
+        layer_numbers: of the blocks; None for all.
+    """
     lora, base = run.lora, run.model.base
     # A folder by its whole path: the adapter is loaded from other folders too.
     if not shipped_base(base) and local_path(base).exists():
         base = str(local_path(base).resolve())
-    return AdapterConfig(base, lora.rank, lora.alpha, lora.dropout, targets, lora.rslora)
+    return AdapterConfig(
+        base,
+        lora.rank,
+        lora.alpha,
+        lora.dropout,
+        targets,
+        lora.rslora,
+        layer_numbers=layer_numbers,
+        dora=lora.dora,
+    )
 
 
 def write_run_card(
@@ -204,8 +221,9 @@ def write_run_card(
         end_ids: the tokens that end an answer, if the tokenizer's own is not the only one.
     """
     base = run.model.base
-    start = run.lora.start_from
+    start, numbers = run.lora.start_from, config.layer_numbers
     facts = {
+        **({"blocks": ", ".join(map(str, numbers))} if numbers else {}),
         **({"started from": f"the adapter {start}"} if start else {}),
         "trainable parameters": f"{summary.trainable_parameters:,} ({summary.trainable_share:.2%})",
         "steps, epochs": f"{summary.steps}, {summary.epochs:.2f}",

@@ -37,7 +37,6 @@ from interviewmate_mlx.training.checkpoint import (
 )
 from interviewmate_mlx.training.events import Event, Finished, Stepped, Validated
 from interviewmate_mlx.training.folder import (
-    adapter_config,
     changed_settings,
     check_out,
     check_same_run,
@@ -191,7 +190,7 @@ def run_task(
     best_step = state.best_step if best else None
     stopped_early = is_over(task, state) and state.step < task.total_steps
     summary = write_summary(out, run, started, state.step, best_step, stopped_early)
-    template, config = task.rows.template, adapter_config(run, task.targets)
+    template, config = task.rows.template, task.adapter_config
     ends = end_ids(template, task.base.tokenizer)
     write_run_card(out, run, config, summary, template, ends if len(ends) > 1 else ())
     yield Finished(state.step, best_step, not is_over(task, state), stopped_early, summary)
@@ -249,7 +248,7 @@ def save(
 
 def write_adapter(task: Task, out: Path, weights: dict[str, mx.array]) -> None:
     """Write the adapter in PEFT's format, with what it was trained on and how it was asked."""
-    template, config = task.rows.template, adapter_config(task.run, task.targets)
+    template, config = task.rows.template, task.adapter_config
     beside = text_beside(template, task.base.tokenizer)
     save_adapter(out, weights, config, task.base.weights_hash, template, beside)
 

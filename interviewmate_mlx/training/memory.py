@@ -9,6 +9,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from interviewmate_mlx.data.batches import Row, padded_tokens, padded_width
 from interviewmate_mlx.errors import BackendError
+from interviewmate_mlx.model.dora import DoRALinear
 from interviewmate_mlx.model.lora import LORA_NAMES, Projection, lora_layers, shape_of
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.model.zoo import Network
@@ -22,6 +23,9 @@ _PLANNED_LOGITS = 7
 # On a GPU, at the same peak: logits in the base's dtype, and in float32 they, their softmax and
 # their gradient, which is cast back.
 _GPU_LOGITS = 2, 3
+
+# Bytes that a DoRA layer keeps for its magnitude, by what the layer gives: measured, with mini.
+_OF_DORA = 9
 
 
 class Scores(NamedTuple):
@@ -56,6 +60,7 @@ class Widths:
             autodiff's derivatives, keep what their layers take, too.
         lora: by the LoRA layers, summed.
         dropped: by those of them that drop some of it.
+        stretched: given by the DoRA layers, summed.
     """
 
     hidden: int
@@ -68,6 +73,7 @@ class Widths:
     kept: int
     lora: int
     dropped: int
+    stretched: int = 0
 
 
 def widths_of(model: Network) -> Widths:
@@ -84,7 +90,9 @@ def widths_of(model: Network) -> Widths:
     has_own_derivatives = any(hasattr(module, "attend") for module in model.modules())
     heads = args.num_attention_heads
     head_dim = getattr(args, "head_dim", None) or args.hidden_size // heads
-    loras = [(shape_of(lora.base_layer)[1], lora.dropout.draws) for _, lora in lora_layers(model)]
+    layers = [layer for _, layer in lora_layers(model)]
+    loras = [(shape_of(layer.base_layer)[1], layer.dropout.draws) for layer in layers]
+    doras = [layer for layer in layers if isinstance(layer, DoRALinear)]
     return Widths(
         hidden=args.hidden_size,
         vocab=args.vocab_size,
@@ -96,6 +104,7 @@ def widths_of(model: Network) -> Widths:
         kept=given if has_own_derivatives else given + taken,
         lora=sum(width for width, _ in loras),
         dropped=sum(width for width, draws in loras if draws),
+        stretched=sum(shape_of(layer.base_layer)[0] for layer in doras),
     )
 
 
@@ -142,9 +151,9 @@ def cpu_bytes_per_token(
     num_scores = scores.planned / num_streams + scores.kept * layers
     floats = channels + num_scores * widths.heads * width
     # What is left after dropout, float32, and a mask of bytes.
-    of_dropout = layers * widths.dropped / widths.layers * 5
+    of_lora = layers * (widths.dropped * 5 + widths.stretched * _OF_DORA) / widths.layers
     logits = _PLANNED_LOGITS / num_streams * widths.vocab
-    return int(floats * itemsize + of_dropout + logits * 4)  # which are float32
+    return int(floats * itemsize + of_lora + logits * 4)  # which are float32
 
 
 def gpu_bytes_per_token(
@@ -175,7 +184,7 @@ def gpu_bytes_per_token(
         gradient_checkpointing: all blocks but one keep their input alone.
     """
     layers, heads = widths.layers, widths.heads
-    of_lora = 4 * widths.lora + 5 * widths.dropped
+    of_lora = 4 * widths.lora + 5 * widths.dropped + _OF_DORA * widths.stretched
     attended = heads * (widths.head_dim + 3 * (widened - widths.head_dim))
     block = (widths.hidden + attended + widths.kept / layers) * itemsize + of_lora / layers
     of_scores = heads * width * itemsize

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from interviewmate_mlx import __version__, backend
+from interviewmate_mlx.adapter.config import AdapterConfig
 from interviewmate_mlx.adapter.folder import Adapter
 from interviewmate_mlx.adapter.start import check_start, start_from
 from interviewmate_mlx.base.base import Base, is_here
@@ -33,6 +34,7 @@ from interviewmate_mlx.files import Progress, check_free_space, is_utf8, scratch
 from interviewmate_mlx.formats.safetensors_file import save_tensors
 from interviewmate_mlx.hub.names import fetch_data, local_path
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
+from interviewmate_mlx.model.dora import place_dora, start_magnitudes
 from interviewmate_mlx.model.falcon import scaled_dot_product_attention
 from interviewmate_mlx.model.gpu_kernels import (
     fused_width,
@@ -40,9 +42,10 @@ from interviewmate_mlx.model.gpu_kernels import (
     use_fused_cross_entropy,
 )
 from interviewmate_mlx.model.lora import (
-    add_lora,
+    block_numbers,
     count_parameters,
     find_targets,
+    place_lora,
     resolve_targets,
 )
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
@@ -50,6 +53,7 @@ from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.checkpoint import State
 from interviewmate_mlx.training.cpu_streams import CpuStreams
 from interviewmate_mlx.training.events import Started
+from interviewmate_mlx.training.folder import adapter_config
 from interviewmate_mlx.training.memory import (
     SCORES_AGAIN,
     SCORES_CAUSAL,
@@ -109,6 +113,12 @@ class Task:
     def targets(self) -> tuple[str, ...]:
         """The names of the layers that have a LoRA."""
         return resolve_targets(self.model, self.run.lora.targets)
+
+    @property
+    def adapter_config(self) -> AdapterConfig:
+        """What the adapter's folder says of it."""
+        numbers = block_numbers(self.model, self.run.lora.layers)
+        return adapter_config(self.run, self.targets, numbers)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -210,6 +220,8 @@ def prepare(
     memory = checks.run(plan, run, model, rows, state)
     checks.raise_faults()
     base.read(model)
+    if run.lora.dora:
+        start_magnitudes(model)
     if isinstance(start, Adapter):
         start_from(start, model)
     executor = choose_executor().limited_to(memory.max_rows)
@@ -306,7 +318,10 @@ def build_model(run: RunConfig, base: Base) -> Network:
     lora = run.lora
     targets = resolve_targets(model, lora.targets)
     check_names(model, base, targets)
-    add_lora(model, targets, lora.rank, lora.alpha, lora.dropout, rslora=lora.rslora)
+    config = adapter_config(run, targets, block_numbers(model, lora.layers))
+    place_lora(model, config.layers(model), lora.dropout, rslora=lora.rslora)
+    if lora.dora:
+        place_dora(model)
     choose_kernels(model, dtype)
     if run.train.gradient_checkpointing:
         use_gradient_checkpointing(model)

@@ -155,7 +155,7 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
+        ("use_dora", 1),
         ("bias", "all"),
         ("modules_to_save", ["lm_head"]),
         ("layers_to_transform", [-1]),
@@ -250,9 +250,10 @@ def test_rank_larger_than_a_layer_is_refused(tmp_path):
         Adapter.open(tmp_path).apply(our_model())
 
 
-def test_dora_made_by_peft_is_refused(tmp_path):
-    their_adapter(tmp_path, use_dora=True)
-    with pytest.raises(AdapterError, match="use_dora"):
+def test_dora_without_its_magnitudes_is_refused(tmp_path):
+    their_adapter(tmp_path)
+    edit_config(tmp_path, use_dora=True)
+    with pytest.raises(AdapterError, match="lora_magnitude_vector: got nothing"):
         Adapter.open(tmp_path).apply(our_model())
 
 

@@ -109,7 +109,7 @@ ADAPTERS = [
     config("alpha of a list", "lora_alpha: got [16], expected a finite number", lora_alpha=[16]),
     config("dropout 1", "lora_dropout: got 1, expected from 0 to below 1", lora_dropout=1),
     config("rslora of a text", "use_rslora: got 'no', expected true or false", use_rslora="no"),
-    config("DoRA", "use_dora: got True, expected False", use_dora=True),
+    config("DoRA of a text", "use_dora: got 'no', expected true or false", use_dora="no"),
     config("modules to save", "modules_to_save: got ['x'], expected None", modules_to_save=["x"]),
     config("a newer PEFT", "use_next: got 1, expected no such key", use_next=1),
     config(
