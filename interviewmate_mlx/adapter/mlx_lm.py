@@ -20,7 +20,11 @@ from interviewmate_mlx.model.lora import lora_layers
 
 WEIGHTS_FILE = "adapters.safetensors"
 _CONFIG_FILE = "adapter_config.json"
-_NAMES = {".lora_a": ".lora_A.weight", ".lora_b": ".lora_B.weight"}
+_NAMES = {
+    ".lora_a": ".lora_A.weight",
+    ".lora_b": ".lora_B.weight",
+    ".m": ".lora_magnitude_vector",  # of DoRA
+}
 _BLOCK = re.compile(r"(?P<before>.*?\.)(?P<number>\d+)\.(?P<key>.+)").fullmatch
 
 
@@ -33,7 +37,9 @@ def our_name(name: str) -> str:
 
 
 def transposed(entry: TensorEntry) -> TensorEntry:
-    """A matrix as it lies in a file, read by columns."""
+    """A matrix as it lies in a file, read by columns; a vector as it is."""
+    if len(entry.shape) == 1:
+        return entry
     rows, columns = entry.shape
     return TensorEntry(entry.dtype, (columns, rows), entry.path, entry.offset, (1, columns))
 
@@ -56,8 +62,8 @@ def read_config(
     settings = settings if isinstance(settings, dict) else {}
     rank, scale, dropout = (settings.get(key) for key in ("rank", "scale", "dropout"))
     faults = []
-    if kind != "lora":
-        faults.append(f"fine_tune_type: got {brief(kind)}, expected 'lora'")
+    if kind not in ("lora", "dora"):
+        faults.append(f"fine_tune_type: got {brief(kind)}, expected 'lora' or 'dora'")
     if not is_rank(rank):
         faults.append(f"lora_parameters.rank: got {brief(rank)}, expected a whole number above 0")
     if not is_number(scale):
@@ -65,14 +71,14 @@ def read_config(
     if dropout is not None and not (is_number(dropout) and 0 <= dropout < 1):
         faults.append(f"lora_parameters.dropout: got {brief(dropout)}, expected from 0 to below 1")
     faults += [
-        f"{name}: expected a name that ends in .lora_a or .lora_b"
+        f"{name}: expected a name that ends in .lora_a or .lora_b (or, with 'dora', .m)"
         for name in tensors
-        if not name.endswith(tuple(_NAMES))
+        if not name.endswith(tuple(_NAMES)) or (kind == "lora" and name.endswith(".m"))
     ]
     faults += [
         f"{name}: got shape {entry.shape}, expected a matrix (LoRA on experts is not supported)"
         for name, entry in tensors.items()
-        if len(entry.shape) != 2
+        if len(entry.shape) != (1 if name.endswith(".m") else 2)
     ]
     faults += [
         f"{name}: got rank {entry.shape[1]}, expected {rank}"
@@ -99,6 +105,7 @@ def read_config(
         dropout=float(dropout or 0),
         targets=targets,
         layer_numbers=numbers,
+        dora=kind == "dora",
     )
 
 
@@ -142,8 +149,6 @@ def write(folder: Path, model: nn.Module, base: str, dropout: float) -> None:
     total = len(model.layers)
     if numbers != set(range(total - len(numbers), total)):
         faults.append(f"blocks {sorted(numbers)}: expected the last ones of {total}")
-    if any("lora_magnitude_vector" in layer for layer in layers.values()):
-        faults.append("expected plain LoRA, got DoRA")
     if len(layers) != len(numbers) * len(keys):
         faults.append("expected the same layers in each block")
     kinds = sorted({(layer.lora_A.weight.shape[0], layer.scale) for layer in layers.values()})
@@ -159,9 +164,12 @@ def write(folder: Path, model: nn.Module, base: str, dropout: float) -> None:
     for path, layer in sorted(layers.items()):
         arrays[f"{path}.lora_a"] = mx.contiguous(layer.lora_A.weight.T)
         arrays[f"{path}.lora_b"] = mx.contiguous(layer.lora_B.weight.T)
+        if "lora_magnitude_vector" in layer:
+            arrays[f"{path}.m"] = layer.lora_magnitude_vector
     save_tensors(folder / WEIGHTS_FILE, arrays, {"format": "mlx"})
+    has_dora = any("lora_magnitude_vector" in layer for layer in layers.values())
     settings = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": "dora" if has_dora else "lora",
         "model": base,
         "num_layers": len(numbers),
         "lora_parameters": {

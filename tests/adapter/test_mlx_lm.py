@@ -41,19 +41,23 @@ def base(request, tmp_path):
     return folder, reference
 
 
-def write_theirs(folder: Path, base: Path, num_layers: int, **settings) -> np.ndarray:
+def write_theirs(
+    folder: Path, base: Path, num_layers: int, dora: bool = False, **settings
+) -> np.ndarray:
     """An adapter as mlx-lm's trainer saves it; the logits of base and adapter in mlx-lm."""
     model, _ = load_model(base, trust_remote_code=True)
     model.freeze()
     parameters = {"rank": 4, "scale": 3.0, "dropout": 0.1, **settings}
-    linear_to_lora_layers(model, num_layers, parameters)
+    linear_to_lora_layers(model, num_layers, parameters, use_dora=dora)
     trained = tree_flatten(model.trainable_parameters(), destination={})
     mx.random.seed(3)
     arrays = {name: 0.1 * mx.random.normal(array.shape) for name, array in trained.items()}
+    arrays |= {name: mx.abs(a) * 5 + 0.5 for name, a in arrays.items() if name.endswith(".m")}
     model.load_weights(list(arrays.items()), strict=False)
     folder.mkdir()
     mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
-    config = {"fine_tune_type": "lora", "num_layers": num_layers, "lora_parameters": parameters}
+    kind = "dora" if dora else "lora"
+    config = {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": parameters}
     config |= {"model": str(base), "iters": 100, "learning_rate": 1e-5}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     return np.array(model.eval()(mx.array(IDS)))
@@ -65,13 +69,20 @@ def ours(base: Path, adapter: Path) -> np.ndarray:
     return np.array(model.eval()(mx.array(IDS)))
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("num_layers", [2, -1])
-def test_adapter_of_mlx_lm_is_read_and_becomes_a_peft_folder(base, num_layers, tmp_path):
+def test_adapter_of_mlx_lm_is_read_and_becomes_a_peft_folder(base, num_layers, dora, tmp_path):
     folder, reference = base
-    expected = write_theirs(tmp_path / "theirs", folder, num_layers)
+    expected = write_theirs(tmp_path / "theirs", folder, num_layers, dora)
     np.testing.assert_allclose(ours(folder, tmp_path / "theirs"), expected, atol=ATOL)
     adapter = Adapter.open(tmp_path / "theirs")
     assert (adapter.config.rank, adapter.config.alpha, adapter.config.dropout) == (4, 12.0, 0.1)
+    again = tmp_path / "again"
+    adapter.export_as_mlx_lm(again, Base.open(folder).load(mx.float32))
+    np.testing.assert_allclose(ours(folder, again), expected, atol=ATOL)
+    model, _ = load_model(folder, trust_remote_code=True)
+    load_adapters(model, again)
+    np.testing.assert_allclose(np.array(model.eval()(mx.array(IDS))), expected, atol=ATOL)
     adapter.export(tmp_path / "peft")
     np.testing.assert_allclose(ours(folder, tmp_path / "peft"), expected, atol=ATOL)
     loaded = PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "peft").eval()
@@ -137,7 +148,7 @@ def test_what_mlx_lm_cannot_hold_is_refused(base, tmp_path):
 
 
 BAD = {
-    "dora": ({"fine_tune_type": "dora"}, "fine_tune_type: got 'dora', expected 'lora'"),
+    "another kind": ({"fine_tune_type": "ia3"}, "got 'ia3', expected 'lora' or 'dora'"),
     "whole weights": ({"fine_tune_type": "full"}, "fine_tune_type: got 'full'"),
     "no settings": ({"lora_parameters": None}, "lora_parameters.rank: got None"),
     "another rank": (
