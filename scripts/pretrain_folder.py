@@ -179,10 +179,13 @@ def recipe_facts(
         )
     if not args.start:
         return facts
-    earlier = re.findall(r"^\| (?!held out)(\w.*?) \| (.+) \|$", read_card(args.start), re.M)
+    earlier = dict(re.findall(r"^\| (?!held out)(\w.*?) \| (.+) \|$", read_card(args.start), re.M))
     same = ("parameters", "shape", "text")
-    later = {f"afterwards: {name}": value for name, value in facts.items() if name not in same}
-    return {name: facts[name] for name in same} | dict(earlier) | later
+    again = "afterwards"
+    while any(name.startswith(f"{again}: ") for name in earlier):
+        again += " again"
+    later = {f"{again}: {name}": value for name, value in facts.items() if name not in same}
+    return {name: facts[name] for name in same} | earlier | later
 
 
 def read_card(folder: Path) -> str:

@@ -149,6 +149,11 @@ def test_run_goes_on_from_a_base(script, text, made, tmp_path):
     assert script.main([*words, "--out", str(tmp_path / "better")]) == 0
     before, after = (perplexity(folder) for folder in (made, tmp_path / "better"))
     assert after < 0.95 * before
+    words[2] = str(tmp_path / "better")
+    assert script.main([*words, "--learning-rate", "0", "--out", str(tmp_path / "third")]) == 0
+    third = (tmp_path / "third" / "README.md").read_text()
+    rates = re.findall(r"^\| (.*)optimizer .* learning rate (\S+)", third, re.M)
+    assert rates == [("", "0.005"), ("afterwards: ", "0.005"), ("afterwards again: ", "0")]
 
 
 def perplexity(folder: Path) -> float:
