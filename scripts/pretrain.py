@@ -69,6 +69,7 @@ def options() -> argparse.ArgumentParser:
     add("--microbatch", type=int, default=4, help="rows at once: memory and speed")
     add("--tokens", type=float, default=40e6, help="to train on, repeated ones counted")
     add("--from", dest="start", type=Path, metavar="FOLDER", help="a base to go on from")
+    add("--blend", type=float, default=1.0, help="share of the new weights; the rest is --from's")
     add("--unlikelihood", type=float, default=0.0, help="weight of the term against repetition")
     add("--then", type=Path, help="a second text, for a second stage")
     add("--then-tokens", type=float, default=0, help="of the second stage")
@@ -121,6 +122,8 @@ def pretrain(args: argparse.Namespace, console: Console, stop: Callable[[], bool
         if state.step < total_steps(args):
             console.print(f"interrupted after step {state.step}; --resume goes on")
             return
+        if args.blend != 1:
+            blend(model, args)
         write_folder(args, texts, model, state.step)
     console.print(f"{args.out} is written; {work} can be removed")
 
@@ -137,6 +140,8 @@ def keep_recipe(args: argparse.Namespace, work: Path) -> None:
                 raise TrainingError(f"Cannot read {path}: {error.strerror}.") from error
     if bool(args.then) != bool(args.then_tokens):
         raise TrainingError("--then and --then-tokens go together: give both, or neither.")
+    if args.blend != 1 and not args.start:
+        raise TrainingError("--blend mixes with the weights of --from: give that too.")
     if args.out.exists():
         raise TrainingError(f"{args.out} exists already.\nRemove it, or choose another --out.")
     if checkpoints(work) and not args.resume:
@@ -183,6 +188,14 @@ def build_model(args: argparse.Namespace) -> Model:
     model.load_weights(list(start.items()), strict=False)
     mx.eval(model.parameters())
     return model
+
+
+def blend(model: Model, args: argparse.Namespace) -> None:
+    """Put the model between what it was and what it became (https://arxiv.org/abs/2109.01903)."""
+    before = dict(tree_flatten(build_model(args).parameters()))
+    after = tree_flatten(model.parameters())
+    share = args.blend
+    model.load_weights([(name, (1 - share) * before[name] + share * w) for name, w in after])
 
 
 def first_steps(args: argparse.Namespace) -> int:

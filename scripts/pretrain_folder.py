@@ -177,6 +177,8 @@ def recipe_facts(
             f"unlikelihood of tokens that would complete a pair the row has already, times "
             f"{args.unlikelihood:g}"
         )
+    if args.blend != 1:
+        facts["stored"] = f"{args.blend:.0%} of the weights after this, {1 - args.blend:.0%} before"
     if not args.start:
         return facts
     earlier = dict(re.findall(r"^\| (?!held out)(\w.*?) \| (.+) \|$", read_card(args.start), re.M))

@@ -149,6 +149,17 @@ def test_run_goes_on_from_a_base(script, text, made, tmp_path):
     assert script.main([*words, "--out", str(tmp_path / "better")]) == 0
     before, after = (perplexity(folder) for folder in (made, tmp_path / "better"))
     assert after < 0.95 * before
+    assert script.main([*words, "--blend", "0.25", "--out", str(tmp_path / "blend")]) == 0
+    assert "25% of the weights after this, 75% before" in (tmp_path / "blend/README.md").read_text()
+    one, other, got = (
+        mx.load(str(folder / "model.safetensors"))
+        for folder in (made, tmp_path / "better", tmp_path / "blend")
+    )
+    for name, array in got.items():
+        expected = 0.75 * one[name].astype(mx.float32) + 0.25 * other[name].astype(mx.float32)
+        # Two roundings to bfloat16, each of 2**-9.
+        np.testing.assert_allclose(array.astype(mx.float32), expected, rtol=2**-8, atol=1e-4)
+
     words[2] = str(tmp_path / "better")
     assert script.main([*words, "--learning-rate", "0", "--out", str(tmp_path / "third")]) == 0
     third = (tmp_path / "third" / "README.md").read_text()
@@ -167,6 +178,12 @@ def test_base_of_another_shape_or_kind_is_refused(script, text, made, tiny_base,
     assert f"--hidden 64: {made} has 32" in capsys.readouterr().err
     assert script.main([*words, str(tiny_base)]) == 1
     assert f"{tiny_base} is no base of this script" in capsys.readouterr().err
+
+
+def test_blend_without_a_base_is_refused(script, text, tmp_path, capsys):
+    words = [str(text), *SIZES, *TOKENS, "--out", str(tmp_path / "small"), "--blend", "0.5"]
+    assert script.main(words) == 1
+    assert "--blend mixes with the weights of --from" in capsys.readouterr().err
 
 
 def test_unlikelihood_makes_repetition_less_likely(script, text, made, tmp_path):
