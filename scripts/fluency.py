@@ -15,14 +15,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from interviewmate_mlx.coach.generate import answer, load_coach
-from interviewmate_mlx.coach.sampling import Sampling
+from interviewmate_mlx.coach.generate import load_coach, prompt_for
+from interviewmate_mlx.coach.sampling import Sampling, make_sampler
 from interviewmate_mlx.config import shipped
 from interviewmate_mlx.data.records import load_splits
 
+# isort: split
+from mlx_lm import batch_generate
+
 WORDS = 80
-# Some 80 words of mini's tokens.
-SAMPLING = {"max_tokens": 130, "temperature": 0.7, "top_p": 0.9}
+MAX_TOKENS = 130  # some 80 words of mini's tokens
 
 
 def repeated_bigrams(text: str) -> float:
@@ -43,12 +45,14 @@ def test_rows() -> Iterator[tuple[str, str]]:
 
 
 def answers(model: Any, tokenizer: Any, samples: int = 1) -> list[str]:
-    """An answer to each test question, or several, each with a seed of its own."""
-    return [
-        answer(model, tokenizer, question, Sampling(**SAMPLING, seed=1000 * sample + number))
-        for sample in range(samples)
-        for number, (question, _) in enumerate(test_rows())
-    ]
+    """An answer to each test question, or several. A sample's are drawn together, with its seed."""
+    prompts = [prompt_for(model, tokenizer, question) for question, _ in test_rows()]
+    texts = []
+    for seed in range(samples):
+        sampler = make_sampler(Sampling(temperature=0.7, top_p=0.9, seed=seed))
+        drawn = batch_generate(model, tokenizer, prompts, max_tokens=MAX_TOKENS, sampler=sampler)
+        texts += [text.strip() for text in drawn.texts]
+    return texts
 
 
 def main() -> None:

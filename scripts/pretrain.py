@@ -6,6 +6,7 @@ This made `mini`, the base inside the package. A text is UTF-8, plain or .xz, wi
 `<|endoftext|>` between its documents; every hundredth document is held out. With --then, a
 second text joins in for a second stage, in which the learning rate falls to 0. What is not
 finished lies in OUT.work: Ctrl-C saves there, and --resume goes on as if nothing had happened.
+With --from, a base that this script made is trained on; with --unlikelihood, to repeat itself less.
 """
 
 import argparse
@@ -24,12 +25,14 @@ from interviewmate_mlx import backend
 # isort: split
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from pretrain_folder import evaluate, falcon_config, write_folder
+from pretrain_folder import evaluate, falcon_config, shape_of, write_folder
 from pretrain_optimizer import Muon
 from pretrain_rows import collate_groups, packed_rows, rows_in_order
 from pretrain_text import Text, prepare_texts, progress_bar
+from pretrain_unlikelihood import use_unlikelihood
 from rich.console import Console
 
+from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.base.converted import write_json
 from interviewmate_mlx.errors import InterviewMateError, TrainingError
 from interviewmate_mlx.formats.json_file import read_json
@@ -46,7 +49,7 @@ from interviewmate_mlx.training.step import Executor, Step, total_loss
 from interviewmate_mlx.training.task import choose_executor, choose_kernels
 
 # What may differ when a run goes on: it changes speed, or the card, but not the weights.
-FREE = ("text", "then", "out", "resume", "sources", "save_minutes", "microbatch")
+FREE = ("text", "then", "start", "out", "resume", "sources", "save_minutes", "microbatch")
 RECIPE_FILE = "recipe.json"
 PLAIN_LINE_STEPS = 20
 SAMPLE_ROWS = 32  # of the held-out ones, at each checkpoint: a trend for little time
@@ -65,6 +68,9 @@ def options() -> argparse.ArgumentParser:
     add("--save-minutes", type=float, default=5, help="between checkpoints")
     add("--microbatch", type=int, default=4, help="rows at once: memory and speed")
     add("--tokens", type=float, default=40e6, help="to train on, repeated ones counted")
+    add("--from", dest="start", type=Path, metavar="FOLDER", help="a base to go on from")
+    add("--blend", type=float, default=1.0, help="share of the new weights; the rest is --from's")
+    add("--unlikelihood", type=float, default=0.0, help="weight of the term against repetition")
     add("--then", type=Path, help="a second text, for a second stage")
     add("--then-tokens", type=float, default=0, help="of the second stage")
     add("--then-share", type=float, default=1.0, help="of its rows that are the second text's")
@@ -98,12 +104,15 @@ def main(words: list[str] | None = None) -> int:
 def pretrain(args: argparse.Namespace, console: Console, stop: Callable[[], bool]) -> None:
     """The whole way from the text to the folder, or to a checkpoint when `stop` says so."""
     work = args.out.with_name(f"{args.out.name}.work")
+    if args.start:
+        take_shape(args)
     keep_recipe(args, work)
-    texts = prepare_texts(
-        [args.text, *([args.then] if args.then else [])], args.vocab, work, console
-    )
+    paths = [args.text, *([args.then] if args.then else [])]
+    texts = prepare_texts(paths, args.vocab, work, console, args.start)
     model, optimizer = build_model(args), Muon(args.vocab, args.weight_decay)
     choose_kernels(model, mx.float32)
+    if args.unlikelihood:
+        use_unlikelihood(model, args.unlikelihood, args.width)
     num_parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
     console.print(f"{num_parameters:,} parameters, {len(texts[0].train):,} tokens to learn from")
     executor = choose_executor()
@@ -113,6 +122,8 @@ def pretrain(args: argparse.Namespace, console: Console, stop: Callable[[], bool
         if state.step < total_steps(args):
             console.print(f"interrupted after step {state.step}; --resume goes on")
             return
+        if args.blend != 1:
+            blend(model, args)
         write_folder(args, texts, model, state.step)
     console.print(f"{args.out} is written; {work} can be removed")
 
@@ -120,14 +131,17 @@ def pretrain(args: argparse.Namespace, console: Console, stop: Callable[[], bool
 def keep_recipe(args: argparse.Namespace, work: Path) -> None:
     """Write the recipe into the work folder, or hold a resumed run to the one it began with."""
     recipe: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in FREE}
-    for name in ("text", "then"):
-        if path := getattr(args, name):
+    weights = args.start and args.start / "model.safetensors"
+    for name, path in (("text", args.text), ("then", args.then), ("from", weights)):
+        if path:
             try:
                 recipe[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
             except OSError as error:
                 raise TrainingError(f"Cannot read {path}: {error.strerror}.") from error
     if bool(args.then) != bool(args.then_tokens):
         raise TrainingError("--then and --then-tokens go together: give both, or neither.")
+    if args.blend != 1 and not args.start:
+        raise TrainingError("--blend mixes with the weights of --from: give that too.")
     if args.out.exists():
         raise TrainingError(f"{args.out} exists already.\nRemove it, or choose another --out.")
     if checkpoints(work) and not args.resume:
@@ -143,8 +157,24 @@ def keep_recipe(args: argparse.Namespace, work: Path) -> None:
     write_json(path, recipe)
 
 
+def take_shape(args: argparse.Namespace) -> None:
+    """The sizes of the base to go on from, in place of those that a new one would have."""
+    for option, got in shape_of(args.start).items():
+        given = getattr(args, option)
+        if given not in (options().get_default(option), got):
+            raise TrainingError(
+                f"--{option} {given}: {args.start} has {got}.\nLeave --{option} out."
+            )
+        setattr(args, option, got)
+
+
 def build_model(args: argparse.Namespace) -> Model:
-    """A Falcon-RW in float32 with GPT-2's start: what adds to the residual begins smaller."""
+    """A Falcon-RW in float32: that of --from, or a new one with GPT-2's start.
+
+    There, what adds to the residual begins smaller.
+    """
+    if args.start:
+        return Base.open(args.start).load(mx.float32)
     mx.random.seed(args.seed)
     model = Model(ModelArgs.from_dict(falcon_config(args)))
     start = {}
@@ -158,6 +188,14 @@ def build_model(args: argparse.Namespace) -> Model:
     model.load_weights(list(start.items()), strict=False)
     mx.eval(model.parameters())
     return model
+
+
+def blend(model: Model, args: argparse.Namespace) -> None:
+    """Put the model between what it was and what it became (https://arxiv.org/abs/2109.01903)."""
+    before = dict(tree_flatten(build_model(args).parameters()))
+    after = tree_flatten(model.parameters())
+    share = args.blend
+    model.load_weights([(name, (1 - share) * before[name] + share * w) for name, w in after])
 
 
 def first_steps(args: argparse.Namespace) -> int:
@@ -180,6 +218,7 @@ def train(
     stop: Callable[[], bool],
 ) -> State:
     """Train to the last step or until `stop`, from the newest checkpoint if there is one."""
+    model.train()
     step = Step(model, optimizer, args.max_grad_norm, executor)
     loss_of = total_loss(model, executor)
     state = State((work / RECIPE_FILE).read_text(encoding="utf-8"))
@@ -212,7 +251,9 @@ def train(
             if is_over:
                 break
             if saved > now:
+                model.eval()
                 losses = [evaluate(loss_of, sample, args.microbatch)[0] for sample in samples]
+                model.train()
                 said = " ".join(f"{loss:.4f}" for loss in losses)
                 console.print(f"step {state.step}/{last}  saved  held-out sample {said}")
     return state

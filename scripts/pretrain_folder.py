@@ -20,7 +20,9 @@ from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.base.converted import write_json, write_tokenizer
 from interviewmate_mlx.base.tokenizer import read_tokenizer_files
 from interviewmate_mlx.data.batches import Microbatch
+from interviewmate_mlx.errors import TrainingError
 from interviewmate_mlx.files import atomic_folder
+from interviewmate_mlx.formats.json_file import read_json
 from interviewmate_mlx.model.falcon import Model
 from interviewmate_mlx.training.step import total_loss
 
@@ -58,6 +60,29 @@ def falcon_config(args: argparse.Namespace) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": args.vocab,
     }
+
+
+def shape_of(folder: Path) -> dict[str, int]:
+    """The sizes of a base that `write_folder` wrote, by the names of the options.
+
+    Raises:
+        TrainingError: it is another kind of base.
+    """
+    config = read_json(folder / "config.json")
+    keys = {
+        "vocab": "vocab_size",
+        "hidden": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+    }
+    shape = {option: config.get(key, 0) for option, key in keys.items()}
+    is_ours = all(shape.values()) and config == falcon_config(argparse.Namespace(**shape))
+    if not is_ours or not (folder / "README.md").is_file():
+        raise TrainingError(
+            f"{folder} is no base of this script: it has another config.json, or no card.\n"
+            "Give a folder that this script wrote."
+        )
+    return shape
 
 
 def write_folder(args: argparse.Namespace, texts: Sequence[Text], model: Model, steps: int) -> None:
@@ -99,29 +124,7 @@ def model_card(
     """README.md: what the model is, how it was made, how good it is, and what it is not."""
     loss_of = total_loss(model)
     num_parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
-    seen, num_tokens = steps * args.rows * args.width, len(texts[0].train)
-    schedule = "then linear to 0"
-    if len(texts) > 1:
-        late = round(args.then_tokens / (args.rows * args.width))
-        share = round(args.rows * args.then_share) / args.rows
-        schedule = f"level, and in the last {late:,} steps linear to 0"
-    facts = {
-        "parameters": f"{num_parameters:,}, the tied head counted once; stored in bfloat16",
-        "shape": f"{args.layers} layers, hidden size {args.hidden}, {args.heads} heads of "
-        f"{args.hidden // args.heads}, {args.vocab} tokens",
-        "text": f"{num_tokens:,} tokens to learn from; every hundredth document, "
-        f"{len(texts[0].held_out):,} tokens, held out",
-        "tokens seen": f"{seen:,}: {steps:,} steps of {args.rows} packed rows of {args.width} "
-        "tokens",
-        "optimizer": "Muon for the matrices of the blocks, AdamW for the rest; learning rate "
-        f"{args.learning_rate:g} after {args.warmup:.0%} warmup, {schedule}; weight decay "
-        f"{args.weight_decay:g}; gradients clipped to {args.max_grad_norm:g}; seed {args.seed}",
-    }
-    if len(texts) > 1:
-        facts["second stage"] = (
-            f"the last {late:,} steps, {share:.0%} of their rows from {texts[1].name} "
-            f"({len(texts[1].train):,} tokens to learn from, {len(texts[1].held_out):,} held out)"
-        )
+    facts = recipe_facts(args, texts, steps, num_parameters)
     for text in texts:
         rows = rows_in_order(text.held_out, text.end_id, args.width)
         mean, total = evaluate(loss_of, rows, args.microbatch)
@@ -138,6 +141,58 @@ def model_card(
         samples="\n\n".join(sample(model, tokenizer)),
         sources=re.sub("^# .*\n", "", sources).strip(),  # the card has a heading for them
     )
+
+
+def recipe_facts(
+    args: argparse.Namespace, texts: Sequence[Text], steps: int, num_parameters: int
+) -> dict[str, str]:
+    """How the model was made, for the card. First comes how the base it went on from was made."""
+    late = round(args.then_tokens / (args.rows * args.width))
+    rate = f"{args.learning_rate:g}"
+    if args.tokens:
+        rate += f" after {args.warmup:.0%} warmup, "
+        rate += f"level, and in the last {late:,} steps linear to 0" if late else "then linear to 0"
+    else:
+        rate += ", linear to 0"
+    facts = {
+        "parameters": f"{num_parameters:,}, the tied head counted once; stored in bfloat16",
+        "shape": f"{args.layers} layers, hidden size {args.hidden}, {args.heads} heads of "
+        f"{args.hidden // args.heads}, {args.vocab} tokens",
+        "text": f"{len(texts[0].train):,} tokens to learn from; every hundredth document, "
+        f"{len(texts[0].held_out):,} tokens, held out",
+        "tokens seen": f"{steps * args.rows * args.width:,}: {steps:,} steps of {args.rows} packed "
+        f"rows of {args.width} tokens",
+        "optimizer": "Muon for the matrices of the blocks, AdamW for the rest; learning rate "
+        f"{rate}; weight decay {args.weight_decay:g}; gradients clipped to "
+        f"{args.max_grad_norm:g}; seed {args.seed}",
+    }
+    if late:
+        share = round(args.rows * args.then_share) / args.rows
+        facts["second stage"] = (
+            f"the last {late:,} steps, {share:.0%} of their rows from {texts[1].name} "
+            f"({len(texts[1].train):,} tokens to learn from, {len(texts[1].held_out):,} held out)"
+        )
+    if args.unlikelihood:
+        facts["against repetition"] = (
+            f"unlikelihood of tokens that would complete a pair the row has already, times "
+            f"{args.unlikelihood:g}"
+        )
+    if args.blend != 1:
+        facts["stored"] = f"{args.blend:.0%} of the weights after this, {1 - args.blend:.0%} before"
+    if not args.start:
+        return facts
+    earlier = dict(re.findall(r"^\| (?!held out)(\w.*?) \| (.+) \|$", read_card(args.start), re.M))
+    same = ("parameters", "shape", "text")
+    again = "afterwards"
+    while any(name.startswith(f"{again}: ") for name in earlier):
+        again += " again"
+    later = {f"{again}: {name}": value for name, value in facts.items() if name not in same}
+    return {name: facts[name] for name in same} | earlier | later
+
+
+def read_card(folder: Path) -> str:
+    """The first part of a card, which says how its model was made."""
+    return (folder / "README.md").read_text(encoding="utf-8").partition("## Samples")[0]
 
 
 def sample(model: Model, tokenizer: Any) -> list[str]:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from interviewmate_mlx.base.converted import write_json
+from interviewmate_mlx.base.converted import write_json, write_tokenizer
+from interviewmate_mlx.base.tokenizer import read_tokenizer_files
 from interviewmate_mlx.errors import TrainingError
 from interviewmate_mlx.files import atomic_file, atomic_folder
 from interviewmate_mlx.formats.json_file import read_json
@@ -42,9 +43,15 @@ class Text:
 
 
 def prepare_texts(
-    paths: Sequence[Path], vocab_size: int, work: Path, console: Console
+    paths: Sequence[Path],
+    vocab_size: int,
+    work: Path,
+    console: Console,
+    start: Path | None = None,
 ) -> list[Text]:
     """Train the tokenizer on the first text and encode all, unless `work` has them already.
+
+    The tokenizer is that of the base `start`, if there is one.
 
     Of the first text every hundredth document is held out. Of the others, those are held
     out that share a paragraph with one of them. So a cut of the first text is judged on
@@ -59,7 +66,11 @@ def prepare_texts(
             if number == 0:
                 held_out = documents[::HELD_OUT_EVERY]
                 del documents[::HELD_OUT_EVERY]
-                train_tokenizer(documents, vocab_size, tokenizer)
+                if start:
+                    with atomic_folder(tokenizer, replace=True) as temporary:
+                        write_tokenizer(temporary, read_tokenizer_files(start))
+                else:
+                    train_tokenizer(documents, vocab_size, tokenizer)
             else:
                 judged = read_documents(paths[0])[::HELD_OUT_EVERY]
                 known = set().union(*map(paragraphs, judged))

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import CORPUS
+from pretrain_rows import collate_groups, rows_in_order
+from pretrain_unlikelihood import repeat_unlikelihood
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interviewmate_mlx.base.base import Base
+from interviewmate_mlx.model.falcon import cross_entropy
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 _SHAPE = {"vocab": 320, "hidden": 32, "layers": 2, "heads": 2, "width": 16, "rows": 4}
@@ -128,6 +132,75 @@ def test_second_text_without_tokens_is_refused(script, text, tmp_path, capsys):
     words = [str(text), *SIZES, *TOKENS, "--out", str(tmp_path / "small"), "--then", str(text)]
     assert script.main(words) == 1
     assert "--then and --then-tokens go together" in capsys.readouterr().err
+
+
+def test_run_goes_on_from_a_base(script, text, made, tmp_path):
+    """At rate 0 it ends where it began; so what other rates give begins there too."""
+    words = [str(text), "--from", str(made), "--width", "16", "--rows", "4", *TOKENS]
+    assert script.main([*words, "--learning-rate", "0", "--out", str(tmp_path / "same")]) == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "same" / name).read_bytes() == (made / name).read_bytes()
+    old, new = ((folder / "README.md").read_text() for folder in (made, tmp_path / "same"))
+    assert "learning rate 0.005 after 2% warmup, then linear to 0" in old
+    assert set(re.findall(r"^\| .*", old, re.M)) <= set(new.splitlines())
+    assert "| afterwards: tokens seen | 768: 12 steps of 4 packed rows of 16 tokens |" in new
+    assert "learning rate 0 after 2% warmup" in new
+
+    assert script.main([*words, "--out", str(tmp_path / "better")]) == 0
+    before, after = (perplexity(folder) for folder in (made, tmp_path / "better"))
+    assert after < 0.95 * before
+    assert script.main([*words, "--blend", "0.25", "--out", str(tmp_path / "blend")]) == 0
+    assert "25% of the weights after this, 75% before" in (tmp_path / "blend/README.md").read_text()
+    one, other, got = (
+        mx.load(str(folder / "model.safetensors"))
+        for folder in (made, tmp_path / "better", tmp_path / "blend")
+    )
+    for name, array in got.items():
+        expected = 0.75 * one[name].astype(mx.float32) + 0.25 * other[name].astype(mx.float32)
+        # Two roundings to bfloat16, each of 2**-9.
+        np.testing.assert_allclose(array.astype(mx.float32), expected, rtol=2**-8, atol=1e-4)
+
+    words[2] = str(tmp_path / "better")
+    assert script.main([*words, "--learning-rate", "0", "--out", str(tmp_path / "third")]) == 0
+    third = (tmp_path / "third" / "README.md").read_text()
+    rates = re.findall(r"^\| (.*)optimizer .* learning rate (\S+)", third, re.M)
+    assert rates == [("", "0.005"), ("afterwards: ", "0.005"), ("afterwards again: ", "0")]
+
+
+def perplexity(folder: Path) -> float:
+    card = (folder / "README.md").read_text()
+    return float(card.partition("a token, perplexity ")[2].partition(",")[0])
+
+
+def test_base_of_another_shape_or_kind_is_refused(script, text, made, tiny_base, tmp_path, capsys):
+    words = [str(text), "--out", str(tmp_path / "small"), *TOKENS, "--from"]
+    assert script.main([*words, str(made), "--hidden", "64"]) == 1
+    assert f"--hidden 64: {made} has 32" in capsys.readouterr().err
+    assert script.main([*words, str(tiny_base)]) == 1
+    assert f"{tiny_base} is no base of this script" in capsys.readouterr().err
+
+
+def test_blend_without_a_base_is_refused(script, text, tmp_path, capsys):
+    words = [str(text), *SIZES, *TOKENS, "--out", str(tmp_path / "small"), "--blend", "0.5"]
+    assert script.main(words) == 1
+    assert "--blend mixes with the weights of --from" in capsys.readouterr().err
+
+
+def test_unlikelihood_makes_repetition_less_likely(script, text, made, tmp_path):
+    words = [str(text), "--from", str(made), "--width", "16", "--rows", "4", *TOKENS]
+    rows = rows_in_order(np.load(made.with_name("small.work") / "train_0.npy"), 319, 16)[:-1]
+    (batch,) = collate_groups(rows, len(rows))
+    terms = []
+    for weight in (0, 1000):
+        out = tmp_path / f"weight_{weight}"
+        assert script.main([*words, "--unlikelihood", str(weight), "--out", str(out)]) == 0
+        logits = Base.open(out).load(mx.float32)(batch.inputs).reshape(-1, 320)
+        losses = cross_entropy(logits, batch.targets)
+        terms.append(repeat_unlikelihood(logits, batch.targets, losses, 16).sum().item())
+        assert ("pair the row has already, times 1000" in (out / "README.md").read_text()) == (
+            weight == 1000
+        )
+    assert 0 < terms[1] < 0.8 * terms[0]
 
 
 def test_loss_of_the_tiny_text_falls(script, made, text, capsys, tmp_path):
