@@ -302,8 +302,16 @@ def common_data(runs: Sequence[RunConfig]) -> str:
     """The data that all runs were trained on; the default for none.
 
     Raises:
-        ConfigError: they are several.
+        ConfigError: they are several, or preferences, which have no answers to foresee.
     """
+    for run in runs:
+        if run.train.method != "sft":
+            raise ConfigError(
+                f"{run.name} was trained on preferences by {run.train.method} ({run.data.path}), "
+                "and an evaluation asks for rows with one answer.\n"
+                "Name the data to evaluate on, such as interview.",
+                "data",
+            )
     names = {run.data.path for run in runs}
     if len(names) > 1:
         raise ConfigError(

@@ -16,7 +16,7 @@ from interviewmate_mlx.coach.sampling import Sampling
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.data.prompts import encode_question
 from interviewmate_mlx.errors import ConfigError, DataError
-from interviewmate_mlx.evaluation.evaluate import evaluate
+from interviewmate_mlx.evaluation.evaluate import common_data, evaluate
 from interviewmate_mlx.files import locked
 from interviewmate_mlx.training import loop, task
 from interviewmate_mlx.training.loss import token_loss
@@ -259,3 +259,11 @@ def test_empty_split_is_named(tmp_path, tiny_base):
     (tmp_path / "train.jsonl").write_text('{"question": "a?", "answer": "b"}\n')
     with pytest.raises(DataError, match="has no valid rows"):
         evaluate([], str(tiny_base), data=str(tmp_path), split="valid", sampling=None)
+
+
+def test_an_adapter_of_preferences_needs_rows_with_answers():
+    run = load_run("dpo")
+    with pytest.raises(ConfigError, match="was trained on preferences by dpo") as caught:
+        common_data([run])
+    assert caught.value.arguments == ("data",)
+    assert common_data([load_run("A")]) == "interview"
