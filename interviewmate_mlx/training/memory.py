@@ -7,7 +7,7 @@ from typing import NamedTuple
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from interviewmate_mlx.data.batches import Row, padded_tokens, padded_width
+from interviewmate_mlx.data.batches import WIDTH_STEP, Row, padded_tokens, padded_width
 from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.dora import DoRALinear
 from interviewmate_mlx.model.lora import LORA_NAMES, Projection, lora_layers, shape_of
@@ -250,10 +250,16 @@ def plan_memory(
     per_token = bytes_per_token(width, 1)
     needed = weights + row_tokens * per_token
     if needed > memory_bytes:
+        sides = row_tokens // width
+        fitting = _fitting_width(
+            width, lambda w: weights + sides * w * bytes_per_token(w, 1) <= memory_bytes
+        )
+        would = f"Rows of up to {fitting + 1} tokens would fit" if fitting else "No row would fit"
         raise BackendError(
             f"Training needs about {needed / 1e9:.1f} GB ({weights / 1e9:.1f} of them weights), "
             f"but may take {memory_bytes / 1e9:.1f} here (train.memory_gb, or the machine's).\n"
-            "Lower data.max_length, set model.dtype to bfloat16, train a smaller or quantised base"
+            f"{would}: lower data.max_length, set model.dtype to bfloat16, train a smaller or "
+            "quantised base"
             f"{'' if gradient_checkpointing else ', or set train.gradient_checkpointing'}."
         )
     budget = token_budget or (memory_bytes - weights) // per_token
@@ -266,3 +272,9 @@ def plan_memory(
     per_token = bytes_per_token(width, side_by_side)
     peak_bytes = weight_bytes(model, side_by_side) + step_tokens * per_token
     return MemoryPlan(memory_bytes, row_tokens, budget, step_tokens, peak_bytes)
+
+
+def _fitting_width(width: int, fits: Callable[[int], bool]) -> int:
+    """The largest padded width below `width` that fits; 0 if none does."""
+    widths = range(0, width, WIDTH_STEP)
+    return max((w for w in widths if w and fits(w)), default=0)

@@ -8,6 +8,7 @@ import gc
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from interviewmate_mlx import backend
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
+from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.model.lora import add_lora
 from interviewmate_mlx.training import loop
@@ -75,6 +77,29 @@ def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, checkpointing, n
         assert 0.2 * started.peak_bytes < taken < 1.5 * started.peak_bytes
     else:
         assert 0.85 * started.peak_bytes < taken < (1.15 + ahead) * started.peak_bytes
+
+
+def test_rows_that_would_fit_are_said(tmp_path):
+    words = "because it is learned " * 60
+    row = json.dumps({"question": "Why?", "answer": words})
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 4)
+    settings = ["model.base=mini", f"data.path={tmp_path / 'rows.jsonl'}", "train.epochs=1"]
+    settings += ["train.warmup_ratio=0"]
+    with pytest.raises(BackendError, match="Training needs about") as refused:
+        next(loop.train(load_run("A", [*settings, "train.memory_gb=0.1"]), tmp_path / "out"))
+    found = re.search(r"Rows of up to (\d+) tokens would fit", str(refused.value))
+    assert found
+    longest = int(found[1])
+    assert 32 < longest < 256
+    for length, fits in ((longest, True), (longest + 16, False)):
+        run = load_run("A", [*settings, "train.memory_gb=0.1", f"data.max_length={length}"])
+        if fits:
+            next(loop.train(run, tmp_path / "fits"))
+        else:
+            with pytest.raises(BackendError):
+                next(loop.train(run, tmp_path / "does_not"))
+    with pytest.raises(BackendError, match="No row would fit"):
+        next(loop.train(load_run("A", [*settings, "train.memory_gb=0.02"]), tmp_path / "none"))
 
 
 def test_run_a_with_rows_of_512_tokens_fits_on_a_mac_of_8_gb():
