@@ -32,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 FALCON = "tiiuae/falcon-rw-1b"
 NEEDED = {
+    "README.md",  # names the licence
     "config.json",
     "generation_config.json",
     "merges.txt",
@@ -41,7 +42,7 @@ NEEDED = {
     "tokenizer_config.json",
     "vocab.json",
 }
-NOT_NEEDED = {".gitattributes", "README.md", "configuration_falcon.py", "modeling_falcon.py"}
+NOT_NEEDED = {".gitattributes", "configuration_falcon.py", "modeling_falcon.py"}
 ADAPTER = {
     "adapter_config.json",
     "adapter_model.safetensors",
