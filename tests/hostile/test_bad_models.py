@@ -330,7 +330,7 @@ FOLDERS = [
         "another model",
         edit("config.json", model_type="llama"),
         "ModelError",
-        "model_type: got 'llama', expected 'falcon'",
+        "model_file: got 'falcon.py', expected none",
     ),
     source(
         "names that contradict",

@@ -35,8 +35,14 @@ RUNS = [
     toml("bool for a rate", "[train]\nlearning_rate = false", got("False", NUMBER)),
     toml("number for a base", "[model]\nbase = 7", "model.base: " + got("7", "a string")),
     toml("number for a bool", "[lora]\nrslora = 1", "lora.rslora: " + got("1", "true or false")),
-    toml("number in targets", "[lora]\ntargets = [1]", got("[1]", "a list of names")),
-    toml("no targets", "[lora]\ntargets = []", got("[]", "a list of names")),
+    toml(
+        "number in targets",
+        "[lora]\ntargets = [1]",
+        got("[1]", "attention, all-linear, or a list of names"),
+    ),
+    toml(
+        "no targets", "[lora]\ntargets = []", got("[]", "attention, all-linear, or a list of names")
+    ),
     toml("empty target", '[lora]\ntargets = [""]', "lora.targets: " + got("['']", "a list")),
     toml("table for a key", "[lora.rank]\nx = 1", "lora.rank: " + got("{'x': 1}", WHOLE)),
     toml("key for a table", "lora = 8", "lora: " + got("8", "a table")),
@@ -128,7 +134,7 @@ RUNS = [
     override(
         "no such run",
         "--run D",
-        "No run 'D': expected A, B, C, mini, alpaca, or the path of a .toml file",
+        "No run 'D': expected A, B, C, mini, alpaca, dpo, or the path of a .toml file",
     ),
     override("a path of 5000 letters", f"--run {'a' * 5000}.toml", "File name too long"),
 ]
