@@ -38,6 +38,7 @@ from interviewmate_mlx.data.prompts import Example, encode_records
 from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.errors import BackendError, DataError, InterviewMateError
 from interviewmate_mlx.hub.names import fetch_data
+from interviewmate_mlx.model.lora import resolve_targets
 
 HERE = Path(__file__).parent
 # Nats by which two losses may differ, both in float32 or one in half precision, and how much more
@@ -184,6 +185,8 @@ def measure(
         DisagreementError: of the losses, found after any round.
         BackendError: a contender did not end well.
     """
+    network = Base.open(base).build(backend.resolve_dtype("auto"))
+    targets = list(resolve_targets(network, run.lora.targets))
     rounds: Rounds = []
     for number in range(options.rounds):
         turn = number % len(options.only)
@@ -202,7 +205,7 @@ def measure(
                 threads=options.threads,
                 rank=run.lora.rank,
                 alpha=run.lora.alpha,
-                targets=list(run.lora.targets),
+                targets=targets,
                 learning_rate=run.train.learning_rate,
                 result="",
             )

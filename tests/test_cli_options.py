@@ -1173,7 +1173,7 @@ def swept(imate: Callable[..., Any], small: list[object]) -> Callable[..., dict[
 def test_sweep_takes_an_untested_base_where_it_is_asked_to(imate, small, untested_base):
     words = ["sweep", "A", "B", "--model", untested_base, *small[2:]]
     assert "no test holds xverse" in imate(*words, code=1).stderr
-    imate(*words, "--untested-base", "--max-steps", 1)
+    imate(*words, "--untested-base", "--out", "sweeps/asked")
 
 
 @shows("sweep --model")

@@ -43,7 +43,7 @@ RUNS = [
     toml(
         "no targets", "[lora]\ntargets = []", got("[]", "attention, all-linear, or a list of names")
     ),
-    toml("empty target", '[lora]\ntargets = [""]', "lora.targets: " + got("['']", "a list")),
+    toml("empty target", '[lora]\ntargets = [""]', "lora.targets: " + got("['']", "attention")),
     toml("table for a key", "[lora.rank]\nx = 1", "lora.rank: " + got("{'x': 1}", WHOLE)),
     toml("key for a table", "lora = 8", "lora: " + got("8", "a table")),
     toml("list of tables", "[[lora]]\nrank = 1", "lora: " + got("[{'rank': 1}]", "a table")),

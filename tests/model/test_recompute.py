@@ -38,7 +38,7 @@ def gradients(model: Model, *batches) -> dict[str, np.ndarray]:
     """The sums over some microbatches, each with random numbers of its own."""
     step = Step(model, adamw())
     step.accumulate(batches, [7])
-    loss_sum, _, found = step.sums
+    loss_sum, _, _, found = step.sums
     return {name: np.array(g) for name, g in tree_flatten(found)} | {"loss": np.array(loss_sum)}
 
 

@@ -242,7 +242,8 @@ def test_state_before_a_step_that_is_not_finite_is_saved(run, tmp_path, monkeypa
 
 
 def test_validation_loss_that_is_not_finite_is_no_best(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "validate", lambda *_: (float("nan"), 0.1))
+    lost = Validated(0, float("nan"), is_best=False, elapsed_s=0.1)
+    monkeypatch.setattr(loop, "validate", lambda *_: lost)
     with pytest.raises(TrainingError, match=r"validation loss after step 3 is nan"):
         finish(run, tmp_path / "out")
 
@@ -413,9 +414,9 @@ EDITS = {
     ("rank = 8", "rank = 16"): "lora.rank: got 16, expected 8",
     ("rslora = false", "rslora = true"): "lora.rslora: got True, expected False",
     (
-        '"query_key_value"',
+        '"attention"',
         '"dense"',
-    ): r"lora.targets: got \('dense',\), expected \('query_key_value'",
+    ): r"lora.targets: got \('dense',\), expected \('attention'",
     ("learning_rate = 0.01", "learning_rate = 0.02"): "learning_rate: got 0.02, expected 0.01",
     (
         "epochs = 3.0",

@@ -62,6 +62,7 @@ def test_files_of_base_and_data_are_read_once_before_the_first_step(base, questi
     assert weights >= 1
     assert found == {
         "config.json": 1,
+        "chat_template.jinja": 1,
         "tokenizer.json": 1,
         "tokenizer_config.json": 1,
         "special_tokens_map.json": 1,
