@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
+from networks import write_network
 
-from interviewmate_mlx.adapter.folder import WEIGHTS_FILE
+from interviewmate_mlx.adapter.config import AdapterConfig
+from interviewmate_mlx.adapter.folder import WEIGHTS_FILE, adapter_weights, save_adapter
 from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.coach.generate import answer, load_coach
 from interviewmate_mlx.coach.panel import Panel
@@ -19,6 +21,7 @@ from interviewmate_mlx.data.prompts import encode_question
 from interviewmate_mlx.data.records import Message
 from interviewmate_mlx.data.templates import VERBATIM
 from interviewmate_mlx.errors import AdapterError, ConfigError
+from interviewmate_mlx.model.lora import add_lora
 from interviewmate_mlx.model.switched_lora import RowUpdates, SwitchedLoRALinear
 
 QUESTIONS = ["What is a loss?", "What is a validation set?", "What is the gradient?"]
@@ -58,6 +61,32 @@ def test_rows_of_a_batch_have_the_logits_of_their_own_adapter(panel, tiny_base, 
         np.testing.assert_allclose(together[row], expected, atol=1e-4 * np.abs(expected).max())
     assert np.abs(together[0] - together[1]).max() > 0.1  # the adapters do something
     assert np.abs(together[2] - together[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral"])
+def test_rows_of_other_networks_have_their_own_adapters_too(model_type, tmp_path):
+    """Also with the rotating caches of a sliding window, which is shorter than the prompt."""
+    base = tmp_path / "base"
+    write_network(base, model_type)
+    model = Base.open(base).load(mx.float32)
+    targets = tuple(model.attention_targets)
+    add_lora(model, targets, 4, 16)
+    mx.random.seed(1)
+    weights = {n: 0.2 * mx.random.normal(a.shape) for n, a in adapter_weights(model).items()}
+    config = AdapterConfig(str(base), 4, 16.0, targets=targets)
+    save_adapter(tmp_path / "changed", weights, config)
+    panel = Panel.load(base, {"changed": tmp_path / "changed"})
+    ids = mx.array([encode_question(panel.tokenizer, QUESTIONS[0])] * 2)
+    assert ids.shape[1] > 8
+    caches = [panel.model.make_cache(number) for number in (1, 0)]
+    joined = [each[0].merge(list(each)) for each in zip(*caches, strict=True)]
+    rows = [np.array(panel.model(ids, joined)), np.array(panel.model(ids[:, :1], joined))]
+    longer = mx.concatenate([ids, ids[:, :1]], axis=1)
+    for row, adapter in enumerate((tmp_path / "changed", None)):
+        alone, _ = load_coach(base, adapter)
+        expected = np.array(alone(longer[:1]))[0]
+        together = np.concatenate([rows[0][row], rows[1][row]])
+        np.testing.assert_allclose(together, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_greedy_text_is_the_same_alone_and_in_company(panel, tiny_base, folders):
