@@ -48,6 +48,7 @@ from interviewmate_mlx.formats.links import refuse_outside_links
 from interviewmate_mlx.formats.model_files import index_of
 from interviewmate_mlx.formats.safetensors_file import ITEM_BYTES, TensorEntry
 from interviewmate_mlx.model import falcon
+from interviewmate_mlx.model.architectures import NetworkConfig
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.model.zoo import build_network
 
@@ -102,13 +103,8 @@ def convert(
     weights = find_weights(source)
     tensors = read_tensors(weights)
     quantized = read_quantization(source, config, tensors)
-    if quantized and (dtype or quantization):
-        raise ModelError(
-            f"{source} is quantised already, to {quantized.bits} bits.\n"
-            "Convert the model that it was made from, or leave it as it is.",
-            "dtype",
-            "quantize",
-        )
+    corrects = is_falcon(config) and not quantized
+    _check_wishes(source, network, quantized, bool(dtype or quantization), trim_vocab)
     record: dict[str, Any] = {
         "source": source_name or source.name,
         "revision": revision or None,
@@ -121,22 +117,16 @@ def convert(
     if not force and (found := find_earlier(out, record, dtype)):
         return found
 
-    if is_falcon(config) and not quantized:
+    if corrects:
         config["tie_word_embeddings"] = network.args.tie_word_embeddings
         tensors = fit_falcon(tensors, network.args, dtype)
-        if trim_vocab:
-            config["vocab_size"] = tokenizer.vocab_size
-            for name in {EMBEDDING, HEAD} & set(tensors):
-                tensors[name] = tensors[name].first_rows(tokenizer.vocab_size)
-            network = read_network(source, config)
     else:
-        if trim_vocab:
-            raise ModelError(
-                f"trim_vocab is for Falcon-RW, and {source} is a {network.model_type}.\n"
-                "Leave it out.",
-                "trim_vocab",
-            )
         check_fit(source, network, tensors, quantized)
+    if trim_vocab:
+        config["vocab_size"] = tokenizer.vocab_size
+        for name in {EMBEDDING, HEAD} & set(tensors):
+            tensors[name] = tensors[name].first_rows(tokenizer.vocab_size)
+        network = read_network(source, config)
     record["source_dtype"] = _common_dtype(tensors)
     dtypes = {
         name: dtype if dtype and entry.dtype in FLOAT_DTYPES else entry.dtype
@@ -150,10 +140,10 @@ def convert(
     # While they are quantised, the weights are there twice.
     check_free_space(out, nbytes * (2 if quantization else 1) + _SPARE_BYTES)
     with atomic_folder(out, replace=force) as folder:
-        if quantized or (not is_falcon(config) and not is_cast):
-            _take_files(folder, weights, tensors, dtypes, progress)
-        else:
+        if corrects or is_cast:
             write_weights(folder / _WEIGHTS, tensors, dtypes, progress)
+        else:
+            _take_files(folder, weights, tensors, dtypes, progress)
         if is_falcon(config):
             write_config(folder, source, config, tokenizer, dtype)
             shutil.copyfile(falcon.__file__, folder / MODEL_FILE)
@@ -165,6 +155,34 @@ def convert(
         record |= {"num_parameters": num_parameters, "nbytes": nbytes}
         write_json(folder / RECORD, record)
     return ConvertedFolder(out, num_parameters, dtype, nbytes, already_there=False)
+
+
+def _check_wishes(
+    source: Path,
+    network: NetworkConfig,
+    quantized: Quantization | None,
+    changes_weights: bool,
+    trim_vocab: bool,
+) -> None:
+    """Refuse what cannot be done to a source.
+
+    Raises:
+        ModelError: it is quantised and is to be changed, or a vocabulary is to be trimmed that
+            is not a Falcon-RW's.
+    """
+    if quantized and (changes_weights or trim_vocab):
+        raise ModelError(
+            f"{source} is quantised already, to {quantized.bits} bits.\n"
+            "Convert the model that it was made from, or leave it as it is.",
+            "dtype",
+            "quantize",
+            "trim_vocab",
+        )
+    if trim_vocab and network.model_type != "falcon":
+        raise ModelError(
+            f"trim_vocab is for Falcon-RW, and {source} is a {network.model_type}.\nLeave it out.",
+            "trim_vocab",
+        )
 
 
 def _common_dtype(tensors: dict[str, TensorEntry]) -> str:
