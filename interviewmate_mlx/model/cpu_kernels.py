@@ -241,7 +241,7 @@ def _cross_entropy_vjp(
 def use_cpu_kernels(model: Network) -> None:
     """Let a float32 model on a CPU compute with these functions, in place."""
     for module in model.modules():
-        if type(module) is nn.LayerNorm:
+        if type(module) is nn.LayerNorm and {"weight", "bias"} <= module.keys():
             module.__class__ = _LayerNorm
         # What a module lets be replaced; mlx-lm's networks have no such places.
         if getattr(module, "attend", None) is scaled_dot_product_attention:

@@ -15,6 +15,7 @@ from interviewmate_mlx.errors import ModelError
 from interviewmate_mlx.model.architectures import TESTED
 from interviewmate_mlx.model.lora import find_targets, resolve_targets
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
+from interviewmate_mlx.training.task import choose_kernels
 
 IDS = np.random.default_rng(0).integers(3, 384, (2, 48))
 # Float32 sums of at most 96 products in some 30 places one after the other, of logits below 30:
@@ -260,3 +261,14 @@ def test_recomputed_blocks_give_the_same_gradients(tmp_path):
 def test_random_network_is_the_same_each_time():
     first, second = (random_network("llama").lm_head.weight.detach().numpy() for _ in range(2))
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_kernels_of_this_machine_leave_the_states_as_they_are(model_type, tmp_path):
+    """Some norms have no bias, some have no weight: those stay MLX's."""
+    write_network(tmp_path, model_type)
+    model = Base.open(tmp_path).load(mx.float32)
+    expected = np.array(model.states(mx.array(IDS))[-1])
+    choose_kernels(model, mx.float32)
+    states = np.array(model.states(mx.array(IDS))[-1])
+    np.testing.assert_allclose(states, expected, atol=1e-4 * np.abs(expected).max())
