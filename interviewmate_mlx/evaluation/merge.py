@@ -133,7 +133,7 @@ def _check_out(out: Path, replace: bool) -> None:
     is_merged = card.is_file() and _MARK in card.read_text(encoding="utf-8", errors="replace")
     if not is_merged:
         raise AdapterError(
-            f"{out} exists, and is no model that was merged here; nothing else is replaced.\n"
+            f"{out} exists, and no merge wrote it; nothing else is replaced.\n"
             "Choose another folder.",
             "out",
         )

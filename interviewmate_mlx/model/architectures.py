@@ -248,7 +248,7 @@ def _refuse_other_kinds(config: dict[str, Any]) -> None:
             f"{', '.join(sorted(TESTED))}"
         ) from None
     if not all(hasattr(module, name) for name in ("Model", "ModelArgs")):
-        raise ValueError(f"model_type: got {brief(model_type)}, which is no network of mlx-lm")
+        raise ValueError(f"model_type: got {brief(model_type)}, which mlx-lm has not as a network")
 
 
 def network_class(model_type: str) -> Any:

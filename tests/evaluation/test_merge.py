@@ -148,7 +148,7 @@ def test_only_what_was_merged_here_is_replaced(setting, tmp_path):
     with pytest.raises(AdapterError, match="exists"):
         merge([adapter], out)
     merge([adapter], out, replace=True)
-    with pytest.raises(AdapterError, match="no model that was merged here"):
+    with pytest.raises(AdapterError, match="no merge wrote it"):
         merge([adapter], base, replace=True)
 
 

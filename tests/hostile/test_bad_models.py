@@ -716,7 +716,7 @@ LLAMAS = [
         "a file that is no network",
         edit("config.json", model_type="rope_utils"),
         "ModelError",
-        "model_type: got 'rope_utils', which is no network",
+        "model_type: got 'rope_utils', which mlx-lm has not",
     ),
     base(
         "a network that ends the process",
