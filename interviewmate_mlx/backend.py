@@ -40,6 +40,7 @@ _WIRED_SHARE = 0.85
 _MAX_STREAMS = 4
 # Share of the memory that training may plan with; the rest is the system's and the user's.
 _MEMORY_SHARE = 0.75
+_num_sharing = 1  # processes of one run on this machine
 
 _MLX_PACKAGES = ("mlx", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")  # one of them has libmlx.so
 _MLX_CAME_FIRST = "mlx.core" in sys.modules
@@ -231,7 +232,7 @@ def machine() -> Machine:
         dtype="float32" if path == "cpu" else "bfloat16",
         blas="Accelerate" if sys.platform == "darwin" else BLAS.path if BLAS else None,
         cpu_streams=_num_streams() if path == "cpu" else 0,
-        memory_bytes=int(total * _MEMORY_SHARE),
+        memory_bytes=int(total * _MEMORY_SHARE / _num_sharing),
         mlx_version=metadata.version("mlx"),
     )
 
@@ -336,6 +337,25 @@ def share_cores(num_streams: int) -> None:
     """Give a matrix product its share of a CPU's cores, while this many streams compute."""
     if set_threads := _blas_threads_setter():
         set_threads(max(1, _num_cores() // num_streams))
+
+
+def take_share(number: int, count: int) -> None:
+    """Plan with this process's share of the machine, where several processes train one run.
+
+    On Linux it keeps to cores of its own; with fewer cores than processes, to one.
+
+    Args:
+        number: of this process among them, from 0.
+        count: of them.
+    """
+    global _num_sharing
+    _num_sharing = count
+    if sys.platform == "linux" and count > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        mine = cores[number::count] or [cores[number % len(cores)]]
+        for thread in os.listdir("/proc/self/task"):  # a new thread inherits its maker's cores
+            os.sched_setaffinity(int(thread), mine)
+        share_cores(1)
 
 
 def _num_streams() -> int:

@@ -26,6 +26,7 @@ FLOORS = [
     {"errors", "elf"},
     {"files"},
     {"config", "backend"},
+    {"hosts"},
     {"formats"},
     {"model"},
     {"data"},

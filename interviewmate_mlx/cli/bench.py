@@ -7,11 +7,13 @@ import click
 
 from interviewmate_mlx.cli.options import (
     chosen_run,
+    hosts_option,
     json_option,
     make_console,
     prepared,
     run_options,
 )
+from interviewmate_mlx.hosts.launch import is_first_rank
 
 
 @click.command("bench")
@@ -20,6 +22,7 @@ from interviewmate_mlx.cli.options import (
 @click.option(
     "--warmup", type=click.IntRange(0), default=3, show_default=True, help="Steps not timed."
 )
+@hosts_option
 @json_option
 @click.pass_context
 def command(
@@ -38,10 +41,10 @@ def command(
         from interviewmate_mlx.results.bench import bench
         from interviewmate_mlx.results.terminal import bench_text, byte_bar
 
-        run = chosen_run(ctx)
+        run = chosen_run(ctx) if is_first_rank() else None
         console = make_console()
         console.print(f"timing {steps} steps after {warmup} to warm up")
-        with byte_bar(f"fetching {run.model.base}", console) as progress:
+        with byte_bar("fetching the base", console) as progress:
             result = bench(run, steps, warmup, progress)
         for slowdown in result.slowdowns:
             console.print(f"slower than it could be: {slowdown}")

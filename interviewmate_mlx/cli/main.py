@@ -14,6 +14,7 @@ import click
 from interviewmate_mlx import __version__
 from interviewmate_mlx.cli.options import harmless, prepared
 from interviewmate_mlx.errors import InterviewMateError
+from interviewmate_mlx.hosts.launch import is_first_rank, launched_rank
 
 INTERRUPTED = 130
 TRACEBACK_VARIABLE = "INTERVIEWMATE_TRACEBACK"
@@ -47,6 +48,7 @@ _OPTIONS = {
     "dtype": "--dtype",
     "force": "--force",
     "group_size": "--group-size",
+    "hosts": "--hosts",
     "host": "--host",
     "leave_out": "--leave-out",
     "out": "--out",
@@ -59,6 +61,7 @@ _OPTIONS = {
     "trim_vocab": "--trim-vocab",
     "untested_base": "--untested-base",
 }
+_SHARED = ("train", "evaluate", "bench")  # what several ranks do together
 _PACKAGES = Path(__file__).parents[2]
 
 
@@ -159,6 +162,13 @@ def main(ctx: click.Context, version: bool, verbose: bool, traceback: bool) -> N
     imate-mlx generate "What is overfitting?" --adapter adapters/run_A
     imate-mlx export adapters/run_A --push you/interview-coach
     """
+    if launched_rank() is not None and ctx.invoked_subcommand not in (None, *_SHARED):
+        raise click.UsageError(
+            f"{ctx.invoked_subcommand} runs in one process; several ranks share "
+            f"{', '.join(_SHARED)}."
+        )
+    if not is_first_rank():  # which speaks for all
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  until the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what it cannot encode is shown escaped
             stream.reconfigure(errors="backslashreplace")

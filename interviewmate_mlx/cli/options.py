@@ -66,6 +66,24 @@ dtype_option = click.option(
     show_default=True,
     help="Of weights and activations; auto is float32 on a CPU, bfloat16 on a GPU.",
 )
+
+
+def _launch(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    """Start the command on all hosts instead, and end as it does. There it is one of the ranks."""
+    from interviewmate_mlx.hosts.launch import launch, launched_rank, read_hosts
+
+    if path and launched_rank() is None:
+        ctx.exit(launch(read_hosts(path), sys.argv[1:]))
+
+
+hosts_option = click.option(
+    "--hosts",
+    type=UserPath(),
+    metavar="FILE",
+    callback=_launch,
+    expose_value=False,
+    help="Share the work with other machines: a list as mlx.launch has it.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 _SAMPLING_OPTIONS = [
     click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True),

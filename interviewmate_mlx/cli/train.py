@@ -16,12 +16,14 @@ from interviewmate_mlx.cli.options import (
     board_option,
     chosen_run,
     harmless,
+    hosts_option,
     json_option,
     make_console,
     prepared,
     run_options,
 )
 from interviewmate_mlx.cli.signals import StopOnSignal
+from interviewmate_mlx.hosts.launch import is_first_rank
 
 if TYPE_CHECKING:
     from interviewmate_mlx.config import RunConfig
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option("--force", is_flag=True, help="Replace the run in the adapter folder.")
 @board_option
+@hosts_option
 @click.option(
     "--dry-run", is_flag=True, help="Check everything, time some steps, write nothing, and stop."
 )
@@ -61,13 +64,13 @@ def command(
     if resume and force:
         raise click.UsageError("--resume goes on with a run, --force replaces it: choose one.")
     with prepared():
-        run = chosen_run(ctx, out if resume else None)
+        run = chosen_run(ctx, out if resume else None) if is_first_rank() else None
         do = _rehearse if dry_run else _train
-        do(ctx, run, out or Path("adapters") / run.name, resume, force, as_json)
+        do(ctx, run, out or Path("adapters") / (run.name if run else ""), resume, force, as_json)
 
 
 def _rehearse(
-    ctx: click.Context, run: "RunConfig", out: Path, resume: bool, force: bool, as_json: bool
+    ctx: click.Context, run: "RunConfig | None", out: Path, resume: bool, force: bool, as_json: bool
 ) -> None:
     from interviewmate_mlx.results.dry_run import rehearse
     from interviewmate_mlx.results.terminal import byte_bar, forecast_text, show_start
@@ -75,7 +78,7 @@ def _rehearse(
 
     console, forecast = make_console(), None
     facts: dict[str, Any] = {}
-    with byte_bar(f"fetching {run.model.base}", console) as progress:
+    with byte_bar("fetching the base", console) as progress:
         for event in rehearse(run, out, resume=resume, replace=force, progress=progress):
             facts |= asdict(event)
             if isinstance(event, Started):
@@ -87,7 +90,7 @@ def _rehearse(
 
 
 def _train(
-    ctx: click.Context, run: "RunConfig", out: Path, resume: bool, force: bool, as_json: bool
+    ctx: click.Context, run: "RunConfig | None", out: Path, resume: bool, force: bool, as_json: bool
 ) -> None:
     from interviewmate_mlx.results.loggers import check_installed, logged
     from interviewmate_mlx.results.terminal import byte_bar, show, summary_table
@@ -95,9 +98,10 @@ def _train(
     from interviewmate_mlx.training.loop import train
     from interviewmate_mlx.training.metrics import loss_curves
 
-    check_installed(run)
+    if run:
+        check_installed(run)
     console, stop, finished = make_console(), StopOnSignal(), None
-    with byte_bar(f"fetching {run.model.base}", console) as progress, ExitStack() as stack:
+    with byte_bar("fetching the base", console) as progress, ExitStack() as stack:
         events = train(
             run,
             out,
@@ -110,7 +114,8 @@ def _train(
         def report(fault: str) -> None:
             console.print(f"warning: {harmless(fault)}", soft_wrap=True)
 
-        for event in show(logged(events, run, out, report), console):
+        logged_events = logged(events, run, out, report) if run else events
+        for event in show(logged_events, console):
             if isinstance(event, Started):  # until then there is nothing to save
                 stack.enter_context(stop)
             if isinstance(event, Finished):
@@ -120,6 +125,8 @@ def _train(
         console.print(f"interrupted after step {finished.step}; everything is saved.")
         console.print(f"Go on with: {_resume_command()}", soft_wrap=True)
         ctx.exit(INTERRUPTED)
+    if not run:
+        return  # the first rank says what it came to
     if as_json:
         click.echo(json.dumps({**asdict(finished.summary), "adapter": str(out)}))
     else:

@@ -215,9 +215,11 @@ def _encode(
         raise DataError(f"{record.source}: {error}") from error
 
 
-def collate_pairs_step(groups: Sequence[Sequence[Pair]]) -> list[Microbatch]:
-    """The pairs of a whole step."""
-    learned = [int(pair.learned.sum()) for group in groups for pair in group]
+def collate_pairs_step(
+    groups: Sequence[Sequence[Pair]], of_step: Sequence[Pair]
+) -> list[Microbatch]:
+    """Pairs of a step, in groups: all of `of_step`, or one rank's."""
+    learned = [int(pair.learned.sum()) for pair in of_step]
     return [collate_pairs(group, sum(learned) / len(learned)) for group in groups]
 
 

@@ -1,7 +1,8 @@
 """Training speed of a run on this machine."""
 
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -11,8 +12,9 @@ from interviewmate_mlx.files import Progress
 from interviewmate_mlx.model.lora import LORA_NAMES, linear_paths, shape_of
 from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.events import Stepped
-from interviewmate_mlx.training.loop import rows_of_steps, run_steps
+from interviewmate_mlx.training.loop import agree, rows_of_steps, run_of_first, run_steps
 from interviewmate_mlx.training.optimizer import adamw
+from interviewmate_mlx.training.ranks import ALONE, join
 from interviewmate_mlx.training.step import Step
 from interviewmate_mlx.training.task import Task, prepare
 
@@ -21,6 +23,24 @@ SEED_SAMPLES_PER_S = {"run_A": 0.664, "run_B": 0.657, "run_C": 0.653}
 _PRODUCT_SECONDS = 0.5  # of timing each shape of a matrix product
 _SWAPPED_BYTES = 50_000_000  # less is some other program's, woken up
 _STOLEN_SHARE = 0.05  # of the cores' time; less is lost in the spread
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """One rank's part of the timed steps.
+
+    Attributes:
+        name: its number and host.
+        rows, tokens: that it computed.
+        sums_seconds: that it spent in sums, waiting for slower ranks included.
+        alone_samples_per_s: of the same steps, on its machine alone.
+    """
+
+    name: str
+    rows: int
+    tokens: int
+    sums_seconds: float
+    alone_samples_per_s: float
 
 
 @dataclass(frozen=True)
@@ -46,34 +66,46 @@ class BenchResult:
     whole_run_s: float  # all steps at this speed, without validation
     seed_samples_per_s: float | None  # the report this project comes from, on a Mac of its own
     slowdowns: list[str]  # what made it slower than the machine could be
+    ranks: list[RankShare]  # that shared the steps; none for one machine alone
+    sum_bytes: int  # of a step's message
+
+    @property
+    def efficiency(self) -> float:
+        """The ranks' speed together, as a share of what they do alone, added up."""
+        return self.samples_per_s / sum(rank.alone_samples_per_s for rank in self.ranks)
 
 
 def bench(
-    run: RunConfig, steps: int = 10, warmup: int = 3, progress: Progress | None = None
+    run: RunConfig | None, steps: int = 10, warmup: int = 3, progress: Progress | None = None
 ) -> BenchResult:
     """Time `steps` optimizer updates of a run after `warmup` untimed ones. Writes nothing.
 
     Each step is a real one, on the run's own rows in the order of its seed. What has a shape that
     was not met before runs once untimed: most steps of a run meet no new ones.
+
+    Where a launcher has started several processes, they share the steps, and then each does them
+    alone.
     """
-    slowdowns = backend.slowdowns()
-    task = prepare(run, progress=progress)
-    with task.memory_limits(), task.executor.opened():
+    slowdowns, ranks = backend.slowdowns(), join()
+    with ExitStack() as stack:
+        stack.enter_context(ranks.working())
+        run = run_of_first(ranks, run)
+        with ranks.together():
+            task = prepare(run, progress=progress, ranks=ranks)
+        agree(task)
+        stack.enter_context(task.memory_limits())
+        stack.enter_context(task.executor.opened())
         step = Step(
             task.model, adamw(), run.train.max_grad_norm, task.executor, task.objective.loss
         )
-
-        def timed(first: int, last: int) -> tuple[list[Stepped], float]:
-            start = time.perf_counter()
-            events = list(run_steps(task, step, first, last, lambda: False))
-            return events, time.perf_counter() - start
-
-        timed(0, warmup)
-        for number in new_shapes(task, warmup, steps):
-            timed(number, number + 1)
+        warm_up(task, step, steps, warmup)
         mx.reset_peak_memory()
         swapped_bytes, stolen_s = backend.swapped_bytes(), backend.stolen_seconds()
-        events, seconds = timed(warmup, warmup + steps)
+        sums_s = ranks.sum_seconds
+        events, seconds = timed(task, step, warmup, warmup + steps)
+        sums_s = ranks.sum_seconds - sums_s
+        peak_bytes, sum_bytes = mx.get_peak_memory(), ranks.sum_bytes
+        of_ranks = shares(task, step, steps, warmup, sums_s) if ranks.size > 1 else []
     swapped_bytes = backend.swapped_bytes() - swapped_bytes
     stolen_share = (backend.stolen_seconds() - stolen_s) / seconds
     if stolen_share > _STOLEN_SHARE:
@@ -84,7 +116,6 @@ def bench(
             "lower train.memory_gb"
         )
     rows, tokens = sum(e.num_rows for e in events), sum(e.num_tokens for e in events)
-    peak_bytes = mx.get_peak_memory()
     predicted = sum(event.num_predicted for event in events)
     products_s, gflops = needed_products(task.model, tokens, predicted, steps)
     speeds = [e.num_rows / e.elapsed_s for e in events]
@@ -108,7 +139,40 @@ def bench(
         whole_run_s=task.total_steps / task.steps_per_epoch * len(task.rows.train) * seconds / rows,
         seed_samples_per_s=SEED_SAMPLES_PER_S.get(run.name),
         slowdowns=slowdowns,
+        ranks=of_ranks,
+        sum_bytes=sum_bytes,
     )
+
+
+def timed(task: Task, step: Step, first: int, last: int) -> tuple[list[Stepped], float]:
+    """Run the steps from `first` to before `last`; and the seconds that they took."""
+    start = time.perf_counter()
+    events = list(run_steps(task, step, first, last, lambda: False))
+    return events, time.perf_counter() - start
+
+
+def warm_up(task: Task, step: Step, steps: int, warmup: int) -> None:
+    """Run the `warmup` first steps, and those of the next `steps` that meet new shapes."""
+    timed(task, step, 0, warmup)
+    # All ranks run what is new to one of them.
+    for number in sorted(set().union(*task.ranks.gather(new_shapes(task, warmup, steps)))):
+        timed(task, step, number, number + 1)
+
+
+def shares(task: Task, step: Step, steps: int, warmup: int, sums_s: float) -> list[RankShare]:
+    """Each rank's part of the timed steps, and how fast it is alone."""
+    ranks, alone = task.ranks, replace(task, ranks=ALONE)
+    mine = [
+        row
+        for _, rows in rows_of_steps(task, warmup, warmup + steps)
+        for row in ranks.share(rows).rows
+    ]
+    tokens = sum(len(side) for row in mine for side in row.sides)
+    warm_up(alone, step, steps, warmup)
+    events, seconds = timed(alone, step, warmup, warmup + steps)
+    speed = sum(event.num_rows for event in events) / seconds
+    found = ranks.gather([ranks.name(ranks.rank), len(mine), tokens, sums_s, speed])
+    return [RankShare(*of_rank) for of_rank in found]
 
 
 def new_shapes(task: Task, warmup: int, steps: int) -> list[int]:
@@ -116,8 +180,9 @@ def new_shapes(task: Task, warmup: int, steps: int) -> list[int]:
     met: set[tuple[int, ...]] = set()
     new = []
     for number, rows in rows_of_steps(task, 0, warmup + steps):
-        groups = task.executor.split(rows, task.memory.token_budget)
-        microbatches = task.objective.collate(groups)
+        mine = task.ranks.share(rows).rows
+        groups = task.executor.split(mine, task.memory.token_budget)
+        microbatches = task.objective.collate(groups, rows)
         shapes = {(*m.inputs.shape, *m.positions.shape) for m in microbatches}
         if number >= warmup and not shapes <= met:
             new.append(number)

@@ -32,7 +32,7 @@ class Forecast:
 
 
 def rehearse(
-    run: RunConfig,
+    run: RunConfig | None,
     out: Path,
     *,
     resume: bool = False,
@@ -65,9 +65,8 @@ def forecast(task: Task, first: int) -> Forecast:
     )
     last = min(first + 1 + _TIMED_STEPS, task.total_steps)
     end = time.monotonic() + _TIMED_SECONDS
-    events: list[Stepped] = list(
-        run_steps(task, step, first, last, lambda: step.num_updates > 1 and time.monotonic() > end)
-    )
+    stop = task.ranks.agreed_stop(lambda: step.num_updates > 1 and time.monotonic() > end)
+    events: list[Stepped] = list(run_steps(task, step, first, last, stop))
     timed = events[1:] or events
     seconds = sum(event.elapsed_s for event in timed)
     tokens_per_s = sum(event.num_tokens for event in timed) / seconds

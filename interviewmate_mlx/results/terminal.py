@@ -333,6 +333,16 @@ def bench_text(result: BenchResult) -> str:
             f"the project this one comes from: {result.seed_samples_per_s} samples/s "
             "(falcon-rw-1b, PyTorch on Apple Silicon)"
         )
+    for rank in result.ranks:
+        lines.append(
+            f"{rank.name}: {rank.rows} rows, {rank.tokens} tokens; "
+            f"{rank.sums_seconds:.2f} s in sums; alone {rank.alone_samples_per_s:.3f} samples/s"
+        )
+    if result.ranks:
+        lines.append(
+            f"together {result.efficiency:.0%} of what they do alone, added up; a sum is "
+            f"{result.sum_bytes / 1e6:.1f} MB"
+        )
     return "\n".join(lines)
 
 

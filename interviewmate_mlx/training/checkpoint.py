@@ -24,6 +24,7 @@ from interviewmate_mlx.errors import TrainingError, WeightsError, list_faults
 from interviewmate_mlx.files import atomic_file
 from interviewmate_mlx.formats.safetensors_file import save_tensors
 from interviewmate_mlx.model.tree import named_arrays
+from interviewmate_mlx.training.ranks import Ranks
 
 FOLDER = "checkpoints"
 PATTERN = "step-*.safetensors"
@@ -62,7 +63,7 @@ def save_checkpoint(out: Path, state: State, tensors: Tensors, keep: int) -> Pat
         StorageError: it cannot be written; earlier ones stay.
     """
     path = out / FOLDER / f"step-{state.step:06d}.safetensors"
-    flat = {f"{group}/{name}": a for group, arrays in tensors.items() for name, a in arrays.items()}
+    flat = _flat(tensors)
     text = json.dumps(asdict(state))
     with atomic_file(path) as temporary:
         save_tensors(temporary, flat, {"state": text, "sha256": _hash(text, flat)})
@@ -123,19 +124,35 @@ def load_checkpoint(path: Path) -> tuple[State, Tensors]:
     text = metadata["state"]
     if _hash(text, flat) != metadata["sha256"]:
         raise WeightsError("damaged: its bytes are not those that were written")
-    tensors: Tensors = {"adapter": {}, "optimizer": {}, "best": {}}
     try:
-        state = State(**json.loads(text))
-        for key, array in flat.items():
-            group, _, name = key.partition("/")
-            tensors[group][name] = array
+        return State(**json.loads(text)), _grouped(flat)
     except (TypeError, KeyError) as error:
         raise TrainingError(
             f"{path} was written by another version of this package: {error}\n"
             "Use that version, or train again into another folder.",
             "out",
         ) from error
-    return state, tensors
+
+
+def saved_of_first(ranks: Ranks, saved: Saved | None) -> Saved | None:
+    """What the first rank has read, on all ranks; it alone knows of damaged files."""
+    state = ranks.from_first(asdict(saved.state) if saved else None)
+    if state is None:
+        return None
+    tensors = ranks.tensors_from_first(_flat(saved.tensors) if saved else {})
+    return saved or Saved(State(**state), _grouped(tensors), {})
+
+
+def _flat(tensors: Tensors) -> dict[str, mx.array]:
+    return {f"{group}/{name}": a for group, arrays in tensors.items() for name, a in arrays.items()}
+
+
+def _grouped(flat: dict[str, mx.array]) -> Tensors:
+    tensors: Tensors = {"adapter": {}, "optimizer": {}, "best": {}}
+    for key, array in flat.items():
+        group, _, name = key.partition("/")
+        tensors[group][name] = array
+    return tensors
 
 
 def restore(saved: Saved, model: nn.Module, optimizer: optim.Optimizer) -> dict[str, mx.array]:

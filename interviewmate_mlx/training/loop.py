@@ -10,7 +10,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,9 +34,10 @@ from interviewmate_mlx.training.checkpoint import (
     prune,
     restore,
     save_checkpoint,
+    saved_of_first,
     set_aside,
 )
-from interviewmate_mlx.training.events import Event, Finished, Stepped, Validated
+from interviewmate_mlx.training.events import Event, Finished, Stepped, Summary, Validated
 from interviewmate_mlx.training.folder import (
     changed_settings,
     check_out,
@@ -53,6 +55,7 @@ from interviewmate_mlx.training.metrics import (
     write_summary,
 )
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
+from interviewmate_mlx.training.ranks import Ranks, join
 from interviewmate_mlx.training.step import Step, total_of
 from interviewmate_mlx.training.task import Task, changed_versions, prepare, versions
 
@@ -61,7 +64,7 @@ Measured = TypeVar("Measured", Stepped, Validated)
 
 
 def train(
-    run: RunConfig,
+    run: RunConfig | None,
     out: Path | str | None = None,
     *,
     resume: bool = False,
@@ -72,8 +75,11 @@ def train(
 ) -> Iterator[Event]:
     """Train a run's adapter into a PEFT folder.
 
+    Where a launcher has started several processes, they train it together; the first one alone
+    writes.
+
     Args:
-        run: what to train.
+        run: what to train; the first rank's counts, and others may give None.
         out: the folder, made here; by default `adapters/NAME` after the run.
         resume: go on from the newest whole checkpoint in the folder.
         replace: remove the run in the folder, once all that the new one needs is there.
@@ -88,17 +94,18 @@ def train(
     Raises:
         InterviewMateError: the run cannot start or go on. What was saved stays.
     """
-    out = Path(out or Path("adapters") / run.name)
+    out = Path(out or Path("adapters") / (run.name if run else ""))
     with opened(run, out, resume, replace, progress, base) as (task, saved):
-        if replace and not resume:
-            clear(out)
+        folder = out if task.ranks.is_first else None
+        if folder and replace and not resume:
+            clear(folder)
         with task.memory_limits(), task.executor.opened():
-            yield from run_task(task, out, saved, stop)
+            yield from run_task(task, folder, saved, task.ranks.agreed_stop(stop))
 
 
 @contextmanager
 def opened(
-    run: RunConfig,
+    run: RunConfig | None,
     out: Path,
     resume: bool,
     replace: bool,
@@ -110,22 +117,59 @@ def opened(
     Yields:
         The run, ready to begin or go on, and, to go on, what was saved.
     """
-    with lock_run(out):
-        check_out(out, resume, replace)
-        saved = load_newest(out) if resume else None
-        if resume:
-            began = parse_run(out.name, saved.state.run) if saved else read_run(out)
-            check_same_run(run, began, out)
-            run = dataclasses.replace(run, name=began.name)
-        yield prepare(run, out, saved.state if saved else None, progress, base), saved
+    ranks, saved = join(), None
+    with ExitStack() as stack:
+        stack.enter_context(ranks.working())
+        with ranks.together():
+            if run and ranks.is_first:
+                stack.enter_context(lock_run(out))
+                check_out(out, resume, replace)
+                saved = load_newest(out) if resume else None
+                if resume:
+                    began = parse_run(out.name, saved.state.run) if saved else read_run(out)
+                    check_same_run(run, began, out)
+                    run = dataclasses.replace(run, name=began.name)
+        run = run_of_first(ranks, run)
+        saved = saved_of_first(ranks, saved)
+        folder = out if ranks.is_first else None
+        with ranks.together():
+            task = prepare(run, folder, saved.state if saved else None, progress, base, ranks)
+        agree(task)
+        yield task, saved
+
+
+def run_of_first(ranks: Ranks, run: RunConfig | None) -> RunConfig:
+    """The first rank's run, on all ranks."""
+    if ranks.size > 1:
+        run = parse_run(*ranks.from_first([run.name, to_toml(run)] if run else None))
+    assert run
+    return run
+
+
+def agree(task: Task) -> None:
+    """Begin alike on all ranks.
+
+    Raises:
+        TrainingError: they do not have the same base, data or versions.
+    """
+    if task.ranks.size == 1:
+        return
+    same = ("interviewmate-mlx", "mlx")
+    facts = {name: value for name, value in versions().items() if name in same}
+    facts |= {name: value[:12] for name, value in task.fingerprint.items()}
+    task.ranks.check_same({**facts, "model.dtype": str(task.model.dtype)})
+    # The first values are random, and may be computed by other hardware.
+    first = task.ranks.tensors_from_first(named_arrays(task.model.trainable_parameters()))
+    task.model.load_weights(list(first.items()), strict=False)
 
 
 def run_task(
-    task: Task, out: Path, saved: Saved | None, stop: Callable[[], bool]
+    task: Task, out: Path | None, saved: Saved | None, stop: Callable[[], bool]
 ) -> Iterator[Event]:
-    """Train, from the start or from what was saved; see `train`."""
+    """Train, from the start or from what was saved; see `train`. Without `out`, write nothing."""
     run, model = task.run, task.model
-    write_run(run, out)
+    if out:
+        write_run(run, out)
     task = task.with_references(out)  # of the model as the run begins
     optimizer = adamw(run.train.weight_decay, run.lora.plus_ratio)
     step = Step(model, optimizer, run.train.max_grad_norm, task.executor, task.objective.loss)
@@ -144,10 +188,12 @@ def run_task(
         notes += changed_settings(run, began) + changed_versions(saved.state.versions)
         best = restore(saved, model, optimizer)
         state = dataclasses.replace(saved.state, run=state.run, versions=state.versions)
-        # What a save does after its checkpoint: the run may have been killed before that.
-        prune(out, run.train.keep_checkpoints)
-        write_adapter(task, out, best or adapter_weights(model))
-    notes += start_metrics(out, state.step)
+        if out:
+            # What a save does after its checkpoint: the run may have been killed before that.
+            prune(out, run.train.keep_checkpoints)
+            write_adapter(task, out, best or adapter_weights(model))
+    if out:
+        notes += start_metrics(out, state.step)
     started = task.describe(state.step, notes)
     yield started
     if state.step == 0 and task.rows.valid:
@@ -189,10 +235,13 @@ def run_task(
             break
     best_step = state.best_step if best else None
     stopped_early = is_over(task, state) and state.step < task.total_steps
-    summary = write_summary(out, run, started, state.step, best_step, stopped_early)
-    template, config = task.rows.template, task.adapter_config
-    ends = end_ids(template, task.base.tokenizer)
-    write_run_card(out, run, config, summary, template, ends if len(ends) > 1 else ())
+    summary = None
+    if out:
+        summary = write_summary(out, run, started, state.step, best_step, stopped_early)
+        template, config = task.rows.template, task.adapter_config
+        ends = end_ids(template, task.base.tokenizer)
+        write_run_card(out, run, config, summary, template, ends if len(ends) > 1 else ())
+    summary = Summary(**task.ranks.from_first(summary and asdict(summary)))
     yield Finished(state.step, best_step, not is_over(task, state), stopped_early, summary)
 
 
@@ -228,16 +277,23 @@ def judge(
     return dataclasses.replace(found, is_best=is_best)
 
 
-def record(out: Path, event: Measured) -> Measured:
+def record(out: Path | None, event: Measured) -> Measured:
     """Write an event to the metrics, and give it back."""
-    append_metrics(out, event)
+    if out:
+        append_metrics(out, event)
     return event
 
 
 def save(
-    task: Task, out: Path, state: State, optimizer: optim.Optimizer, best: dict[str, mx.array]
+    task: Task,
+    out: Path | None,
+    state: State,
+    optimizer: optim.Optimizer,
+    best: dict[str, mx.array],
 ) -> None:
     """Save the run's state, and the adapter: the best one so far, or else the last."""
+    if not out:
+        return
     sync_metrics(out)
     adapter = adapter_weights(task.model)
     moments = named_arrays(optimizer.state)
@@ -277,7 +333,9 @@ def run_steps(
     task.model.train()
     clock = time.perf_counter()
     steps = dispatch_steps(task, step, first, last, stop)
-    for dispatched in delayed(steps, task.executor.steps_ahead):
+    # Ranks wait for each other in every step.
+    steps_ahead = task.executor.steps_ahead if task.ranks.size == 1 else 0
+    for dispatched in delayed(steps, steps_ahead):
         numbers = tree_map(lambda array: array.item(), dispatched.numbers)
         sides = [side for row in dispatched.rows for side in row.sides]
         elapsed_s, clock = time.perf_counter() - clock, time.perf_counter()
@@ -330,10 +388,13 @@ def dispatch_steps(
             settings.warmup_steps,
             settings.floor,
         )
-        groups = task.executor.split(rows, task.memory.token_budget)
-        # Dropout follows from the seed and the step alone, so a resumed run repeats it.
-        step.accumulate(task.objective.collate(groups), [settings.seed, number])
-        yield Dispatched(number + 1, rows, learning_rate, step.update(learning_rate))
+        share = task.ranks.share(rows)
+        groups = task.executor.split(share.rows, task.memory.token_budget)
+        # Dropout follows from the seed, the step and the rank alone, so a resumed run repeats it.
+        entropy = [settings.seed, number, *([task.ranks.rank] if task.ranks.rank else [])]
+        step.accumulate(task.objective.collate(groups, rows), entropy)
+        numbers = step.update(learning_rate, share.sum)
+        yield Dispatched(number + 1, rows, learning_rate, numbers)
         if stop():
             break
 
@@ -365,12 +426,14 @@ def validate(task: Task, step: int, loss_of: Callable[..., Any]) -> Validated:
     start = time.perf_counter()
     task.model.eval()
     # In microbatches as large as a step's, so that it takes no more memory than training.
+    share = task.ranks.share(task.rows.valid)
     groups = [
         group
-        for rows in by_width(task.rows.valid)
+        for rows in by_width(share.rows)
         for group in task.executor.split(rows, task.memory.step_tokens)
     ]
-    found = tree_map(lambda array: array.item(), loss_of(task.objective.collate(groups)))
+    sums = share.sum(loss_of(task.objective.collate(groups, task.rows.valid)))
+    found = tree_map(lambda array: array.item(), sums)
     loss_sum, count, measures = found
     elapsed_s = time.perf_counter() - start
     return Validated(step, loss_sum / count, False, elapsed_s, means(measures))

@@ -26,6 +26,7 @@ from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.files import atomic_file
 from interviewmate_mlx.formats.safetensors_file import save_tensors
 from interviewmate_mlx.training.loss import Loss, Sums, token_loss
+from interviewmate_mlx.training.ranks import ALONE, Ranks
 from interviewmate_mlx.training.step import Executor, total_of
 
 PAIRED = ("dpo", "ipo", "orpo", "simpo")
@@ -41,11 +42,12 @@ class Objective:
 
     Attributes:
         loss: of a microbatch's predicted tokens.
-        collate: the groups of rows of a whole step, or of a whole validation set, as microbatches.
+        collate: groups of rows as microbatches; and, for what depends on all of them, the rows of
+            the whole step or validation set.
     """
 
     loss: Loss
-    collate: Callable[[Sequence[Sequence[Any]]], list[Microbatch]]
+    collate: Callable[[Sequence[Sequence[Any]], Sequence[Any]], list[Microbatch]]
 
 
 def objective_of(
@@ -67,11 +69,11 @@ def objective_of(
         divergence: KTO's, of the rows of a step: see `divergence_of`.
     """
     if method == "sft":
-        return Objective(token_loss, lambda groups: [collate(group) for group in groups])
+        return Objective(token_loss, lambda groups, _: [collate(group) for group in groups])
     if method == "kto":
         return Objective(
             partial(judged_loss, beta),
-            lambda groups: _collate_judged_step(groups, divergence),
+            lambda groups, rows: _collate_judged_step(groups, divergence(rows)),
         )
     of_pairs = {
         "dpo": partial(_dpo, beta, label_smoothing, length_normalized),
@@ -232,14 +234,13 @@ def row_sums(losses: mx.array, counted: mx.array, of_rows: dict[str, mx.array]) 
 
 
 def _collate_judged_step(
-    groups: Sequence[Sequence[Judged]], divergence: Callable[[Sequence[Judged]], mx.array]
+    groups: Sequence[Sequence[Judged]], divergence: mx.array
 ) -> list[Microbatch]:
-    of_step = divergence([row for group in groups for row in group])
-    return [collate_judged(group, of_step) for group in groups]
+    return [collate_judged(group, divergence) for group in groups]
 
 
 def divergence_of(
-    model: nn.Module, executor: Executor, token_budget: int
+    model: nn.Module, executor: Executor, token_budget: int, ranks: Ranks = ALONE
 ) -> Callable[[Sequence[Judged]], mx.array]:
     """KTO's estimate of how far a model has come from where it began, for the rows of a step.
 
@@ -250,6 +251,7 @@ def divergence_of(
         model: a `Network`.
         executor: where microbatches are computed.
         token_budget: padded tokens of a microbatch.
+        ranks: that compute it together.
     """
 
     def risen(losses: mx.array, mask: mx.array, of_rows: dict[str, mx.array]) -> list[mx.array]:
@@ -258,13 +260,13 @@ def divergence_of(
     total = total_of(model, risen, executor)
 
     def divergence(rows: Sequence[Judged]) -> mx.array:
-        others = [row.other for row in rows]
+        share = ranks.share([row.other for row in rows])
         batches = [
-            with_rows(collate(group), group) for group in executor.split(others, token_budget)
+            with_rows(collate(group), group) for group in executor.split(share.rows, token_budget)
         ]
         was_training = model.training
         model.eval()
-        found = mx.maximum(total(batches)[0] / len(others), 0)
+        found = mx.maximum(share.sum(total(batches))[0] / len(rows), 0)
         model.train(was_training)
         mx.eval(found)
         return found
@@ -273,7 +275,11 @@ def divergence_of(
 
 
 def log_probabilities(
-    model: nn.Module, examples: Sequence[Example], executor: Executor, token_budget: int
+    model: nn.Module,
+    examples: Sequence[Example],
+    executor: Executor,
+    token_budget: int,
+    ranks: Ranks = ALONE,
 ) -> np.ndarray:
     """What a model gives the tokens with a loss of each row, without dropout, (rows,) nats.
 
@@ -282,6 +288,7 @@ def log_probabilities(
         examples: the rows.
         executor: where microbatches are computed.
         token_budget: padded tokens of a microbatch.
+        ranks: that compute them together.
     """
 
     def found(losses: mx.array, mask: mx.array, of_rows: dict[str, mx.array]) -> list[mx.array]:
@@ -293,31 +300,38 @@ def log_probabilities(
     total = total_of(model, found, executor)
     copies = [replace(example) for example in examples]  # none of them twice
     place = {id(example): number for number, example in enumerate(copies)}
-    batches = []
-    for rows in by_width(copies):
+    share, batches = ranks.share(copies), []
+    for rows in by_width(share.rows):
         for group in executor.split(rows, token_budget):
             batch = with_rows(collate(group), group)
             places = {"places": mx.array([place[id(example)] for example in group])}
             batches.append(replace(batch, of_rows=batch.of_rows | places))
-    return np.array(total(batches)[0])
+    return np.array(share.sum(total(batches))[0])
 
 
 def kept_log_probabilities(
-    path: Path, fingerprint: dict[str, str], compute: Callable[[], np.ndarray]
+    path: Path | None,
+    fingerprint: dict[str, str],
+    compute: Callable[[], np.ndarray],
+    ranks: Ranks = ALONE,
 ) -> np.ndarray:
     """What a file holds; computed and written if it is damaged, of another run, or not there.
 
     Args:
-        path: the file.
+        path: the file; None where another rank has it.
         fingerprint: of all that the numbers depend on.
         compute: the numbers, (rows,).
+        ranks: that compute them together.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    found = _read(path, fingerprint)
-    if found is None:
-        found = compute()
+    kept = _read(path, fingerprint) if path else None
+    kept_by_first = {} if kept is None else {_TENSOR: mx.array(kept)}
+    if tensors := ranks.tensors_from_first(kept_by_first):
+        return np.array(tensors[_TENSOR])
+    found = compute()
+    if path:
         metadata = {"of": json.dumps(fingerprint), "sha256": _hash(found)}
         with atomic_file(path) as temporary:
             save_tensors(temporary, {_TENSOR: mx.array(found)}, metadata)

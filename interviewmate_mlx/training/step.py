@@ -142,14 +142,21 @@ class Step:
         )
         self.sums = tree_map(mx.add, self.sums, sums) if self.sums else sums
 
-    def update(self, learning_rate: float) -> dict[str, Any]:
+    def update(
+        self, learning_rate: float, across: Callable[[Any], Any] = lambda sums: sums
+    ) -> dict[str, Any]:
         """Apply what was accumulated, and start the next step's sums.
+
+        Args:
+            learning_rate: of this step.
+            across: adds what other ranks have accumulated.
 
         Returns:
             `loss`, `grad_norm` (before clipping), () float32 each, `is_finite`, () bool, and
             `measures`, a sum and a count by name; on their way to the device, not evaluated.
         """
-        numbers = self._update(self.sums, mx.array(learning_rate), self._is_healthy)
+        sums = across(self.sums)
+        numbers = self._update(sums, mx.array(learning_rate), self._is_healthy)
         self.sums, self._is_healthy = None, numbers["is_finite"]
         self.num_updates += 1
         mx.async_eval(numbers, self._model.trainable_parameters())

@@ -77,6 +77,7 @@ from interviewmate_mlx.training.preference import (
     log_probabilities,
     objective_of,
 )
+from interviewmate_mlx.training.ranks import ALONE, Ranks
 from interviewmate_mlx.training.step import Executor, OneStream
 
 REFERENCE_FILE = "reference.safetensors"
@@ -108,6 +109,7 @@ class Task:
     executor: Executor
     fingerprint: dict[str, str]  # of base and data
     objective: Objective
+    ranks: Ranks = ALONE  # that train it together
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -128,11 +130,14 @@ class Task:
     def total_steps(self) -> int:
         return self.run.train.total_steps(self.steps_per_epoch)
 
-    def with_references(self, out: Path) -> "Task":
+    def with_references(self, out: Path | None) -> "Task":
         """The same, whose rows know what the model gives them as it stands, where that is asked.
 
         The model must be as the run begins. A fresh LoRA changes nothing, so that is the base; a
         run that starts from an adapter is compared with that one.
+
+        Args:
+            out: the run's folder; None where another rank has it.
 
         Raises:
             StorageError: they cannot be kept in the run's folder.
@@ -141,9 +146,12 @@ class Task:
             return self
         answers = [answer for row in self.rows.all for answer in row.compared]
         found = kept_log_probabilities(
-            out / REFERENCE_FILE,
+            out / REFERENCE_FILE if out else None,
             self.fingerprint,
-            lambda: log_probabilities(self.model, answers, self.executor, self.memory.step_tokens),
+            lambda: log_probabilities(
+                self.model, answers, self.executor, self.memory.step_tokens, self.ranks
+            ),
+            self.ranks,
         )
         values = iter(found.reshape(-1, 2).tolist())
         train, valid = (
@@ -175,6 +183,7 @@ class Task:
             disk_bytes=checkpoint_bytes(self.run, self.model),
             notes=(
                 *notes,
+                *self.ranks.notes(),
                 *self.base.network.doubts,
                 *renamed_keys(self.rows),
                 *idle_options(self.run, self.rows),
@@ -188,6 +197,7 @@ def prepare(
     state: State | None = None,
     progress: Progress | None = None,
     base: Base | None = None,
+    ranks: Ranks = ALONE,
 ) -> Task:
     """Load and check the base and the data of a run, and put the LoRA on.
 
@@ -199,6 +209,7 @@ def prepare(
         state: of the run that goes on, whose base, data and memory plan are kept.
         progress: called with bytes done and bytes in all, while base or data is pulled.
         base: the run's, if it is open already.
+        ranks: that train it together; all prepare it.
 
     Raises:
         InterviewMateError: what is missing, faulty or changed.
@@ -217,7 +228,7 @@ def prepare(
     checks.run(check_steps, run, rows, state)
     fingerprint = checks.run(hash_inputs, base, rows, start)
     checks.run(check_unchanged, fingerprint, state)
-    memory = checks.run(plan, run, model, rows, state)
+    memory = checks.run(plan, run, model, rows, state, ranks.size)
     checks.raise_faults()
     base.read(model)
     if run.lora.dora:
@@ -225,8 +236,8 @@ def prepare(
     if isinstance(start, Adapter):
         start_from(start, model)
     executor = choose_executor().limited_to(memory.max_rows)
-    objective = choose_objective(run, model, executor, memory.token_budget)
-    return Task(run, base, model, rows, memory, executor, fingerprint, objective)
+    objective = choose_objective(run, model, executor, memory.token_budget, ranks)
+    return Task(run, base, model, rows, memory, executor, fingerprint, objective, ranks)
 
 
 def open_start(run: RunConfig, base: Base, model: Network, out: Path | None) -> Adapter | str:
@@ -251,7 +262,7 @@ def open_start(run: RunConfig, base: Base, model: Network, out: Path | None) -> 
 
 
 def choose_objective(
-    run: RunConfig, model: Network, executor: Executor, token_budget: int
+    run: RunConfig, model: Network, executor: Executor, token_budget: int, ranks: Ranks
 ) -> Objective:
     """What a run makes smaller."""
     asked = run.preference
@@ -261,7 +272,7 @@ def choose_objective(
         asked.label_smoothing,
         asked.length_normalized,
         asked.target_margin,
-        divergence_of(model, executor, token_budget),
+        divergence_of(model, executor, token_budget, ranks),
     )
 
 
@@ -555,8 +566,10 @@ def checkpoint_bytes(run: RunConfig, model: Network) -> int:
     return 4 * 4 * count_parameters(model)[0] * (run.train.keep_checkpoints + 1)
 
 
-def plan(run: RunConfig, model: Network, rows: Rows, state: State | None) -> MemoryPlan:
-    """Plan a run's memory.
+def plan(
+    run: RunConfig, model: Network, rows: Rows, state: State | None, num_ranks: int
+) -> MemoryPlan:
+    """Plan a run's memory, on one of the ranks that share its steps.
 
     Raises:
         BackendError: not even the longest row fits.
@@ -575,7 +588,7 @@ def plan(run: RunConfig, model: Network, rows: Rows, state: State | None) -> Mem
     return plan_memory(
         model,
         rows.all + others,
-        run.train.effective_batch,
+        math.ceil(run.train.effective_batch / num_ranks),
         bytes_per_token,
         gradient_checkpointing=recomputes,
         memory_bytes=memory_for(run),

@@ -105,7 +105,7 @@ def train(model, rows, chosen, optimizer, budget=256, rate=PEAK):
     for number in range(len(rows) // ROWS):
         groups = split_step(rows[number * ROWS : (number + 1) * ROWS], budget)
         model.train()
-        step.accumulate(chosen.collate(groups), [0, number])
+        step.accumulate(chosen.collate(groups, rows), [0, number])
         losses.append(step.update(rate)["loss"].item())
     return losses
 
@@ -174,7 +174,7 @@ def two_updates(method, groups, width=None):
     step = Step(model.train(), optim.SGD(0.0, momentum=0.9), 1.0, loss=chosen.loss)
     for number in range(2):
         dealt = [[rows[i] for i in group] for group in groups]
-        batches = chosen.collate(dealt)
+        batches = chosen.collate(dealt, rows)
         if width:
             batches = [
                 wider(group, batch, width) for group, batch in zip(dealt, batches, strict=True)
@@ -223,7 +223,7 @@ def test_label_smoothing_is_the_mean_of_both_orders():
 
     def loss(rows, smoothing):
         chosen = objective(model, "dpo", smoothing=smoothing)
-        total, count, _ = preference.total_of(model, chosen.loss)(chosen.collate([rows]))
+        total, count, _ = preference.total_of(model, chosen.loss)(chosen.collate([rows], rows))
         return total.item() / count.item()
 
     expected = 0.8 * loss(rows, 0.0) + 0.2 * loss(turned, 0.0)

@@ -1,0 +1,302 @@
+"""Notices that another rank has ended, has stopped, or can no longer be reached.
+
+MLX's sums wait for all ranks, for ever. So every rank has a connection of its own to the first
+one, and says each second over it that it lives and what it does. When a rank is lost, the first
+one says which and why; all others end with it.
+"""
+
+import contextlib
+import hmac
+import json
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import psutil
+
+from interviewmate_mlx.errors import BackendError
+
+LIMIT_VARIABLE = "INTERVIEWMATE_SILENCE"
+# A rank that has said nothing for so many seconds is lost. A machine that swaps, or loads
+# gigabytes, may be silent for some.
+LIMIT_S = 30.0
+SLOWEST_BYTES_PER_S = 1e6  # of a sum; one that is slower has got stuck
+_BEAT_S = 1.0
+# A rank that fails may not be the only one: all meet a loss that is not finite. The first one
+# has so long to say it itself.
+_GRACE_S = 3.0
+_MEETING_S = 20.0  # for the others to connect
+_IDLE, _BUSY, _SUM, _FAULT, _LOST = "idle", "busy", "sum", "fault", "lost"
+
+
+def limit_s() -> float:
+    """Seconds of silence after which a rank is lost.
+
+    Raises:
+        BackendError: the variable holds no number above 0.
+    """
+    text = os.environ.get(LIMIT_VARIABLE, "")
+    try:
+        limit = float(text or LIMIT_S)
+    except ValueError:
+        limit = 0
+    if not 0 < limit < float("inf"):
+        raise BackendError(
+            f"{LIMIT_VARIABLE}: got {text!r}, expected seconds above 0.\nCorrect it, or unset it."
+        )
+    return limit
+
+
+@dataclass
+class Peer:
+    """Another rank, as this one last heard of it."""
+
+    rank: int
+    connection: socket.socket
+    heard_s: float = field(default_factory=time.monotonic)
+    state: str = _IDLE
+    detail: Any = None  # of a sum: its number and its bytes; of a fault: what it says
+    since_s: float = field(default_factory=time.monotonic)  # that it is in this state
+    unread: bytes = b""
+
+    def read(self) -> bool:
+        """Take in what has come; whether the connection still stands."""
+        try:
+            data = self.connection.recv(1 << 16)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        *lines, self.unread = (self.unread + data).split(b"\n")
+        for line in lines:
+            state, detail = json.loads(line)
+            if (state, detail) != (self.state, self.detail):
+                self.since_s = time.monotonic()
+            self.state, self.detail = state, detail
+        self.heard_s = time.monotonic()
+        return bool(data)
+
+
+class Watch:
+    """A thread that watches the other ranks while this one is busy.
+
+    The first rank watches all others; they watch it.
+    """
+
+    def __init__(self, rank: int, hosts: Sequence[str], connections: dict[int, socket.socket]):
+        """
+        Args:
+            rank: this process's.
+            hosts: each rank's.
+            connections: by rank, to those that this one watches.
+        """
+        self._rank, self._hosts, self._limit_s = rank, hosts, limit_s()
+        self._state: tuple[str, Any] = (_IDLE, None)
+        self._state_since_s = time.monotonic()
+        self._num_sums = 0
+        self._selector = selectors.DefaultSelector()
+        self._peers = [Peer(rank, connection) for rank, connection in connections.items()]
+        for peer in self._peers:
+            peer.connection.setblocking(False)
+            self._selector.register(peer.connection, selectors.EVENT_READ, peer)
+        threading.Thread(target=self._run, name="watch of the ranks", daemon=True).start()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """From here on this rank and the others need each other, until the end of the block."""
+        self._say(_BUSY)
+        for peer in self._peers:
+            peer.heard_s = time.monotonic()
+        try:
+            yield
+        except GeneratorExit:
+            self._say(_IDLE)
+            raise
+        except BaseException as error:
+            self._say(_FAULT, str(error) or type(error).__name__)
+            raise
+        self._say(_IDLE)
+
+    @contextmanager
+    def summing(self, num_bytes: int) -> Iterator[None]:
+        """This rank waits for a sum. If all do for too long, the network is at fault.
+
+        Raises:
+            BackendError: the sum has failed, and no rank is known to be lost.
+        """
+        self._num_sums += 1
+        self._say(_SUM, [self._num_sums, num_bytes])
+        try:
+            yield
+        except RuntimeError as error:
+            # MLX knows that a connection is gone; the watch will know whose.
+            time.sleep(self._limit_s + _GRACE_S)
+            raise BackendError(f"The ranks have lost each other: {error}") from error
+        self._say(_BUSY)
+
+    def _say(self, state: str, detail: object = None) -> None:
+        self._state, self._state_since_s = (state, detail), time.monotonic()
+        if state in (_IDLE, _FAULT):  # the process may end before the next beat
+            self._beat()
+
+    def _beat(self) -> None:
+        line = json.dumps(self._state).encode() + b"\n"
+        for peer in self._peers:
+            with contextlib.suppress(OSError):  # who does not read is found by its silence
+                peer.connection.send(line)
+
+    def _run(self) -> None:
+        beat_s = time.monotonic()
+        while self._peers:
+            if time.monotonic() >= beat_s:
+                self._beat()
+                beat_s = time.monotonic() + _BEAT_S
+            for key, _ in self._selector.select(max(0, beat_s - time.monotonic())):
+                if not key.data.read():
+                    self._drop(key.data)
+            self._judge()
+
+    def _drop(self, peer: Peer) -> None:
+        """A connection has ended."""
+        self._selector.unregister(peer.connection)
+        self._peers.remove(peer)
+        if peer.state == _FAULT:
+            self._fail(peer)
+        elif self._is_busy() and peer.state != _IDLE:
+            self._end(f"{self._name(peer.rank)} has ended.", peer.rank)
+
+    def _judge(self) -> None:
+        """Whether what was heard, and what was not, means that a rank is lost."""
+        now = time.monotonic()
+        for peer in list(self._peers):
+            if peer.state == _LOST:
+                os._exit(1)  # the first rank has said why
+            if peer.state == _FAULT and now - peer.since_s > _GRACE_S:
+                self._fail(peer)
+            if self._is_busy() and now - peer.heard_s > self._limit_s:
+                silent = f"has not been heard of for {self._limit_s:g} seconds"
+                self._end(f"{self._name(peer.rank)} {silent}.", peer.rank)
+        if self._rank == 0 and self._state[0] == _SUM:
+            number, num_bytes = self._state[1]
+            limit_s = self._limit_s + num_bytes / SLOWEST_BYTES_PER_S
+            stuck = [p.state == _SUM and p.detail == [number, num_bytes] and
+                     now - p.since_s > limit_s for p in self._peers]  # fmt: skip
+            if stuck and all(stuck) and now - self._state_since_s > limit_s:
+                self._end(f"All ranks have waited for a sum for {limit_s:.0f} seconds.", -1)
+
+    def _fail(self, peer: Peer) -> None:
+        """A rank has failed. Who is at fault alike says so itself, within the grace."""
+        end_s = peer.since_s + _GRACE_S
+        while self._is_busy() and time.monotonic() < end_s:
+            time.sleep(_BEAT_S / 10)
+        if self._is_busy():
+            self._end(f"{self._name(peer.rank)} has failed: {peer.detail}", peer.rank)
+
+    def _is_busy(self) -> bool:
+        return self._state[0] in (_BUSY, _SUM)
+
+    def _name(self, rank: int) -> str:
+        return f"Rank {rank} ({self._hosts[rank]})"
+
+    def _end(self, message: str, lost: int) -> NoReturn:
+        """End this process. The main thread waits within MLX, where no exception reaches it."""
+        # Where the first rank is lost, the second speaks. Who has failed has spoken itself.
+        failed = any(peer.rank == 0 and peer.state == _FAULT for peer in self._peers)
+        if self._rank == 0 or (self._rank == 1 and lost == 0 and not failed):
+            show_cursor = "\x1b[?25h" if sys.__stderr__ and sys.__stderr__.isatty() else ""
+            hint = "The run stops here; its last checkpoint is whole. Resume it once all are back."
+            text = f"{show_cursor}\n{message}\n{hint}\n"
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())
+        self._say(_LOST)
+        self._beat()
+        os._exit(1)
+
+
+def addresses() -> list[str]:
+    """Where other machines, and processes of this one, can reach this one; the likeliest first."""
+    found = [
+        address.address
+        for of_interface in psutil.net_if_addrs().values()
+        for address in of_interface
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    ]
+    # A link-local address needs the name of the other's interface.
+    usable = [text for text in found if not text.startswith("fe80")]
+    return sorted(usable, key=lambda text: (text in ("127.0.0.1", "::1"), ":" in text))
+
+
+def meet(
+    rank: int, hosts: Sequence[str], from_first: Callable[[object], Any]
+) -> dict[int, socket.socket]:
+    """Connect the first rank with all others.
+
+    Args:
+        rank: this process's.
+        hosts: each rank's.
+        from_first: gives all ranks what the first one says.
+
+    Returns:
+        Connections by rank.
+
+    Raises:
+        BackendError: they do not reach each other.
+    """
+    listener = socket.create_server(("", 0)) if rank == 0 else None
+    invitation = [secrets.token_hex(16), listener.getsockname()[1], addresses()] if listener else []
+    token, port, ours = from_first(invitation)
+    if listener:
+        with listener:
+            return _accept(listener, token, hosts)
+    return {0: _connect(rank, token, port, ours, hosts)}
+
+
+def _accept(listener: socket.socket, token: str, hosts: Sequence[str]) -> dict[int, socket.socket]:
+    found: dict[int, socket.socket] = {}
+    end_s = time.monotonic() + _MEETING_S
+    while len(found) < len(hosts) - 1:
+        listener.settimeout(max(0.1, end_s - time.monotonic()))
+        try:
+            connection, _ = listener.accept()
+            connection.settimeout(_BEAT_S)
+            said = connection.recv(100).decode("ascii", "replace").split()
+            # A stranger must not be able to end a run.
+            if len(said) == 2 and hmac.compare_digest(said[0], token):
+                connection.sendall(token.encode())
+                found[int(said[1])] = connection
+        except OSError:
+            if time.monotonic() >= end_s:
+                break
+    missing = [f"rank {rank} ({hosts[rank]})" for rank in range(1, len(hosts)) if rank not in found]
+    if missing:
+        raise BackendError(
+            f"No connection from {', '.join(missing)} within {_MEETING_S:.0f} seconds, though "
+            "MLX's own stands.\nLet a firewall pass connections to Python on this machine."
+        )
+    return found
+
+
+def _connect(
+    rank: int, token: str, port: int, targets: Sequence[str], hosts: Sequence[str]
+) -> socket.socket:
+    for target in targets:
+        try:
+            connection = socket.create_connection((target, port), timeout=_BEAT_S)
+            connection.settimeout(_BEAT_S)
+            connection.sendall(f"{token} {rank}".encode())
+            if hmac.compare_digest(connection.recv(100), token.encode()):
+                return connection
+        except OSError:
+            continue
+    raise BackendError(
+        f"Rank {rank} cannot connect to rank 0 ({hosts[0]}) at any of {', '.join(targets)}, port "
+        f"{port}, though MLX's own connection stands.\nLet a firewall pass connections to Python."
+    )
