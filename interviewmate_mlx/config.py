@@ -112,6 +112,8 @@ class TrainConfig:
 
     # rows to answer like, pairs of answers (dpo, ipo, orpo, simpo), or answers with a label (kto)
     method: str = _one_of(*METHODS)
+    # what learns: a LoRA beside the base's weights, or these themselves, each of them
+    weights: str = _one_of("lora", "all")
     epochs: float = _above_zero(3.0)  # times over the training rows; 0.5 is half of them once
     max_steps: int = _at_least(0, 0)  # the run ends there at the latest; 0: where epochs end
     batch_size: int = _at_least(1, 1)  # rows; only its product with grad_accumulation counts
@@ -122,7 +124,7 @@ class TrainConfig:
     floor: float = _option(0.0, lambda v: 0 <= v <= 1, "from 0 to 1")
     warmup_ratio: float = _option(0.03, lambda v: 0 <= v <= 1, "from 0 to 1")  # share of the steps
     warmup_steps: int = _at_least(0, 0)  # in place of that share; 0: the share
-    weight_decay: float = _at_least(0.0, 0)  # AdamW's, of LoRA A and B
+    weight_decay: float = _at_least(0.0, 0)  # AdamW's, of matrices
     max_grad_norm: float = _at_least(1.0, 0)  # 0: no clipping
     save_every: int = _at_least(50, 0)  # steps; 0: only when validating
     keep_checkpoints: int = _at_least(2, 1)  # how many of the newest; each holds the best adapter
@@ -474,6 +476,18 @@ def _idle_faults(run: RunConfig) -> list[str]:
             faults.append(
                 f"preference.{f.name}: got {_shown(value)}, and train.method {method} has no such "
                 f"thing; expected {_toml(f.default)}, or the method {' or '.join(asked_by)}"
+            )
+    if run.train.weights == "all":
+        faults += [
+            f"lora.{f.name}: got {_shown(getattr(run.lora, f.name))}, and train.weights all has no "
+            f"LoRA; expected {_toml(f.default)}"
+            for f in fields(run.lora)
+            if getattr(run.lora, f.name) != f.default
+        ]
+        if run.model.dtype == "float16":
+            faults.append(
+                "model.dtype: got 'float16', expected another with train.weights all: small "
+                "gradients would be 0 in it"
             )
     if run.data.train_on == "all" and method not in ("sft", "orpo"):
         faults.append(

@@ -143,6 +143,7 @@ def test_every_key_of_a_file_is_read(write_run):
         template = "chatml"
         [train]
         method = "orpo"
+        weights = "lora"
         epochs = 5
         max_steps = 11
         batch_size = 2
@@ -175,7 +176,7 @@ def test_every_key_of_a_file_is_read(write_run):
         ),
         data=DataConfig("rows", 128, "all", "chatml"),
         train=TrainConfig(
-            "orpo", 5.0, 11, 2, 3, 1.0, "cosine", 0.1, 0.5, 3, 0.01, 0.0, 7, 3, True, 6.5, 0
+            "orpo", "lora", 5.0, 11, 2, 3, 1.0, "cosine", 0.1, 0.5, 3, 0.01, 0.0, 7, 3, True, 6.5, 0
         ),
         preference=PreferenceConfig(0.3),  # a method asks for some of its keys, not for all
         validate=ValidateConfig(10, 2),
@@ -232,7 +233,7 @@ def test_file_that_cannot_be_parsed_is_refused_with_the_place(write_run, content
     ("content", "said"),
     [
         ("[lora]\nrnak = 8", "unknown key lora.rnak; did you mean lora.rank?"),
-        ("[train]\nlr = 1", "unknown key train.lr; expected one of method, epochs, max_steps"),
+        ("[train]\nlr = 1", "unknown key train.lr; expected one of method, weights, epochs"),
         ("[lorra]\nrank = 8", "unknown table [lorra]; did you mean lora?"),
         ("[optimizer]\nx = 8", "unknown table [optimizer]; expected one of model, lora, data,"),
         ("lora = 8", "lora: got 8, expected a table"),
@@ -315,6 +316,7 @@ RANGES = [
     ("train.warmup_steps", "0", "-1", "at least 0"),
     ("train.floor", "0", "1.1", "from 0 to 1"),
     ("lora.plus_ratio", "1", "0.9", "at least 1"),
+    ("train.weights", "all", "some", "one of lora, all"),
     ("train.weight_decay", "0", "-0.1", "at least 0"),
     ("train.max_grad_norm", "0", "-0.1", "at least 0"),
     ("train.save_every", "0", "-1", "at least 0"),

@@ -195,10 +195,11 @@ def read_content(folder: Path) -> dict[str, Any]:
     try:
         data = read_bounded(path, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
+        hint = "Give the folder of an adapter that was trained here or with PEFT."
+        if (folder / "config.json").is_file():
+            hint = "It is a model: name it as the base, without an adapter."
         raise AdapterError(
-            f"No adapter in {folder}: it has no {CONFIG_FILE}.\n"
-            "Give the folder of an adapter that was trained here or with PEFT.",
-            "adapter",
+            f"No adapter in {folder}: it has no {CONFIG_FILE}.\n{hint}", "adapter"
         ) from error
     except OSError as error:
         raise AdapterError(f"Cannot read {path}: {error.strerror}.\n{_HINT}") from error

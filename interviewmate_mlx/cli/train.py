@@ -53,6 +53,8 @@ def command(
 ) -> None:
     """Train a run's LoRA adapter and write it as a PEFT folder.
 
+    With --set train.weights=all every weight of the base is trained, and a model is written.
+
     Ctrl-C ends the step, saves, and says how to go on.
 
     \b
@@ -120,13 +122,14 @@ def _train(
         console.print(f"interrupted after step {finished.step}; everything is saved.")
         console.print(f"Go on with: {_resume_command()}", soft_wrap=True)
         ctx.exit(INTERRUPTED)
+    kind = "model" if run.train.weights == "all" else "adapter"
     if as_json:
-        click.echo(json.dumps({**asdict(finished.summary), "adapter": str(out)}))
+        click.echo(json.dumps({**asdict(finished.summary), kind: str(out)}))
     else:
         shown = make_console(sys.stdout)
         curves = loss_curves(out) if "utf" in shown.encoding else ()
         shown.print(summary_table(finished.summary, *curves))
-        click.echo(f"adapter: {out}")
+        click.echo(f"{kind}: {out}")
 
 
 def _resume_command() -> str:

@@ -50,7 +50,7 @@ from interviewmate_mlx.model.lora import (
 )
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
 from interviewmate_mlx.model.zoo import Network
-from interviewmate_mlx.training.checkpoint import State
+from interviewmate_mlx.training.checkpoint import State, disk_bytes
 from interviewmate_mlx.training.cpu_streams import CpuStreams
 from interviewmate_mlx.training.events import Started
 from interviewmate_mlx.training.folder import adapter_config
@@ -78,6 +78,7 @@ from interviewmate_mlx.training.preference import (
     objective_of,
 )
 from interviewmate_mlx.training.step import Executor, OneStream
+from interviewmate_mlx.training.whole import check_whole
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -172,7 +173,7 @@ class Task:
             num_trainable=num_trainable,
             num_parameters=num_parameters,
             peak_bytes=self.memory.peak_bytes,
-            disk_bytes=checkpoint_bytes(self.run, self.model),
+            disk_bytes=disk_bytes(self.run, self.model),
             notes=(
                 *notes,
                 *self.base.network.doubts,
@@ -235,7 +236,10 @@ def open_start(run: RunConfig, base: Base, model: Network, out: Path | None) -> 
     Raises:
         AdapterError: it cannot be read, is not of the run's base and shape, or would be
             written over.
+        ModelError: the base would be.
     """
+    if out and out.resolve() == base.folder.resolve():
+        raise ModelError(f"The run would write over its base: {out}\nChoose another folder.", "out")
     if not run.lora.start_from:
         return ""
     folder = local_path(run.lora.start_from)
@@ -306,15 +310,32 @@ def encode_rows(run: RunConfig, splits: dict[str, list[Any]], base: Base) -> Row
 
 
 def build_model(run: RunConfig, base: Base) -> Network:
-    """A run's base with the LoRA on, its weights not in memory yet.
+    """A run's base with what is trained, its weights not in memory yet.
 
     Raises:
         AdapterError: the LoRA does not fit the base.
+        ModelError: not all of its weights can be trained.
         WeightsError: the weights do not fit the network.
     """
     dtype = backend.resolve_dtype(run.model.dtype)
     model = base.build(dtype)
     mx.random.seed(run.train.seed)
+    if run.train.weights == "all":
+        check_whole(base, model)
+    else:
+        put_lora(run, base, model)
+    choose_kernels(model, dtype)
+    if run.train.gradient_checkpointing:
+        use_gradient_checkpointing(model)
+    return model
+
+
+def put_lora(run: RunConfig, base: Base, model: Network) -> None:
+    """Put a run's LoRA on its base, in place.
+
+    Raises:
+        AdapterError: it does not fit.
+    """
     lora = run.lora
     targets = resolve_targets(model, lora.targets)
     check_names(model, base, targets)
@@ -322,10 +343,6 @@ def build_model(run: RunConfig, base: Base) -> Network:
     place_lora(model, config.layers(model), lora.dropout, rslora=lora.rslora)
     if lora.dora:
         place_dora(model)
-    choose_kernels(model, dtype)
-    if run.train.gradient_checkpointing:
-        use_gradient_checkpointing(model)
-    return model
 
 
 def check_network(run: RunConfig, base: Base) -> None:
@@ -543,16 +560,7 @@ def check_disk(run: RunConfig, model: Network, out: Path | None) -> None:
             )
         with scratch_file(out / "checkpoint") as temporary:
             save_tensors(temporary, {"nothing": mx.zeros(1)}, {})
-        check_free_space(out, checkpoint_bytes(run, model))
-
-
-def checkpoint_bytes(run: RunConfig, model: Network) -> int:
-    """Bytes that a run's checkpoints take on the disk.
-
-    Each holds the adapter, two moments and the best adapter, float32 each; one more than is
-    kept exists while it is written.
-    """
-    return 4 * 4 * count_parameters(model)[0] * (run.train.keep_checkpoints + 1)
+        check_free_space(out, disk_bytes(run, model))
 
 
 def plan(run: RunConfig, model: Network, rows: Rows, state: State | None) -> MemoryPlan:
@@ -581,6 +589,7 @@ def plan(run: RunConfig, model: Network, rows: Rows, state: State | None) -> Mem
         memory_bytes=memory_for(run),
         executor=choose_executor(),
         token_budget=state.token_budget if state else 0,
+        keeps_best=bool(rows.valid),
     )
 
 
