@@ -86,6 +86,8 @@ class LoraConfig:
     layers: tuple[int, ...] | int = _option((), _is_layers, _LAYERS)
     rslora: bool = False  # scale by alpha / sqrt(rank)
     dora: bool = False  # and learn a magnitude for each row of a weight
+    # biases that learn as well: none, those of layers with a LoRA, or all of the base's
+    bias: str = _one_of("none", "lora_only", "all")
     plus_ratio: float = _at_least(1.0, 1)  # LoRA+: the learning rate of B by that of A
     # an adapter's folder, whose numbers the LoRA starts with; "": a fresh LoRA
     start_from: str = _option("", lambda v: not v or _is_name(v), "an adapter's folder")

@@ -134,6 +134,7 @@ def test_every_key_of_a_file_is_read(write_run):
         layers = [0, 2]
         rslora = true
         dora = true
+        bias = "lora_only"
         plus_ratio = 16
         start_from = "adapters/mine"
         [data]
@@ -172,7 +173,16 @@ def test_every_key_of_a_file_is_read(write_run):
         name="mine",
         model=ModelConfig("models/mine", "bfloat16", True),
         lora=LoraConfig(
-            16, 32.0, 0.0, ("dense", "query_key_value"), (0, 2), True, True, 16.0, "adapters/mine"
+            16,
+            32.0,
+            0.0,
+            ("dense", "query_key_value"),
+            (0, 2),
+            True,
+            True,
+            "lora_only",
+            16.0,
+            "adapters/mine",
         ),
         data=DataConfig("rows", 128, "all", "chatml"),
         train=TrainConfig(
@@ -319,6 +329,7 @@ RANGES = [
     ("train.warmup_steps", "0", "-1", "at least 0"),
     ("train.floor", "0", "1.1", "from 0 to 1"),
     ("lora.plus_ratio", "1", "0.9", "at least 1"),
+    ("lora.bias", "all", "some", "one of none, lora_only, all"),
     ("train.weights", "all", "some", "one of lora, all"),
     ("train.weight_decay", "0", "-0.1", "at least 0"),
     ("train.max_grad_norm", "0", "-0.1", "at least 0"),

@@ -33,7 +33,6 @@ _MAX_MATCHING_S = 5.0  # for all patterns and layers together; some patterns wou
 _UNSUPPORTED: dict[str, Sequence[object]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
-    "bias": ("none",),
     "fan_in_fan_out": (False,),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "kasa_config": (None,),
@@ -51,6 +50,7 @@ _UNSUPPORTED: dict[str, Sequence[object]] = {
 _OTHER_KEYS = {
     "alpha_pattern",
     "auto_mapping",
+    "bias",
     "base_model_name_or_path",
     "corda_config",
     "ensure_weight_tying",
@@ -98,6 +98,7 @@ class AdapterConfig:
     layer_numbers: tuple[int, ...] | None = None  # of the layers with LoRA; None: of all
     layers_patterns: tuple[str, ...] = ()  # before a layer's number in a path; (): any name
     dora: bool = False
+    bias: str = "none"  # which biases it brings: none, those of its layers (lora_only), or all
 
     def to_peft(self) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
@@ -109,7 +110,7 @@ class AdapterConfig:
             "lora_alpha": int(self.alpha) if self.alpha.is_integer() else self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": self.targets,
-            "bias": "none",
+            "bias": self.bias,
             "fan_in_fan_out": False,
             "inference_mode": True,
             "init_lora_weights": True,
@@ -230,8 +231,8 @@ def read_peft_config(folder: Path, content: dict[str, Any]) -> AdapterConfig:
             "Only LoRA adapters are supported."
         )
     # PEFT's defaults: rank and alpha are 8 if absent.
-    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
-    defaults |= {"use_dora": False}
+    defaults: dict[str, Any] = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
+    defaults |= {"use_dora": False, "bias": "none"}
     config: dict[str, Any] = {**defaults, **content}
     faults = _config_faults(config)
     if faults:
@@ -250,6 +251,7 @@ def read_peft_config(folder: Path, content: dict[str, Any]) -> AdapterConfig:
         targets=targets if isinstance(targets, str) else tuple(targets),
         rslora=config["use_rslora"],
         dora=config["use_dora"],
+        bias=config["bias"],
         rank_pattern={name: int(rank) for name, rank in ranks.items()},
         alpha_pattern={name: float(alpha) for name, alpha in alphas.items()},
         excluded=excluded if isinstance(excluded, str) else tuple(excluded),
@@ -283,6 +285,8 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
         faults.append(f"lora_alpha: got {brief(alpha)}, expected a finite number")
     if not is_number(dropout) or not 0 <= dropout < 1:
         faults.append(f"lora_dropout: got {brief(dropout)}, expected from 0 to below 1")
+    if config["bias"] not in ("none", "lora_only", "all"):
+        faults.append(f"bias: got {brief(config['bias'])}, expected none, lora_only or all")
     for key in ("use_rslora", "use_dora"):
         if not isinstance(config[key], bool):
             faults.append(f"{key}: got {brief(config[key])}, expected true or false")

@@ -201,6 +201,7 @@ def adapter_config(
         lora.rslora,
         layer_numbers=layer_numbers,
         dora=lora.dora,
+        bias=lora.bias,
     )
 
 
@@ -227,6 +228,7 @@ def write_run_card(
     kind = "adapter" if config else "model"
     facts = {
         **({"blocks": ", ".join(map(str, numbers))} if numbers else {}),
+        **({"trained biases": run.lora.bias} if run.lora.bias != "none" else {}),
         **({"started from": f"the adapter {start}"} if start else {}),
         "trainable parameters": f"{summary.trainable_parameters:,} ({summary.trainable_share:.2%})",
         "steps, epochs": f"{summary.steps}, {summary.epochs:.2f}",

@@ -47,6 +47,7 @@ from interviewmate_mlx.model.lora import (
     find_targets,
     place_lora,
     resolve_targets,
+    train_biases,
 )
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
 from interviewmate_mlx.model.zoo import Network
@@ -343,6 +344,12 @@ def put_lora(run: RunConfig, base: Base, model: Network) -> None:
     place_lora(model, config.layers(model), lora.dropout, rslora=lora.rslora)
     if lora.dora:
         place_dora(model)
+    if lora.bias != "none" and base.quantization:
+        raise AdapterError(
+            f"lora.bias: got {lora.bias}, and {base.name} is quantised, whose layers stay as they "
+            "are.\nChoose none, or the base that it was made from."
+        )
+    train_biases(model, lora.bias)
 
 
 def check_network(run: RunConfig, base: Base) -> None:
