@@ -86,6 +86,8 @@ class LoraConfig:
     layers: tuple[int, ...] | int = _option((), _is_layers, _LAYERS)
     rslora: bool = False  # scale by alpha / sqrt(rank)
     dora: bool = False  # and learn a magnitude for each row of a weight
+    # what A and B begin as: random and 0, or a part of the weights, which is taken out of these
+    init: str = _one_of("default", "pissa", "olora")
     # biases that learn as well: none, those of layers with a LoRA, or all of the base's
     bias: str = _one_of("none", "lora_only", "all")
     plus_ratio: float = _at_least(1.0, 1)  # LoRA+: the learning rate of B by that of A
@@ -479,6 +481,12 @@ def _idle_faults(run: RunConfig) -> list[str]:
                 f"preference.{f.name}: got {_shown(value)}, and train.method {method} has no such "
                 f"thing; expected {_toml(f.default)}, or the method {' or '.join(asked_by)}"
             )
+    if run.lora.init != "default" and (run.lora.dora or run.lora.start_from):
+        other = "dora" if run.lora.dora else "start_from"
+        faults.append(
+            f"lora.init: got {run.lora.init!r}, expected 'default' with lora.{other}: "
+            + ("it is saved as a plain LoRA" if run.lora.dora else "that gives the first values")
+        )
     if run.train.weights == "all":
         faults += [
             f"lora.{f.name}: got {_shown(getattr(run.lora, f.name))}, and train.weights all has no "

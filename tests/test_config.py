@@ -180,6 +180,7 @@ def test_every_key_of_a_file_is_read(write_run):
             (0, 2),
             True,
             True,
+            "default",
             "lora_only",
             16.0,
             "adapters/mine",
@@ -194,9 +195,10 @@ def test_every_key_of_a_file_is_read(write_run):
     defaults = RunConfig()
     for table in ("model", "lora", "data", "train", "validate"):
         mine, theirs = asdict(getattr(run, table)), asdict(getattr(defaults, table))
-        # With all weights there may be no LoRA, whose keys are tried here.
-        tried = theirs.keys() - {"weights"}
+        # With all weights there may be no LoRA, whose keys are tried here, nor two first values.
+        tried = theirs.keys() - {"weights", "init"}
         assert all(mine[key] != theirs[key] for key in tried), "a key was not tried"
+    assert load_run("A", ["lora.init=olora"]).lora.init == "olora"
     assert load_run("A", ["train.weights=all"]).train.weights == "all"
     # A whole number is allowed where any number is.
     assert (type(run.lora.alpha), type(run.train.learning_rate)) == (float, float)
@@ -329,6 +331,7 @@ RANGES = [
     ("train.warmup_steps", "0", "-1", "at least 0"),
     ("train.floor", "0", "1.1", "from 0 to 1"),
     ("lora.plus_ratio", "1", "0.9", "at least 1"),
+    ("lora.init", "pissa", "svd", "one of default, pissa, olora"),
     ("lora.bias", "all", "some", "one of none, lora_only, all"),
     ("train.weights", "all", "some", "one of lora, all"),
     ("train.weight_decay", "0", "-0.1", "at least 0"),

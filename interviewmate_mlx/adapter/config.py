@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -124,6 +124,11 @@ class AdapterConfig:
         # Keys that PEFT has, too, but that few adapters need.
         optional = {"exclude_modules": self.excluded, "layers_pattern": self.layers_patterns}
         return config | {key: value for key, value in optional.items() if value}
+
+    def of_twice_the_rank(self) -> "AdapterConfig":
+        """The same with twice the rank, and the alpha that leaves the scale as it is."""
+        factor = math.sqrt(2) if self.rslora else 2
+        return replace(self, rank=2 * self.rank, alpha=factor * self.alpha)
 
     def layers(self, model: nn.Module) -> dict[str, tuple[int, float]]:
         """Rank and alpha of each layer of a model that the adapter changes, by path.

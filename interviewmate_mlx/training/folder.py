@@ -225,9 +225,10 @@ def write_run_card(
     """
     base = run.model.base
     start, numbers = run.lora.start_from, config.layer_numbers if config else None
-    kind = "adapter" if config else "model"
+    kind, is_part = "adapter" if config else "model", run.lora.init != "default"
     facts = {
         **({"blocks": ", ".join(map(str, numbers))} if numbers else {}),
+        **({"started as": f"{run.lora.init}, of rank {run.lora.rank}"} if is_part else {}),
         **({"trained biases": run.lora.bias} if run.lora.bias != "none" else {}),
         **({"started from": f"the adapter {start}"} if start else {}),
         "trainable parameters": f"{summary.trainable_parameters:,} ({summary.trainable_share:.2%})",

@@ -26,6 +26,7 @@ from interviewmate_mlx.data.batches import Row, by_width, epoch_steps
 from interviewmate_mlx.data.templates import end_ids, text_beside
 from interviewmate_mlx.errors import DivergedError
 from interviewmate_mlx.files import Progress
+from interviewmate_mlx.model.starts import as_plain
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.checkpoint import (
     Saved,
@@ -264,7 +265,8 @@ def write_trained(task: Task, out: Path, weights: dict[str, mx.array]) -> None:
     if task.run.train.weights == "all":
         write_model(out, task.base, weights, beside)
         return
-    save_adapter(out, weights, task.adapter_config, task.base.weights_hash, template, beside)
+    plain = as_plain(task.model, weights)
+    save_adapter(out, plain, task.adapter_config, task.base.weights_hash, template, beside)
 
 
 class Dispatched(NamedTuple):

@@ -50,6 +50,7 @@ from interviewmate_mlx.model.lora import (
     train_biases,
 )
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
+from interviewmate_mlx.model.starts import check_doubled, start_from_weights
 from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.checkpoint import State, disk_bytes
 from interviewmate_mlx.training.cpu_streams import CpuStreams
@@ -120,7 +121,8 @@ class Task:
     def adapter_config(self) -> AdapterConfig:
         """What the adapter's folder says of it."""
         numbers = block_numbers(self.model, self.run.lora.layers)
-        return adapter_config(self.run, self.targets, numbers)
+        found = adapter_config(self.run, self.targets, numbers)
+        return found if self.run.lora.init == "default" else found.of_twice_the_rank()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -222,6 +224,8 @@ def prepare(
     memory = checks.run(plan, run, model, rows, state)
     checks.raise_faults()
     base.read(model)
+    if run.lora.init != "default":
+        start_from_weights(model, run.lora.init)
     if run.lora.dora:
         start_magnitudes(model)
     if isinstance(start, Adapter):
@@ -344,11 +348,14 @@ def put_lora(run: RunConfig, base: Base, model: Network) -> None:
     place_lora(model, config.layers(model), lora.dropout, rslora=lora.rslora)
     if lora.dora:
         place_dora(model)
-    if lora.bias != "none" and base.quantization:
-        raise AdapterError(
-            f"lora.bias: got {lora.bias}, and {base.name} is quantised, whose layers stay as they "
-            "are.\nChoose none, or the base that it was made from."
-        )
+    for key, got, plain in (("bias", lora.bias, "none"), ("init", lora.init, "default")):
+        if got != plain and base.quantization:
+            raise AdapterError(
+                f"lora.{key}: got {got}, and {base.name} is quantised, whose layers stay as they "
+                f"are.\nChoose {plain}, or the base that it was made from."
+            )
+    if lora.init != "default":
+        check_doubled(model)
     train_biases(model, lora.bias)
 
 
