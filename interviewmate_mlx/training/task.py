@@ -34,7 +34,7 @@ from interviewmate_mlx.files import Progress, check_free_space, is_utf8, scratch
 from interviewmate_mlx.formats.safetensors_file import save_tensors
 from interviewmate_mlx.hub.names import fetch_data, local_path
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
-from interviewmate_mlx.model.dora import place_dora, start_magnitudes
+from interviewmate_mlx.model.dora import start_magnitudes
 from interviewmate_mlx.model.falcon import scaled_dot_product_attention
 from interviewmate_mlx.model.gpu_kernels import (
     fused_width,
@@ -44,18 +44,16 @@ from interviewmate_mlx.model.gpu_kernels import (
 from interviewmate_mlx.model.lora import (
     block_numbers,
     count_parameters,
-    find_targets,
-    place_lora,
     resolve_targets,
-    train_biases,
 )
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
-from interviewmate_mlx.model.starts import check_doubled, start_from_weights
+from interviewmate_mlx.model.starts import start_from_weights
 from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.checkpoint import State, disk_bytes
 from interviewmate_mlx.training.cpu_streams import CpuStreams
 from interviewmate_mlx.training.events import Started
 from interviewmate_mlx.training.folder import adapter_config
+from interviewmate_mlx.training.lora import put_lora
 from interviewmate_mlx.training.memory import (
     SCORES_AGAIN,
     SCORES_CAUSAL,
@@ -335,30 +333,6 @@ def build_model(run: RunConfig, base: Base) -> Network:
     return model
 
 
-def put_lora(run: RunConfig, base: Base, model: Network) -> None:
-    """Put a run's LoRA on its base, in place.
-
-    Raises:
-        AdapterError: it does not fit.
-    """
-    lora = run.lora
-    targets = resolve_targets(model, lora.targets)
-    check_names(model, base, targets)
-    config = adapter_config(run, targets, block_numbers(model, lora.layers))
-    place_lora(model, config.layers(model), lora.dropout, rslora=lora.rslora)
-    if lora.dora:
-        place_dora(model)
-    for key, got, plain in (("bias", lora.bias, "none"), ("init", lora.init, "default")):
-        if got != plain and base.quantization:
-            raise AdapterError(
-                f"lora.{key}: got {got}, and {base.name} is quantised, whose layers stay as they "
-                f"are.\nChoose {plain}, or the base that it was made from."
-            )
-    if lora.init != "default":
-        check_doubled(model)
-    train_biases(model, lora.bias)
-
-
 def check_network(run: RunConfig, base: Base) -> None:
     """Refuse a network of which it is not known that it computes what its config describes.
 
@@ -387,21 +361,6 @@ def check_row_lengths(rows: Rows, base: Base) -> None:
             f"The longest row has {longest} tokens, and mlx-lm computes {base.network.model_type} "
             f"only up to {limit} as config.json describes it (sliding_window, or the length that "
             f"its rotary factors hold for).\nSet data.max_length to {limit}."
-        )
-
-
-def check_names(model: Network, base: Base, targets: tuple[str, ...]) -> None:
-    """Refuse layers whose adapter PEFT could not load: those that its own files name otherwise.
-
-    Raises:
-        AdapterError: all such layers.
-    """
-    names = base.tensor_names
-    faults = [path for path in find_targets(model, targets) if f"{path}.weight" not in names]
-    if faults:
-        raise AdapterError(
-            f"{base.name} does not have these layers under the names of mlx-lm's network, so PEFT "
-            f"could not load their adapter:\n{list_faults(faults)}\nChoose other lora.targets."
         )
 
 

@@ -122,6 +122,7 @@ METHODS = {
     "whole": ["train.weights=all", "lora.dropout=0.05", "train.learning_rate=1e-3"],
     "whole, bfloat16": ["train.weights=all", "lora.dropout=0.05", "model.dtype=bfloat16"],
     "dora and lora+": ["lora.dora=true", "lora.plus_ratio=4"],
+    "pissa": ["lora.init=pissa"],
     "start_from": ["lora.start_from={first}"],
     "kto": ["train.method=kto", "data.path={rows}/judged.jsonl", "data.train_on=answer"],
     "orpo": ["train.method=orpo", "data.path={rows}/pairs.jsonl"],
