@@ -86,6 +86,10 @@ class LoraConfig:
     layers: tuple[int, ...] | int = _option((), _is_layers, _LAYERS)
     rslora: bool = False  # scale by alpha / sqrt(rank)
     dora: bool = False  # and learn a magnitude for each row of a weight
+    # what A and B begin as: random and 0, or a part of the weights, which is taken out of these
+    init: str = _one_of("default", "pissa", "olora")
+    # biases that learn as well: none, those of layers with a LoRA, or all of the base's
+    bias: str = _one_of("none", "lora_only", "all")
     plus_ratio: float = _at_least(1.0, 1)  # LoRA+: the learning rate of B by that of A
     # an adapter's folder, whose numbers the LoRA starts with; "": a fresh LoRA
     start_from: str = _option("", lambda v: not v or _is_name(v), "an adapter's folder")
@@ -112,6 +116,8 @@ class TrainConfig:
 
     # rows to answer like, pairs of answers (dpo, ipo, orpo, simpo), or answers with a label (kto)
     method: str = _one_of(*METHODS)
+    # what learns: a LoRA beside the base's weights, or these themselves, each of them
+    weights: str = _one_of("lora", "all")
     epochs: float = _above_zero(3.0)  # times over the training rows; 0.5 is half of them once
     max_steps: int = _at_least(0, 0)  # the run ends there at the latest; 0: where epochs end
     batch_size: int = _at_least(1, 1)  # rows; only its product with grad_accumulation counts
@@ -122,7 +128,7 @@ class TrainConfig:
     floor: float = _option(0.0, lambda v: 0 <= v <= 1, "from 0 to 1")
     warmup_ratio: float = _option(0.03, lambda v: 0 <= v <= 1, "from 0 to 1")  # share of the steps
     warmup_steps: int = _at_least(0, 0)  # in place of that share; 0: the share
-    weight_decay: float = _at_least(0.0, 0)  # AdamW's, of LoRA A and B
+    weight_decay: float = _at_least(0.0, 0)  # AdamW's, of matrices
     max_grad_norm: float = _at_least(1.0, 0)  # 0: no clipping
     save_every: int = _at_least(50, 0)  # steps; 0: only when validating
     keep_checkpoints: int = _at_least(2, 1)  # how many of the newest; each holds the best adapter
@@ -474,6 +480,24 @@ def _idle_faults(run: RunConfig) -> list[str]:
             faults.append(
                 f"preference.{f.name}: got {_shown(value)}, and train.method {method} has no such "
                 f"thing; expected {_toml(f.default)}, or the method {' or '.join(asked_by)}"
+            )
+    if run.lora.init != "default" and (run.lora.dora or run.lora.start_from):
+        other = "dora" if run.lora.dora else "start_from"
+        faults.append(
+            f"lora.init: got {run.lora.init!r}, expected 'default' with lora.{other}: "
+            + ("it is saved as a plain LoRA" if run.lora.dora else "that gives the first values")
+        )
+    if run.train.weights == "all":
+        faults += [
+            f"lora.{f.name}: got {_shown(getattr(run.lora, f.name))}, and train.weights all has no "
+            f"LoRA; expected {_toml(f.default)}"
+            for f in fields(run.lora)
+            if getattr(run.lora, f.name) != f.default
+        ]
+        if run.model.dtype == "float16":
+            faults.append(
+                "model.dtype: got 'float16', expected another with train.weights all: small "
+                "gradients would be 0 in it"
             )
     if run.data.train_on == "all" and method not in ("sft", "orpo"):
         faults.append(

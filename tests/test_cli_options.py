@@ -1553,3 +1553,27 @@ def test_serve_asks_for_a_key_where_others_can_reach_it(imate, tiny_base):
     assert "Cannot listen on 192.0.2.1:8080" in imate(*words, code=1).stderr
     imate("serve", code=2)
     imate("serve", "--model", tiny_base, "--api-key", " k", code=2)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "at least two hosts"),
+        ('{"backend": "jaccl", "hosts": []}', "mlx.launch --hostfile"),
+        ('[{"ssh": "a", "ips": []}, {"ssh": "b", "ips": ["127.0.0.1"]}]', "host 0: got"),
+        (
+            '[{"ssh": "a", "ips": ["203.0.113.9"]}, {"ssh": "b", "ips": ["127.0.0.1"]}]',
+            "is not this machine",
+        ),
+    ],
+)
+@shows("train --hosts")
+def test_lists_of_hosts_are_refused(imate, hosts, expected):
+    Path("hosts.json").write_text(hosts, encoding="utf-8")
+    assert expected in imate("train", "--hosts", "hosts.json", code=1).stderr
+
+
+@shows("bench --hosts")
+def test_bench_needs_its_list_of_hosts(imate):
+    assert "Cannot read nowhere.json" in imate("bench", "--hosts", "nowhere.json", code=1).stderr

@@ -134,6 +134,7 @@ def test_every_key_of_a_file_is_read(write_run):
         layers = [0, 2]
         rslora = true
         dora = true
+        bias = "lora_only"
         plus_ratio = 16
         start_from = "adapters/mine"
         [data]
@@ -143,6 +144,7 @@ def test_every_key_of_a_file_is_read(write_run):
         template = "chatml"
         [train]
         method = "orpo"
+        weights = "lora"
         epochs = 5
         max_steps = 11
         batch_size = 2
@@ -171,11 +173,21 @@ def test_every_key_of_a_file_is_read(write_run):
         name="mine",
         model=ModelConfig("models/mine", "bfloat16", True),
         lora=LoraConfig(
-            16, 32.0, 0.0, ("dense", "query_key_value"), (0, 2), True, True, 16.0, "adapters/mine"
+            16,
+            32.0,
+            0.0,
+            ("dense", "query_key_value"),
+            (0, 2),
+            True,
+            True,
+            "default",
+            "lora_only",
+            16.0,
+            "adapters/mine",
         ),
         data=DataConfig("rows", 128, "all", "chatml"),
         train=TrainConfig(
-            "orpo", 5.0, 11, 2, 3, 1.0, "cosine", 0.1, 0.5, 3, 0.01, 0.0, 7, 3, True, 6.5, 0
+            "orpo", "lora", 5.0, 11, 2, 3, 1.0, "cosine", 0.1, 0.5, 3, 0.01, 0.0, 7, 3, True, 6.5, 0
         ),
         preference=PreferenceConfig(0.3),  # a method asks for some of its keys, not for all
         validate=ValidateConfig(10, 2),
@@ -183,7 +195,11 @@ def test_every_key_of_a_file_is_read(write_run):
     defaults = RunConfig()
     for table in ("model", "lora", "data", "train", "validate"):
         mine, theirs = asdict(getattr(run, table)), asdict(getattr(defaults, table))
-        assert all(mine[key] != theirs[key] for key in theirs), "a key was not tried"
+        # With all weights there may be no LoRA, whose keys are tried here, nor two first values.
+        tried = theirs.keys() - {"weights", "init"}
+        assert all(mine[key] != theirs[key] for key in tried), "a key was not tried"
+    assert load_run("A", ["lora.init=olora"]).lora.init == "olora"
+    assert load_run("A", ["train.weights=all"]).train.weights == "all"
     # A whole number is allowed where any number is.
     assert (type(run.lora.alpha), type(run.train.learning_rate)) == (float, float)
 
@@ -232,7 +248,7 @@ def test_file_that_cannot_be_parsed_is_refused_with_the_place(write_run, content
     ("content", "said"),
     [
         ("[lora]\nrnak = 8", "unknown key lora.rnak; did you mean lora.rank?"),
-        ("[train]\nlr = 1", "unknown key train.lr; expected one of method, epochs, max_steps"),
+        ("[train]\nlr = 1", "unknown key train.lr; expected one of method, weights, epochs"),
         ("[lorra]\nrank = 8", "unknown table [lorra]; did you mean lora?"),
         ("[optimizer]\nx = 8", "unknown table [optimizer]; expected one of model, lora, data,"),
         ("lora = 8", "lora: got 8, expected a table"),
@@ -315,6 +331,9 @@ RANGES = [
     ("train.warmup_steps", "0", "-1", "at least 0"),
     ("train.floor", "0", "1.1", "from 0 to 1"),
     ("lora.plus_ratio", "1", "0.9", "at least 1"),
+    ("lora.init", "pissa", "svd", "one of default, pissa, olora"),
+    ("lora.bias", "all", "some", "one of none, lora_only, all"),
+    ("train.weights", "all", "some", "one of lora, all"),
     ("train.weight_decay", "0", "-0.1", "at least 0"),
     ("train.max_grad_norm", "0", "-0.1", "at least 0"),
     ("train.save_every", "0", "-1", "at least 0"),

@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -33,7 +33,6 @@ _MAX_MATCHING_S = 5.0  # for all patterns and layers together; some patterns wou
 _UNSUPPORTED: dict[str, Sequence[object]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
-    "bias": ("none",),
     "fan_in_fan_out": (False,),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "kasa_config": (None,),
@@ -51,6 +50,7 @@ _UNSUPPORTED: dict[str, Sequence[object]] = {
 _OTHER_KEYS = {
     "alpha_pattern",
     "auto_mapping",
+    "bias",
     "base_model_name_or_path",
     "corda_config",
     "ensure_weight_tying",
@@ -98,6 +98,7 @@ class AdapterConfig:
     layer_numbers: tuple[int, ...] | None = None  # of the layers with LoRA; None: of all
     layers_patterns: tuple[str, ...] = ()  # before a layer's number in a path; (): any name
     dora: bool = False
+    bias: str = "none"  # which biases it brings: none, those of its layers (lora_only), or all
 
     def to_peft(self) -> dict[str, Any]:
         """The content of `adapter_config.json`."""
@@ -109,7 +110,7 @@ class AdapterConfig:
             "lora_alpha": int(self.alpha) if self.alpha.is_integer() else self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": self.targets,
-            "bias": "none",
+            "bias": self.bias,
             "fan_in_fan_out": False,
             "inference_mode": True,
             "init_lora_weights": True,
@@ -123,6 +124,11 @@ class AdapterConfig:
         # Keys that PEFT has, too, but that few adapters need.
         optional = {"exclude_modules": self.excluded, "layers_pattern": self.layers_patterns}
         return config | {key: value for key, value in optional.items() if value}
+
+    def of_twice_the_rank(self) -> "AdapterConfig":
+        """The same with twice the rank, and the alpha that leaves the scale as it is."""
+        factor = math.sqrt(2) if self.rslora else 2
+        return replace(self, rank=2 * self.rank, alpha=factor * self.alpha)
 
     def layers(self, model: nn.Module) -> dict[str, tuple[int, float]]:
         """Rank and alpha of each layer of a model that the adapter changes, by path.
@@ -195,10 +201,11 @@ def read_content(folder: Path) -> dict[str, Any]:
     try:
         data = read_bounded(path, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
+        hint = "Give the folder of an adapter that was trained here or with PEFT."
+        if (folder / "config.json").is_file():
+            hint = "It is a model: name it as the base, without an adapter."
         raise AdapterError(
-            f"No adapter in {folder}: it has no {CONFIG_FILE}.\n"
-            "Give the folder of an adapter that was trained here or with PEFT.",
-            "adapter",
+            f"No adapter in {folder}: it has no {CONFIG_FILE}.\n{hint}", "adapter"
         ) from error
     except OSError as error:
         raise AdapterError(f"Cannot read {path}: {error.strerror}.\n{_HINT}") from error
@@ -229,8 +236,8 @@ def read_peft_config(folder: Path, content: dict[str, Any]) -> AdapterConfig:
             "Only LoRA adapters are supported."
         )
     # PEFT's defaults: rank and alpha are 8 if absent.
-    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
-    defaults |= {"use_dora": False}
+    defaults: dict[str, Any] = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
+    defaults |= {"use_dora": False, "bias": "none"}
     config: dict[str, Any] = {**defaults, **content}
     faults = _config_faults(config)
     if faults:
@@ -249,6 +256,7 @@ def read_peft_config(folder: Path, content: dict[str, Any]) -> AdapterConfig:
         targets=targets if isinstance(targets, str) else tuple(targets),
         rslora=config["use_rslora"],
         dora=config["use_dora"],
+        bias=config["bias"],
         rank_pattern={name: int(rank) for name, rank in ranks.items()},
         alpha_pattern={name: float(alpha) for name, alpha in alphas.items()},
         excluded=excluded if isinstance(excluded, str) else tuple(excluded),
@@ -282,6 +290,8 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
         faults.append(f"lora_alpha: got {brief(alpha)}, expected a finite number")
     if not is_number(dropout) or not 0 <= dropout < 1:
         faults.append(f"lora_dropout: got {brief(dropout)}, expected from 0 to below 1")
+    if config["bias"] not in ("none", "lora_only", "all"):
+        faults.append(f"bias: got {brief(config['bias'])}, expected none, lora_only or all")
     for key in ("use_rslora", "use_dora"):
         if not isinstance(config[key], bool):
             faults.append(f"{key}: got {brief(config[key])}, expected true or false")

@@ -39,7 +39,13 @@ from interviewmate_mlx.formats.safetensors_file import (
     save_tensors,
 )
 from interviewmate_mlx.model.dora import place_dora
-from interviewmate_mlx.model.lora import linear_paths, place_lora, shape_of
+from interviewmate_mlx.model.lora import (
+    bias_shapes,
+    linear_paths,
+    place_lora,
+    shape_of,
+    train_biases,
+)
 from interviewmate_mlx.model.tree import named_arrays
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -53,7 +59,6 @@ _JINJA_KEY = "chat_template"
 # The templates that need no text in the metadata, by their names there.
 _NAMED_TEMPLATES = {"questions": PLAIN, "verbatim": VERBATIM}
 _MAGNITUDE = ".lora_magnitude_vector"  # DoRA's
-_LORA_MATRICES = (".lora_A.weight", ".lora_B.weight", _MAGNITUDE)
 _HEAD = "lm_head"
 # PEFT merges such an adapter into a tied head and into the embedding with it: wrong answers.
 _TIED_HEAD_HINT = (
@@ -153,9 +158,20 @@ class Adapter:
         place_lora(model, layers, self.config.dropout, rslora=self.config.rslora)
         if self.config.dora:
             place_dora(model)
-        model.load_weights(list(self.matrices().items()), strict=False)
-        mx.eval(model.trainable_parameters())
+        train_biases(model, self.config.bias)
+        self.load_into(model)
         model.template = self.template
+
+    def load_into(self, model: nn.Module) -> None:
+        """Give a model with a LoRA of this shape the adapter's numbers, in place.
+
+        Biases are cast to the model's dtype, which is that of what they are added to.
+        """
+        own = named_arrays(model.parameters())
+        found = self.matrices()
+        numbers = [(path, array.astype(own[path].dtype)) for path, array in found.items()]
+        model.load_weights(numbers, strict=False)
+        mx.eval(model.parameters())
 
     def export(self, out: Path, replace: bool = False, base: str = "") -> Path:
         """Copy the adapter's files, without checkpoints, and return `out`.
@@ -200,6 +216,11 @@ class Adapter:
                 adapter is.
             StorageError: it cannot be written.
         """
+        if self.config.bias != "none":
+            raise AdapterError(
+                f"mlx-lm cannot hold {self.folder}, which brings biases (lora.bias).\n"
+                "Merge it into its base instead: imate-mlx merge."
+            )
         self._check_out(out, replace)
         self.apply(model)
         with atomic_folder(out, replace=replace) as temporary:
@@ -280,6 +301,7 @@ class Adapter:
             expected[f"{path}.lora_B.weight"] = (out_features, rank)
             if self.config.dora:
                 expected[f"{path}{_MAGNITUDE}"] = (out_features,)
+        expected |= bias_shapes(model, self.config.bias, layers)
         got = {name: entry.shape for name, entry in self.tensors.items()}
         faults = [
             f"{name}: got {got.get(name, 'nothing')}, expected {shape}"
@@ -343,9 +365,11 @@ def template_for(model: nn.Module, tokenizer: Tokenizer) -> Template:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
-    """The LoRA matrices of a model by parameter path, in the model's order."""
-    parameters = named_arrays(model.parameters())
-    return {path: array for path, array in parameters.items() if path.endswith(_LORA_MATRICES)}
+    """What an adapter of a model holds, by parameter path, in the model's order: all that learns.
+
+    That is the LoRA matrices, DoRA's magnitudes, and biases.
+    """
+    return named_arrays(model.trainable_parameters())
 
 
 def _read_header(folder: Path, name: str) -> SafetensorsHeader:

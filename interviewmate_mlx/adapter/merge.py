@@ -60,6 +60,12 @@ def read_updates(adapter: Adapter, model: nn.Module) -> dict[str, Update]:
     return updates
 
 
+def read_biases(adapter: Adapter) -> dict[str, mx.array]:
+    """The biases that an adapter brings, by their names in the base."""
+    found = adapter.matrices().items() if adapter.config.bias != "none" else ()
+    return {name.replace(".base_layer.", "."): a for name, a in found if name.endswith(".bias")}
+
+
 def combine(adapters: Sequence[dict[str, Update]], weights: Sequence[float]) -> dict[str, Update]:
     """Several adapters as one, as PEFT's `add_weighted_adapter` with `linear` combines them.
 

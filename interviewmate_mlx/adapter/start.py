@@ -1,6 +1,5 @@
 """A run that starts from an adapter: more epochs, other rows, preferences after answers."""
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from interviewmate_mlx.adapter.folder import Adapter, adapter_weights
@@ -47,5 +46,4 @@ def check_start(
 
 def start_from(adapter: Adapter, model: nn.Module) -> None:
     """Give a model's LoRA the numbers of an adapter that fits it, in place."""
-    model.load_weights(list(adapter.matrices().items()), strict=False)
-    mx.eval(model.trainable_parameters())
+    adapter.load_into(model)

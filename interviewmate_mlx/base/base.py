@@ -142,6 +142,18 @@ class Base:
         model.eval()
         return model
 
+    def stored_otherwise(self, model: nn.Module) -> list[str]:
+        """The parameters of a built network that are no tensors of the files as they lie there.
+
+        Some of mlx-lm's networks rename tensors, stack them or change their numbers.
+        """
+        stored: dict[str, mx.array] = {}
+        for path in self.headers:
+            stored |= self._load(path)
+        taken = model.sanitize(dict(stored)) if hasattr(model, "sanitize") else stored
+        names = named_arrays(model.parameters())
+        return [n for n in names if n not in stored or taken.get(n) is not stored[n]]
+
     def read(self, model: nn.Module) -> None:
         """Load the weights of a built network into memory.
 

@@ -26,6 +26,7 @@ def write_merged(
     updates: dict[str, Update],
     dtype: str | None = None,
     progress: Progress | None = None,
+    biases: dict[str, mx.array] | None = None,
 ) -> int:
     """Write a base's files with updates added to its weights. Quantised weights come out plain.
 
@@ -37,6 +38,7 @@ def write_merged(
         updates: by the path of the layer that each changes.
         dtype: of all float weights; None keeps the base's own.
         progress: called with bytes done and bytes in all.
+        biases: in place of the base's, by name.
 
     Returns:
         Bytes of the weights.
@@ -48,7 +50,9 @@ def write_merged(
     stored: dict[str, mx.array] = {}
     for file in base.headers:
         stored |= load_tensors(file)
+    biases = biases or {}
     missing = [path for path in updates if f"{path}.weight" not in stored]
+    missing += [name for name in biases if name not in stored]
     if missing:
         raise AdapterError(
             f"{base.name} does not have these layers under the names of mlx-lm's network:\n"
@@ -60,8 +64,10 @@ def write_merged(
         if base.quantization and name.endswith(_PACKED) and _weight_of(name) in stored:
             continue
         if base.quantization and f"{path}.scales" in stored:
-            scales, biases = stored[f"{path}.scales"], stored.get(f"{path}.biases")
-            array = mx.dequantize(array, scales, biases, **base.quantization.of_layer(path))
+            scales, zeros = stored[f"{path}.scales"], stored.get(f"{path}.biases")
+            array = mx.dequantize(array, scales, zeros, **base.quantization.of_layer(path))
+        if name in biases:
+            array = biases[name].astype(array.dtype)
         if dtype and mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(getattr(mx, dtype))
         merged[name] = updates[path].added_to(array) if path in updates else array

@@ -10,7 +10,6 @@ from interviewmate_mlx.cli.options import (
     UserPath,
     chosen_sampling,
     dtype_option,
-    hosts_option,
     json_option,
     make_console,
     model_option,
@@ -32,7 +31,6 @@ from interviewmate_mlx.cli.options import (
 @click.option("--tasks-from", type=UserPath(), help="Folder with tasks of your own, for lm-eval.")
 @click.option("--out", type=UserPath(), help="Folder for the numbers of a base without an adapter.")
 @dtype_option
-@hosts_option
 @json_option
 @click.pass_context
 def command(

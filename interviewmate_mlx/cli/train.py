@@ -56,6 +56,8 @@ def command(
 ) -> None:
     """Train a run's LoRA adapter and write it as a PEFT folder.
 
+    With --set train.weights=all every weight of the base is trained, and a model is written.
+
     Ctrl-C ends the step, saves, and says how to go on.
 
     \b
@@ -127,13 +129,14 @@ def _train(
         ctx.exit(INTERRUPTED)
     if not run:
         return  # the first rank says what it came to
+    kind = "model" if run.train.weights == "all" else "adapter"
     if as_json:
-        click.echo(json.dumps({**asdict(finished.summary), "adapter": str(out)}))
+        click.echo(json.dumps({**asdict(finished.summary), kind: str(out)}))
     else:
         shown = make_console(sys.stdout)
         curves = loss_curves(out) if "utf" in shown.encoding else ()
         shown.print(summary_table(finished.summary, *curves))
-        click.echo(f"adapter: {out}")
+        click.echo(f"{kind}: {out}")
 
 
 def _resume_command() -> str:

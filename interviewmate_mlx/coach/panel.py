@@ -17,7 +17,7 @@ from interviewmate_mlx.coach.generate import open_base, warn_of_other_weights
 from interviewmate_mlx.data.prompts import encode_messages, encode_prompt
 from interviewmate_mlx.data.records import Message
 from interviewmate_mlx.data.templates import VERBATIM, Template, end_ids
-from interviewmate_mlx.errors import ConfigError, brief
+from interviewmate_mlx.errors import AdapterError, ConfigError, brief
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.hub.names import is_path
 from interviewmate_mlx.model.lora import lora_layers, remove_lora
@@ -105,6 +105,13 @@ class Panel:
             raise ConfigError(
                 f"An adapter is named {brief(base_name)}, as the base is.\n"
                 "Give it another name: NAME=PATH.",
+                "adapter",
+            )
+        if biased := [name for name, one in opened.items() if one.config.bias != "none"]:
+            raise AdapterError(
+                f"{', '.join(biased)}: got an adapter that brings biases (lora.bias), and these "
+                "cannot be switched from row to row.\n"
+                "Merge it into its base (imate-mlx merge), and name the merged model as the base.",
                 "adapter",
             )
         network = opened_base.load(backend.resolve_dtype(dtype))

@@ -10,7 +10,7 @@ import mlx.core as mx
 from interviewmate_mlx import __version__, backend
 from interviewmate_mlx.adapter.card import CARD_FILE, base_in_words
 from interviewmate_mlx.adapter.folder import RUN_FILE, Adapter
-from interviewmate_mlx.adapter.merge import combine, read_updates
+from interviewmate_mlx.adapter.merge import combine, read_biases, read_updates
 from interviewmate_mlx.base.base import Base, public_name
 from interviewmate_mlx.base.converted import set_chat_template
 from interviewmate_mlx.base.merged import quantize_merged, write_merged
@@ -85,7 +85,14 @@ def merge(
     factors = list(weights) or [1.0] * len(opened)
     network = opened_base.build(mx.float32)
     updates = [read_updates(adapter, network) for adapter in opened]
-    combined = updates[0] if len(opened) == 1 and factors == [1.0] else combine(updates, factors)
+    is_alone = len(opened) == 1 and factors == [1.0]
+    if not is_alone and any(adapter.config.bias != "none" for adapter in opened):
+        raise AdapterError(
+            "An adapter that brings biases (lora.bias) is not combined with others or weighted.\n"
+            "Merge it alone, and train the others on the merged base."
+        )
+    combined = updates[0] if is_alone else combine(updates, factors)
+    biases = read_biases(opened[0]) if is_alone else {}
     template = common_template(opened, opened_base.tokenizer)
     rows = None
     if quantization:
@@ -109,7 +116,7 @@ def merge(
         )
     survival = None
     with atomic_folder(out, replace=replace) as folder:
-        nbytes = write_merged(folder, opened_base, combined, dtype, progress)
+        nbytes = write_merged(folder, opened_base, combined, dtype, progress, biases)
         if template != own_template(opened_base.tokenizer):
             set_chat_template(folder, template.text)
         _write_card(folder, opened, factors, opened_base)

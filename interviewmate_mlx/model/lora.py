@@ -5,7 +5,7 @@ model's own parameter paths behind the prefix `base_model.model.`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -309,14 +309,67 @@ def place_lora(
     model.update_modules(tree_unflatten(layers))
 
 
+def train_biases(model: nn.Module, kind: str) -> None:
+    """Let biases of a model with LoRA be trained, or loaded, in place; `remove_lora` restores them.
+
+    Args:
+        model: a `Network`, with LoRA.
+        kind: as in PEFT: `lora_only` for those of layers with a LoRA, `all`, or `none`.
+
+    Raises:
+        AdapterError: it has no such bias.
+    """
+    if kind == "none":
+        return
+    loras = {id(layer.base_layer) for _, layer in lora_layers(model)}
+    found = [
+        module
+        for module in model.modules()
+        if "bias" in module and (kind == "all" or id(module) in loras)
+    ]
+    if not found:
+        raise AdapterError(
+            f"lora.bias: got {kind}, and the base has no such bias.\nChoose none, the default."
+        )
+    before = [(module, module.bias) for module in found]
+
+    def restore() -> None:
+        for module, bias in before:
+            module.bias = bias
+
+    model.restore_biases = restore
+    for module in found:
+        module.unfreeze(recurse=False, keys="bias")
+
+
+def bias_shapes(model: nn.Module, kind: str, paths: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the biases that PEFT saves with an adapter, by their paths beside its LoRA.
+
+    Args:
+        model: without LoRA.
+        kind: as for `train_biases`.
+        paths: of the layers that get a LoRA.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if "bias" in module and (kind == "all" or (kind == "lora_only" and path in paths)):
+            found[f"{path}.base_layer.bias" if path in paths else f"{path}.bias"] = (
+                module.bias.shape
+            )
+    return found
+
+
 def merge_lora(model: nn.Module) -> None:
     """Replace each LoRA layer by the plain layer that computes the same, in place."""
     model.update_modules(tree_unflatten([(p, layer.merged()) for p, layer in lora_layers(model)]))
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Put the plain layers back, without their updates, in place."""
+    """Put the plain layers back, without their updates and with their own biases, in place."""
     model.update_modules(tree_unflatten([(p, layer.base_layer) for p, layer in lora_layers(model)]))
+    if hasattr(model, "restore_biases"):
+        model.restore_biases()
+        del model.restore_biases
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -310,14 +310,15 @@ def check_optimizer(_: str) -> Finding:
     The root halves that.
     """
     rate, decay = (settings()["optimizer"][key] for key in ("learning_rate", "weight_decay"))
-    parameters = {"x": mx.array(reference()["optimizer/start"])}
+    # As a matrix: vectors do not decay.
+    parameters = {"x": mx.array(reference()["optimizer/start"])[None]}
     optimizer = adamw(decay)
     optimizer.init(parameters)
     after = []
     for gradient in reference()["optimizer/gradients"]:
         optimizer.state["learning_rate"] = mx.array(rate)
-        parameters = optimizer.apply_gradients({"x": mx.array(gradient)}, parameters)
-        after.append(in_float32(parameters["x"]))
+        parameters = optimizer.apply_gradients({"x": mx.array(gradient)[None]}, parameters)
+        after.append(in_float32(parameters["x"][0]))
     expected = reference()["optimizer/after"]
     errors = np.abs(np.stack(after) - expected).max(axis=1)
     step = int(errors.argmax())

@@ -52,6 +52,8 @@ def rehearse(
     """
     with opened(run, out, resume, replace, progress) as (task, saved):
         first = saved.state.step if saved else 0
+        if saved:
+            saved.tensors.clear()  # how long a step takes does not depend on them
         yield task.describe(first, [])
         if first < task.total_steps:
             with task.memory_limits(), task.executor.opened():

@@ -78,7 +78,7 @@ def which_to_use(runs: Sequence[FinishedRun]) -> list[str]:
         if loss < base:
             said.append(f"Its base had {base:.4f}.")
         else:
-            said.append(f"Its base had {base:.4f}, so the adapter is no better than none.")
+            said.append(f"Its base had {base:.4f}, so training is no better than none.")
     groups = [group for group in seed_groups(runs) if len(group) > 1]
     spreads = [_spread(group) for group in groups]
     others = [run for run in runs if run is not best and run.loss is not None]

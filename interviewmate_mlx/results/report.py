@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from interviewmate_mlx.config import LoraConfig, shipped_data
+from interviewmate_mlx.config import RunConfig, shipped_data
 from interviewmate_mlx.data.check import check_data
 from interviewmate_mlx.errors import InterviewMateError
 from interviewmate_mlx.hub.names import fetch_data, is_hub_id
@@ -125,7 +125,7 @@ def _overview(runs: Sequence[FinishedRun]) -> Iterator[Part]:
     rows = [
         ["base", ", ".join(bases)],
         ["method", ", ".join(dict.fromkeys(run.run.train.method for run in runs))],
-        ["adapter", ", ".join(dict.fromkeys(_kind(run.run.lora) for run in runs))],
+        ["trained", ", ".join(dict.fromkeys(_kind(run.run) for run in runs))],
         ["machine", ", ".join(dict.fromkeys(run.summary.machine or "not known" for run in runs))],
         ["training, all runs together", _duration(seconds)],
     ]
@@ -134,8 +134,10 @@ def _overview(runs: Sequence[FinishedRun]) -> Iterator[Part]:
     yield Table(["", ""], rows)
 
 
-def _kind(lora: LoraConfig) -> str:
-    return ("DoRA" if lora.dora else "LoRA") + (" (rsLoRA)" if lora.rslora else "")
+def _kind(run: RunConfig) -> str:
+    if run.train.weights == "all":
+        return "all weights"
+    return ("DoRA" if run.lora.dora else "LoRA") + (" (rsLoRA)" if run.lora.rslora else "")
 
 
 def _data_in_words(path: str) -> str:
@@ -156,8 +158,10 @@ def _run_table(runs: Sequence[FinishedRun]) -> Table:
     def add(name: str, values: Sequence[str]) -> None:
         rows.append([name, *values])
 
-    add("rank, alpha", [f"{r.run.lora.rank}, {r.run.lora.alpha:g}" for r in runs])
-    add("layers with a LoRA", [", ".join(r.run.lora.targets) for r in runs])
+    loras = [None if run.run.train.weights == "all" else run.run.lora for run in runs]
+    if any(loras):
+        add("rank, alpha", [f"{lora.rank}, {lora.alpha:g}" if lora else _NONE for lora in loras])
+        add("layers with a LoRA", [", ".join(lora.targets) if lora else "all" for lora in loras])
     add("learning rate", [f"{r.run.train.learning_rate:g}" for r in runs])
     add("schedule", [f"{r.run.train.schedule}" for r in runs])
     add("effective batch", [str(r.run.train.effective_batch) for r in runs])
@@ -379,10 +383,18 @@ def _answers(runs: Sequence[FinishedRun]) -> Iterator[Part]:
 
 def _commands(runs: Sequence[FinishedRun]) -> Code:
     best = findings.best_run(runs) or runs[0]
+    if best.run.train.weights == "all":
+        return Code(
+            [
+                f'imate-mlx generate "What is overfitting?" --model {best.folder}',
+                f"imate-mlx evaluate --model {best.folder} --data {best.run.data.path}",
+            ]
+        )
+    adapters = [str(run.folder) for run in runs if run.run.train.weights == "lora"]
     return Code(
         [
             f'imate-mlx generate "What is overfitting?" --adapter {best.folder}',
-            f"imate-mlx evaluate {' '.join(str(run.folder) for run in runs)}",
+            f"imate-mlx evaluate {' '.join(adapters)}",
             f"imate-mlx export {best.folder} --out {best.name}-export",
         ]
     )

@@ -205,9 +205,11 @@ def _evaluation(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     content: dict[str, Any] = read_json(path)
+    if "adapter" not in content:
+        return None
     # Of the adapter that lies there now, and not of one before it.
     is_current = content.get("adapter_sha256") == file_hash(folder / WEIGHTS_FILE)
-    return content if is_current and "adapter" in content else None
+    return content if is_current else None
 
 
 def _answers(folder: Path) -> dict[str, dict[str, Any]]:

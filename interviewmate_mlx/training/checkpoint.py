@@ -1,8 +1,9 @@
 """The exact state of a run, in one file.
 
-`checkpoints/step-000053.safetensors` holds the adapter, the optimizer's moments
-and the best adapter so far as tensors. The rest is JSON in the file's metadata,
-with a hash over everything. A save is one file, so it exists whole or not at all.
+`checkpoints/step-000053.safetensors` holds the adapter (or all weights, where these are
+trained), the optimizer's moments and the best adapter so far as tensors. The rest is JSON in
+the file's metadata, with a hash over everything. A save is one file, so it exists whole or
+not at all.
 
 No random state is saved: the order of an epoch and the dropout of a step follow
 from the seed and the step alone.
@@ -20,6 +21,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map_with_path
 
+from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.errors import TrainingError, WeightsError, list_faults
 from interviewmate_mlx.files import atomic_file
 from interviewmate_mlx.formats.safetensors_file import save_tensors
@@ -69,6 +71,20 @@ def save_checkpoint(out: Path, state: State, tensors: Tensors, keep: int) -> Pat
         save_tensors(temporary, flat, {"state": text, "sha256": _hash(text, flat)})
     prune(out, keep)
     return path
+
+
+def disk_bytes(run: RunConfig, model: nn.Module) -> int:
+    """Bytes that a run takes on the disk.
+
+    Each checkpoint holds what is trained and two moments in float32, and the best so far; weights
+    narrower than float32 are two in place of one: they and their masters, with the best as narrow.
+    One more than is kept exists while it is written. So do two models, where that is what is
+    written.
+    """
+    trained = named_arrays(model.trainable_parameters()).values()
+    num_trained = sum(array.size for array in trained)
+    written = 2 * sum(array.nbytes for array in trained) if run.train.weights == "all" else 0
+    return 4 * 4 * num_trained * (run.train.keep_checkpoints + 1) + written
 
 
 def prune(out: Path, keep: int) -> None:
@@ -167,6 +183,7 @@ def restore(saved: Saved, model: nn.Module, optimizer: optim.Optimizer) -> dict[
     optimizer.state.update(tree_map_with_path(lambda name, _: moments[name], optimizer.state))
     # The order decides the bytes of the adapter's file.
     names = named_arrays(model.trainable_parameters())
+    saved.tensors.clear()  # all weights of a base, and their moments, would stay twice
     return {name: best[name] for name in names if name in best}
 
 
@@ -182,7 +199,9 @@ def set_aside(damaged: dict[Path, str]) -> list[str]:
 def _hash(state: str, tensors: dict[str, mx.array]) -> str:
     digest = hashlib.sha256(state.encode())
     for name in sorted(tensors):
-        array = np.asarray(tensors[name])
+        tensor = tensors[name]
+        # numpy has no bfloat16.
+        array = np.asarray(tensor.view(mx.uint16) if tensor.dtype == mx.bfloat16 else tensor)
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from interviewmate_mlx.data.templates import Template
 from interviewmate_mlx.errors import ConfigError, TrainingError, list_faults
 from interviewmate_mlx.files import LOCK_FILE, atomic_file, clear_leftovers, contents, locked
 from interviewmate_mlx.hub.names import is_hub_id, local_path, shipped_base
+from interviewmate_mlx.training import whole
 from interviewmate_mlx.training.checkpoint import FOLDER, PATTERN, checkpoints
 from interviewmate_mlx.training.events import Summary
 
@@ -70,7 +71,8 @@ def check_out(out: Path, resume: bool, replace: bool = False) -> None:
     if resume:
         if not has_run:
             raise TrainingError(f"Nothing to resume in {out}: it holds no run.\nTrain a new one.")
-        if not checkpoints(out) and (out / WEIGHTS_FILE).exists():
+        has_weights = (out / WEIGHTS_FILE).exists() or (out / whole.WEIGHTS_FILE).exists()
+        if not checkpoints(out) and has_weights:
             raise TrainingError(
                 f"Nothing to resume in {out}: its checkpoints are gone.\n"
                 "Restore them, or train again into another folder.",
@@ -199,31 +201,35 @@ def adapter_config(
         lora.rslora,
         layer_numbers=layer_numbers,
         dora=lora.dora,
+        bias=lora.bias,
     )
 
 
 def write_run_card(
     out: Path,
     run: RunConfig,
-    config: AdapterConfig,
+    config: AdapterConfig | None,
     summary: Summary,
     template: Template,
     end_ids: Collection[int],
 ) -> None:
-    """Write the model card of a run's adapter.
+    """Write the card of a run's adapter, or model.
 
     Args:
         out: the run's folder, with its `chat_template.jinja` if it has one.
         run: the run.
-        config: the adapter's.
+        config: the adapter's; None if all weights of the base were trained.
         summary: its numbers.
         template: how prompts are put to the model.
         end_ids: the tokens that end an answer, if the tokenizer's own is not the only one.
     """
     base = run.model.base
-    start, numbers = run.lora.start_from, config.layer_numbers
+    start, numbers = run.lora.start_from, config.layer_numbers if config else None
+    kind, is_part = "adapter" if config else "model", run.lora.init != "default"
     facts = {
         **({"blocks": ", ".join(map(str, numbers))} if numbers else {}),
+        **({"started as": f"{run.lora.init}, of rank {run.lora.rank}"} if is_part else {}),
+        **({"trained biases": run.lora.bias} if run.lora.bias != "none" else {}),
         **({"started from": f"the adapter {start}"} if start else {}),
         "trainable parameters": f"{summary.trainable_parameters:,} ({summary.trainable_share:.2%})",
         "steps, epochs": f"{summary.steps}, {summary.epochs:.2f}",
@@ -234,20 +240,26 @@ def write_run_card(
     if summary.base_valid_loss is not None and summary.best_valid_loss is not None:
         began = "the adapter it began as" if start else "base"
         facts[f"validation loss, {began}"] = f"{summary.base_valid_loss:.4f}"
-        facts[f"validation loss, adapter (step {summary.best_step})"] = (
+        facts[f"validation loss, {kind} (step {summary.best_step})"] = (
             f"{summary.best_valid_loss:.4f}"
         )
     measured = summary.best_valid_measures
     if "margin" in measured:
         facts["validation margin of rewards"] = f"{measured['margin']:.4f}"
+    trained_on = (
+        f"Trained with InterviewMate (`interviewmate_mlx` {summary.package_version}) on "
+        f"{summary.train_rows} {_rows_in_words(run, template)} ({run.data.path})."
+    )
+    if config is None:
+        whole.write_model_card(out, run.name, base, facts, trained_on, end_ids)
+        return
     is_shipped = shipped_base(base) is not None
     write_card(
         out,
         run.name,
         replace(config, base=base),
         facts,
-        trained_on=f"Trained with InterviewMate (`interviewmate_mlx` {summary.package_version}) "
-        f"on {summary.train_rows} {_rows_in_words(run, template)} ({run.data.path}).",
+        trained_on=trained_on,
         base_hub_id=base if is_hub_id(base) else None,
         # transformers needs the folder of a shipped base; its name means something here alone.
         base_folder=f"models/{base}" if is_shipped else base,

@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from interviewmate_mlx.adapter.folder import adapter_weights, save_adapter
+from interviewmate_mlx.adapter.folder import save_adapter
 from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.config import RunConfig, parse_run, to_toml
 from interviewmate_mlx.data.batches import Row, by_width, epoch_steps
 from interviewmate_mlx.data.templates import end_ids, text_beside
 from interviewmate_mlx.errors import DivergedError
 from interviewmate_mlx.files import Progress
+from interviewmate_mlx.model.starts import as_plain
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.checkpoint import (
     Saved,
@@ -58,6 +60,7 @@ from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
 from interviewmate_mlx.training.ranks import Ranks, join
 from interviewmate_mlx.training.step import Step, total_of
 from interviewmate_mlx.training.task import Task, changed_versions, prepare, versions
+from interviewmate_mlx.training.whole import write_model
 
 Item = TypeVar("Item")
 Measured = TypeVar("Measured", Stepped, Validated)
@@ -191,7 +194,7 @@ def run_task(
         if out:
             # What a save does after its checkpoint: the run may have been killed before that.
             prune(out, run.train.keep_checkpoints)
-            write_adapter(task, out, best or adapter_weights(model))
+            write_trained(task, out, best or trained_weights(model))
     if out:
         notes += start_metrics(out, state.step)
     started = task.describe(state.step, notes)
@@ -238,8 +241,9 @@ def run_task(
     summary = None
     if out:
         summary = write_summary(out, run, started, state.step, best_step, stopped_early)
-        template, config = task.rows.template, task.adapter_config
+        template = task.rows.template
         ends = end_ids(template, task.base.tokenizer)
+        config = None if run.train.weights == "all" else task.adapter_config
         write_run_card(out, run, config, summary, template, ends if len(ends) > 1 else ())
     summary = Summary(**task.ranks.from_first(summary and asdict(summary)))
     yield Finished(state.step, best_step, not is_over(task, state), stopped_early, summary)
@@ -270,7 +274,7 @@ def judge(
         )
     is_best = state.best_loss is None or found.loss < state.best_loss
     if is_best:
-        best.update(adapter_weights(task.model))
+        best.update(trained_weights(task.model))
         state.best_loss, state.best_step, state.bad_validations = found.loss, state.step, 0
     else:
         state.bad_validations += 1
@@ -295,18 +299,30 @@ def save(
     if not out:
         return
     sync_metrics(out)
-    adapter = adapter_weights(task.model)
+    trained = trained_weights(task.model)
     moments = named_arrays(optimizer.state)
-    tensors = {"adapter": adapter, "optimizer": moments, "best": best}
+    tensors = {"adapter": trained, "optimizer": moments, "best": best}
     save_checkpoint(out, state, tensors, task.run.train.keep_checkpoints)
-    write_adapter(task, out, best or adapter)
+    write_trained(task, out, best or trained)
 
 
-def write_adapter(task: Task, out: Path, weights: dict[str, mx.array]) -> None:
-    """Write the adapter in PEFT's format, with what it was trained on and how it was asked."""
-    template, config = task.rows.template, task.adapter_config
+def trained_weights(model: nn.Module) -> dict[str, mx.array]:
+    """What training changes, by parameter path, in the model's order."""
+    return named_arrays(model.trainable_parameters())
+
+
+def write_trained(task: Task, out: Path, weights: dict[str, mx.array]) -> None:
+    """Write the adapter in PEFT's format, with what it was trained on and how it was asked.
+
+    Or the model, if all its weights are trained.
+    """
+    template = task.rows.template
     beside = text_beside(template, task.base.tokenizer)
-    save_adapter(out, weights, config, task.base.weights_hash, template, beside)
+    if task.run.train.weights == "all":
+        write_model(out, task.base, weights, beside)
+        return
+    plain = as_plain(task.model, weights)
+    save_adapter(out, plain, task.adapter_config, task.base.weights_hash, template, beside)
 
 
 class Dispatched(NamedTuple):

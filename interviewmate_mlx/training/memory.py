@@ -57,7 +57,8 @@ class Widths:
         taken: by all linear layers of the blocks, summed.
         given: by them, summed.
         kept: of that, what a GPU's path keeps for the backward pass. mlx-lm's networks, with
-            autodiff's derivatives, keep what their layers take, too.
+            autodiff's derivatives, keep what their layers take, too; so does any network whose
+            own weights are trained.
         lora: by the LoRA layers, summed.
         dropped: by those of them that drop some of it.
         stretched: given by the DoRA layers, summed.
@@ -101,7 +102,7 @@ def widths_of(model: Network) -> Widths:
         layers=len(model.layers),
         taken=taken,
         given=given,
-        kept=given if has_own_derivatives else given + taken,
+        kept=given if has_own_derivatives and layers else given + taken,
         lora=sum(width for width, _ in loras),
         dropped=sum(width for width, draws in loras if draws),
         stretched=sum(shape_of(layer.base_layer)[0] for layer in doras),
@@ -109,15 +110,28 @@ def widths_of(model: Network) -> Widths:
 
 
 def weight_bytes(model: nn.Module, num_streams: int = 1) -> int:
-    """Bytes of the parameters and of all that belongs to the trained ones.
+    """Bytes of the parameters and of what belongs to the trained ones, while rows go through.
 
-    That is one set of gradients per stream, two moments and, during the update, a copy.
+    That is two moments, gradients of each stream and their sum, float32, and a master of what is
+    narrower.
     """
-    parameters, trained = (
-        sum(array.nbytes for array in named_arrays(tree).values())
-        for tree in (model.parameters(), model.trainable_parameters())
-    )
-    return parameters + (3 + num_streams) * trained
+    parameters, trained, masters, _ = _parts(model)
+    return parameters + masters + (3 + num_streams) * trained
+
+
+def update_bytes(model: nn.Module) -> int:
+    """Bytes during an update: of all parameters, the gradients' sum, and old and new state."""
+    parameters, trained, masters, narrow = _parts(model)
+    return parameters + narrow + 2 * masters + 5 * trained
+
+
+def _parts(model: nn.Module) -> tuple[int, int, int, int]:
+    """Bytes of all parameters; of the trained ones in float32; of masters; of those as they are."""
+    arrays = named_arrays(model.trainable_parameters()).values()
+    parameters = sum(array.nbytes for array in named_arrays(model.parameters()).values())
+    trained = sum(4 * array.size for array in arrays)
+    masters = sum(4 * array.size for array in arrays if array.itemsize < 4)
+    return parameters, trained, masters, sum(array.nbytes for array in arrays)
 
 
 def cpu_bytes_per_token(
@@ -229,6 +243,7 @@ def plan_memory(
     memory_bytes: int,
     executor: Executor,
     token_budget: int = 0,
+    keeps_best: bool = False,
 ) -> MemoryPlan:
     """Plan a run: weights, and `bytes_per_token` for each padded token.
 
@@ -241,27 +256,23 @@ def plan_memory(
         memory_bytes: what training may take.
         executor: of the machine, before it is limited to the plan.
         token_budget: of the run that goes on, which keeps its own; 0 for a new run.
+        keeps_best: whether there are validations, so that the best weights stay in memory.
 
     Raises:
         BackendError: not even the longest row fits.
     """
-    weights = weight_bytes(model)
+    best = _parts(model)[-1] if keeps_best else 0
+    weights, update = best + weight_bytes(model), best + update_bytes(model)
     width, row_tokens = padded_width(max(map(len, rows)) - 1), max(map(padded_tokens, rows))
     per_token = bytes_per_token(width, 1)
-    needed = weights + row_tokens * per_token
+    needed = max(update, weights + row_tokens * per_token)
     if needed > memory_bytes:
         sides = row_tokens // width
         fitting = _fitting_width(
-            width, lambda w: weights + sides * w * bytes_per_token(w, 1) <= memory_bytes
+            width,
+            lambda w: max(update, weights + sides * w * bytes_per_token(w, 1)) <= memory_bytes,
         )
-        would = f"Rows of up to {fitting + 1} tokens would fit" if fitting else "No row would fit"
-        raise BackendError(
-            f"Training needs about {needed / 1e9:.1f} GB ({weights / 1e9:.1f} of them weights), "
-            f"but may take {memory_bytes / 1e9:.1f} here (train.memory_gb, or the machine's).\n"
-            f"{would}: lower data.max_length, set model.dtype to bfloat16, train a smaller or "
-            "quantised base"
-            f"{'' if gradient_checkpointing else ', or set train.gradient_checkpointing'}."
-        )
+        raise _too_large(model, needed, memory_bytes, fitting, gradient_checkpointing)
     budget = token_budget or (memory_bytes - weights) // per_token
     executor = executor.limited_to(budget // row_tokens)
     longest = sorted(rows, key=len)[-effective_batch:]
@@ -270,8 +281,38 @@ def plan_memory(
     side_by_side = min(executor.num_streams, len(sizes))
     step_tokens = sum(sizes[-side_by_side:])
     per_token = bytes_per_token(width, side_by_side)
-    peak_bytes = weight_bytes(model, side_by_side) + step_tokens * per_token
+    side_by_side_bytes = best + weight_bytes(model, side_by_side) + step_tokens * per_token
+    peak_bytes = max(update, side_by_side_bytes)
     return MemoryPlan(memory_bytes, row_tokens, budget, step_tokens, peak_bytes)
+
+
+def _too_large(
+    model: Network, needed: int, memory_bytes: int, fitting: int, gradient_checkpointing: bool
+) -> BackendError:
+    """The error of a run that does not fit, with what would.
+
+    Args:
+        model: with what is trained.
+        needed: bytes, for the longest row.
+        memory_bytes: that may be taken.
+        fitting: padded width that would fit; 0 if none would.
+        gradient_checkpointing: whether that is done already.
+    """
+    weights, others = weight_bytes(model), "train a smaller or quantised base"
+    what = "weights"
+    if not any(True for _ in lora_layers(model)):
+        weights, others = (
+            update_bytes(model),
+            "train a smaller base, or a LoRA (train.weights lora)",
+        )
+        what = "all weights, their gradients and moments"
+    would = f"Rows of up to {fitting + 1} tokens would fit" if fitting else "No row would fit"
+    return BackendError(
+        f"Training needs about {needed / 1e9:.1f} GB ({weights / 1e9:.1f} of them {what}), "
+        f"but may take {memory_bytes / 1e9:.1f} here (train.memory_gb, or the machine's).\n"
+        f"{would}: lower data.max_length, set model.dtype to bfloat16, {others}"
+        f"{'' if gradient_checkpointing else ', or set train.gradient_checkpointing'}."
+    )
 
 
 def _fitting_width(width: int, fits: Callable[[int], bool]) -> int:

@@ -8,50 +8,68 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map_with_path
 
 
-def adamw(weight_decay: float = 0.0, plus_ratio: float = 1.0) -> optim.AdamW:
+def adamw(weight_decay: float = 0.0, plus_ratio: float = 1.0) -> "AdamW":
     """AdamW with bias correction, which MLX leaves out by default; equal to `torch.optim.AdamW`.
 
     The learning rate is set before each step.
 
     Args:
-        weight_decay: of all parameters.
-        plus_ratio: the learning rate of LoRA's B by that of its A; see `LoraPlusAdamW`.
+        weight_decay: of what decays; see `AdamW`.
+        plus_ratio: the learning rate of LoRA's B by that of its A; see `AdamW`.
     """
-    kind = optim.AdamW if plus_ratio == 1 else LoraPlusAdamW
-    optimizer = kind(
-        learning_rate=0.0,
-        betas=[0.9, 0.999],
-        eps=1e-8,
-        weight_decay=weight_decay,
-        bias_correction=True,
-    )
-    if isinstance(optimizer, LoraPlusAdamW):
-        optimizer.plus_ratio = plus_ratio
-    return optimizer
+    return AdamW(weight_decay, plus_ratio)
 
 
-class LoraPlusAdamW(optim.AdamW):
-    """LoRA+ (https://arxiv.org/abs/2402.12354): B learns faster than A, as in PEFT's optimizer."""
+class AdamW(optim.Adam):
+    """AdamW in float32, with a rate and a decay that depend on what a parameter is.
 
-    plus_ratio = 1.0
+    A parameter that is narrower has a float32 copy in the optimizer's state, its master. An
+    update changes that one, and the parameter is what it rounds to: else most updates would be
+    smaller than the rounding, and lost (https://arxiv.org/abs/1710.03740).
 
-    def init(self, parameters: dict[str, Any]) -> None:
-        super().init(parameters)
+    Norms and biases, the vectors of a base, do not decay, as in transformers' trainer.
 
-        def note(path: str, parameter: mx.array, state: dict[str, mx.array]) -> None:
+    LoRA+ (https://arxiv.org/abs/2402.12354): with a ratio above 1 B learns faster than A, and
+    vectors learn as fast as B, as in PEFT's optimizer.
+    """
+
+    def __init__(self, weight_decay: float, plus_ratio: float) -> None:
+        super().__init__(learning_rate=0.0, betas=[0.9, 0.999], eps=1e-8, bias_correction=True)
+        self.weight_decay, self.plus_ratio = weight_decay, plus_ratio
+
+    def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
+        super().init_single(parameter.astype(mx.float32), state)
+        if parameter.dtype != mx.float32:
+            state["master"] = parameter.astype(mx.float32)
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        if not self._initialized:
+            self.init(parameters)
+        self.state["step"] = self.step + 1
+        rate = self.learning_rate
+
+        def update(
+            path: str, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
+        ) -> mx.array:
             is_fast = "lora_B" in path or parameter.ndim == 1
-            state["rate"] = mx.array(self.plus_ratio if is_fast else 1.0)
+            own_rate = rate * self.plus_ratio if is_fast and self.plus_ratio != 1 else rate
+            self.state["learning_rate"] = own_rate
+            wide = state.get("master", parameter)
+            if decays(path, parameter):
+                wide = wide * (1 - own_rate * self.weight_decay)
+            updated: mx.array = self.apply_single(gradient.astype(mx.float32), wide, state)
+            if "master" in state:
+                state["master"] = updated
+            return updated.astype(parameter.dtype)
 
-        tree_map_with_path(note, parameters, self.state)
-
-    def apply_single(
-        self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
-    ) -> mx.array:
-        rate = self.state["learning_rate"]
-        self.state["learning_rate"] = rate * state["rate"]
-        updated: mx.array = super().apply_single(gradient, parameter, state)
+        updated = tree_map_with_path(update, gradients, parameters, self.state)
         self.state["learning_rate"] = rate
         return updated
+
+
+def decays(path: str, parameter: mx.array) -> bool:
+    """Whether weight decay is for a parameter: for all but norms and biases."""
+    return parameter.ndim > 1 or "lora_" in path
 
 
 def learning_rate_at(

@@ -271,6 +271,8 @@ def _compile_gradients(model: nn.Module, loss: Loss) -> Compute:
     def gradients_of(*arrays: Any) -> Any:
         parameters = model.trainable_parameters()
         (loss_sum, count, measures, on_the_way), gradients = differentiate(*arrays)
+        # Summed in float32, also those of weights that are narrower.
+        gradients = tree_map(lambda gradient: gradient.astype(mx.float32), gradients)
         # Put the parameters back: tracing leaves placeholders in the model, which is not an output.
         model.update(parameters)
         return (loss_sum, count, measures, gradients), on_the_way

@@ -34,7 +34,7 @@ from interviewmate_mlx.files import Progress, check_free_space, is_utf8, scratch
 from interviewmate_mlx.formats.safetensors_file import save_tensors
 from interviewmate_mlx.hub.names import fetch_data, local_path
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
-from interviewmate_mlx.model.dora import place_dora, start_magnitudes
+from interviewmate_mlx.model.dora import start_magnitudes
 from interviewmate_mlx.model.falcon import scaled_dot_product_attention
 from interviewmate_mlx.model.gpu_kernels import (
     fused_width,
@@ -44,16 +44,16 @@ from interviewmate_mlx.model.gpu_kernels import (
 from interviewmate_mlx.model.lora import (
     block_numbers,
     count_parameters,
-    find_targets,
-    place_lora,
     resolve_targets,
 )
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
+from interviewmate_mlx.model.starts import start_from_weights
 from interviewmate_mlx.model.zoo import Network
-from interviewmate_mlx.training.checkpoint import State
+from interviewmate_mlx.training.checkpoint import State, disk_bytes
 from interviewmate_mlx.training.cpu_streams import CpuStreams
 from interviewmate_mlx.training.events import Started
 from interviewmate_mlx.training.folder import adapter_config
+from interviewmate_mlx.training.lora import put_lora
 from interviewmate_mlx.training.memory import (
     SCORES_AGAIN,
     SCORES_CAUSAL,
@@ -79,6 +79,7 @@ from interviewmate_mlx.training.preference import (
 )
 from interviewmate_mlx.training.ranks import ALONE, Ranks
 from interviewmate_mlx.training.step import Executor, OneStream
+from interviewmate_mlx.training.whole import check_whole
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -120,7 +121,8 @@ class Task:
     def adapter_config(self) -> AdapterConfig:
         """What the adapter's folder says of it."""
         numbers = block_numbers(self.model, self.run.lora.layers)
-        return adapter_config(self.run, self.targets, numbers)
+        found = adapter_config(self.run, self.targets, numbers)
+        return found if self.run.lora.init == "default" else found.of_twice_the_rank()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -180,7 +182,7 @@ class Task:
             num_trainable=num_trainable,
             num_parameters=num_parameters,
             peak_bytes=self.memory.peak_bytes,
-            disk_bytes=checkpoint_bytes(self.run, self.model),
+            disk_bytes=disk_bytes(self.run, self.model),
             notes=(
                 *notes,
                 *self.ranks.notes(),
@@ -231,6 +233,8 @@ def prepare(
     memory = checks.run(plan, run, model, rows, state, ranks.size)
     checks.raise_faults()
     base.read(model)
+    if run.lora.init != "default":
+        start_from_weights(model, run.lora.init)
     if run.lora.dora:
         start_magnitudes(model)
     if isinstance(start, Adapter):
@@ -246,7 +250,10 @@ def open_start(run: RunConfig, base: Base, model: Network, out: Path | None) -> 
     Raises:
         AdapterError: it cannot be read, is not of the run's base and shape, or would be
             written over.
+        ModelError: the base would be.
     """
+    if out and out.resolve() == base.folder.resolve():
+        raise ModelError(f"The run would write over its base: {out}\nChoose another folder.", "out")
     if not run.lora.start_from:
         return ""
     folder = local_path(run.lora.start_from)
@@ -317,22 +324,20 @@ def encode_rows(run: RunConfig, splits: dict[str, list[Any]], base: Base) -> Row
 
 
 def build_model(run: RunConfig, base: Base) -> Network:
-    """A run's base with the LoRA on, its weights not in memory yet.
+    """A run's base with what is trained, its weights not in memory yet.
 
     Raises:
         AdapterError: the LoRA does not fit the base.
+        ModelError: not all of its weights can be trained.
         WeightsError: the weights do not fit the network.
     """
     dtype = backend.resolve_dtype(run.model.dtype)
     model = base.build(dtype)
     mx.random.seed(run.train.seed)
-    lora = run.lora
-    targets = resolve_targets(model, lora.targets)
-    check_names(model, base, targets)
-    config = adapter_config(run, targets, block_numbers(model, lora.layers))
-    place_lora(model, config.layers(model), lora.dropout, rslora=lora.rslora)
-    if lora.dora:
-        place_dora(model)
+    if run.train.weights == "all":
+        check_whole(base, model)
+    else:
+        put_lora(run, base, model)
     choose_kernels(model, dtype)
     if run.train.gradient_checkpointing:
         use_gradient_checkpointing(model)
@@ -367,21 +372,6 @@ def check_row_lengths(rows: Rows, base: Base) -> None:
             f"The longest row has {longest} tokens, and mlx-lm computes {base.network.model_type} "
             f"only up to {limit} as config.json describes it (sliding_window, or the length that "
             f"its rotary factors hold for).\nSet data.max_length to {limit}."
-        )
-
-
-def check_names(model: Network, base: Base, targets: tuple[str, ...]) -> None:
-    """Refuse layers whose adapter PEFT could not load: those that its own files name otherwise.
-
-    Raises:
-        AdapterError: all such layers.
-    """
-    names = base.tensor_names
-    faults = [path for path in find_targets(model, targets) if f"{path}.weight" not in names]
-    if faults:
-        raise AdapterError(
-            f"{base.name} does not have these layers under the names of mlx-lm's network, so PEFT "
-            f"could not load their adapter:\n{list_faults(faults)}\nChoose other lora.targets."
         )
 
 
@@ -554,16 +544,7 @@ def check_disk(run: RunConfig, model: Network, out: Path | None) -> None:
             )
         with scratch_file(out / "checkpoint") as temporary:
             save_tensors(temporary, {"nothing": mx.zeros(1)}, {})
-        check_free_space(out, checkpoint_bytes(run, model))
-
-
-def checkpoint_bytes(run: RunConfig, model: Network) -> int:
-    """Bytes that a run's checkpoints take on the disk.
-
-    Each holds the adapter, two moments and the best adapter, float32 each; one more than is
-    kept exists while it is written.
-    """
-    return 4 * 4 * count_parameters(model)[0] * (run.train.keep_checkpoints + 1)
+        check_free_space(out, disk_bytes(run, model))
 
 
 def plan(
@@ -594,6 +575,7 @@ def plan(
         memory_bytes=memory_for(run),
         executor=choose_executor(),
         token_budget=state.token_budget if state else 0,
+        keeps_best=bool(rows.valid),
     )
 
 

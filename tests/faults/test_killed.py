@@ -4,6 +4,9 @@ import json
 import shutil
 import signal
 
+import pytest
+from conftest import write_rows
+
 
 def first(moments: list[str], beginning: str, after: int = 0) -> int:
     return next(n for n in range(after, len(moments)) if moments[n].startswith(beginning))
@@ -113,3 +116,42 @@ def test_preferences_killed_at_any_moment_end_as_if_they_were_not(launchers, tmp
         return whole.compare(work, what) if ended.code == 0 else f"{what}: {ended.stderr}"
 
     launchers.each(check, sorted({*written, *range(0, len(whole.moments), 9)}))
+
+
+METHODS = {
+    "whole": ["train.weights=all", "lora.dropout=0.05", "train.learning_rate=1e-3"],
+    "whole, bfloat16": ["train.weights=all", "lora.dropout=0.05", "model.dtype=bfloat16"],
+    "dora and lora+": ["lora.dora=true", "lora.plus_ratio=4"],
+    "pissa": ["lora.init=pissa"],
+    "start_from": ["lora.start_from={first}"],
+    "kto": ["train.method=kto", "data.path={rows}/judged.jsonl", "data.train_on=answer"],
+    "orpo": ["train.method=orpo", "data.path={rows}/pairs.jsonl"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_way_to_learn_killed_ends_as_if_it_was_not(launchers, tmp_path, method):
+    """Before, while and after it is saved, and at the end."""
+    numbers = range(12)
+    pairs = [{"prompt": f"{n}?", "chosen": "A b c.", "rejected": f"D e {n}."} for n in numbers]
+    judged = [{"prompt": f"{n}?", "completion": "A b c.", "label": n % 2 == 0} for n in numbers]
+    for name, rows in (("pairs", pairs), ("judged", judged)):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    if method == "start_from":
+        assert launchers.train(tmp_path / "first").code == 0
+    places = {"rows": tmp_path, "first": tmp_path / "first" / "run"}
+    settings = [setting.format(**places) for setting in METHODS[method]]
+    options = [word for setting in settings for word in ("--set", setting)]
+    whole = launchers.whole(tmp_path / "whole", *options)
+    save = first(whole.moments, "os.mkdir /run/checkpoints")
+    last = len(whole.moments) - 1
+    chosen = {save - 2, save + 4, save + 9, save + 15, (save + last) // 2, last - 8, last}
+
+    def check(moment: int) -> str:
+        work, what = tmp_path / str(moment), f"{moment} {whole.moments[moment]}"
+        assert launchers.train(work, *options, at=moment).code == -signal.SIGKILL
+        began = ["--resume"] if (work / "run" / "run.toml").exists() else []
+        ended = launchers.train(work, *options, *began)
+        return whole.compare(work, what) if ended.code == 0 else f"{what}: {ended.stderr}"
+
+    launchers.each(check, sorted(chosen))

@@ -133,10 +133,12 @@ def break_dropout_share(monkeypatch):
 
 def break_optimizer(monkeypatch):
     """No bias correction: MLX's default."""
-    original = optim.AdamW
-    monkeypatch.setattr(
-        optim, "AdamW", lambda **settings: original(**settings | {"bias_correction": False})
-    )
+    original = optim.Adam.__init__
+
+    def begin(self, **settings):
+        original(self, **settings | {"bias_correction": False})
+
+    monkeypatch.setattr(optim.Adam, "__init__", begin)
 
 
 def break_end_of_text(monkeypatch):

@@ -103,9 +103,10 @@ def train(model, rows, chosen, optimizer, budget=256, rate=PEAK):
     step = Step(model.train(), optimizer, CLIP, loss=chosen.loss)
     losses = []
     for number in range(len(rows) // ROWS):
-        groups = split_step(rows[number * ROWS : (number + 1) * ROWS], budget)
+        of_step = rows[number * ROWS : (number + 1) * ROWS]
+        groups = split_step(of_step, budget)
         model.train()
-        step.accumulate(chosen.collate(groups, rows), [0, number])
+        step.accumulate(chosen.collate(groups, of_step), [0, number])
         losses.append(step.update(rate)["loss"].item())
     return losses
 

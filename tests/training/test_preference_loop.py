@@ -1,5 +1,6 @@
 """A whole run over preferences: what it writes, resumed and killed, and what it refuses."""
 
+import gc
 import json
 import shutil
 
@@ -148,15 +149,14 @@ def test_peak_is_what_was_planned(run_of, tmp_path, monkeypatch, method):
     write_rows(tmp_path / "train.jsonl", rows)
     run = run_of(method, "model.base=mini", f"data.path={tmp_path / 'train.jsonl'}")
     run = run.replace(train={"epochs": 1, "grad_accumulation": 4})
+    gc.collect()  # what earlier tests left, and is freed meanwhile, would be missing
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     started, *events = train(run, tmp_path / "out")
     assert isinstance(started, Started)
     taken = [event for event in events if isinstance(event, Stepped)][-1].peak_bytes - before
-    # KTO waits for its divergence, so that nothing of a step is computed during the one before.
-    least = 0.7 if method == "kto" else 0.8
-    assert least * started.peak_bytes < taken < 1.2 * started.peak_bytes
+    assert 0.8 * started.peak_bytes < taken < 1.2 * started.peak_bytes
 
 
 BAD_SETTINGS = {

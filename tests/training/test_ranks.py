@@ -1,0 +1,133 @@
+"""Several processes train one run, over MLX's ring on loopback."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from interviewmate_mlx.training.checkpoint import load_newest
+from interviewmate_mlx.training.metrics import read_metrics
+
+# Sums of up to some hundred gradients in another order: each step's rounding, 2^-24 a sum, is
+# carried through nine updates of Adam, which divides by small numbers.
+LOSS, MATRIX = 1e-5, 1e-3
+
+
+def start(
+    words: list[str], size: int, places: list[Path] | None = None
+) -> list[subprocess.Popen[str]]:
+    """The ranks of a command, without a launcher, so that each can be told apart."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(size)]
+    ring = json.dumps([[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets])
+    for one in sockets:
+        one.close()
+    hosts = Path("hosts").absolute()
+    hosts.write_text(ring, encoding="utf-8")
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "interviewmate_mlx", *words],
+            env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=places[rank] if places else None,
+        )
+        for rank in range(size)
+    ]
+
+
+def finish(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Of each rank: its exit status, stdout and stderr."""
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    return [(rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)]
+
+
+@pytest.fixture
+def small(tiny_base, questions, tmp_path, monkeypatch):
+    """Three steps of 5, 5 and 2 rows: the last has fewer rows than three ranks."""
+    monkeypatch.chdir(tmp_path)
+    keys = {
+        "model.base": tiny_base,
+        "model.dtype": "float32",
+        "data.path": questions,
+        "train.learning_rate": 1e-2,
+        "train.grad_accumulation": 5,
+        "train.epochs": 1,
+        "lora.dropout": 0.0,
+    }
+    return ["train", *(word for k, v in keys.items() for word in ("--set", f"{k}={v}"))]
+
+
+def outcome(out: str) -> tuple[list[float], np.ndarray]:
+    losses = [line["loss"] for line in read_metrics(Path(out, "metrics.jsonl"))]
+    tensors = mx.load(f"{out}/adapter_model.safetensors")
+    return losses, np.concatenate([np.array(a).reshape(-1) for a in tensors.values()])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_update_is_that_of_one_process(small, size):
+    alone = start([*small, "--out", "alone"], 1)
+    finish(alone)
+    told = finish(start([*small, "--out", "together"], size))
+    assert [rank[0] for rank in told] == [0] * size, told
+    assert f"{size} ranks share the work" in told[0][2] + told[0][1]
+    assert all(not stdout and not stderr for _, stdout, stderr in told[1:])
+    expected, got = outcome("alone"), outcome("together")
+    assert got[0] == pytest.approx(expected[0], rel=LOSS)
+    largest = np.abs(expected[1]).max()
+    assert np.abs(got[1] - expected[1]).max() <= MATRIX * largest
+    # And one process goes on where several have been.
+    words = [*small, "--out", "together", "--resume", "--set", "train.epochs=2"]
+    ((status, *_),) = finish(start(words, 1))
+    assert status == 0
+    assert load_newest(Path("together")).state.step == 6
+
+
+def test_what_differs_between_ranks_is_named(small, tmp_path, questions):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in Path(questions).iterdir():
+        text = path.read_text(encoding="utf-8")
+        (other / path.name).write_text(text.replace("a", "e"), encoding="utf-8")
+    places = []
+    for number, folder in enumerate((Path(questions), other)):
+        places.append(tmp_path / f"machine-{number}")
+        places[-1].mkdir()
+        (places[-1] / "rows").symlink_to(folder)
+    words = [word.replace(f"data.path={questions}", "data.path=./rows") for word in small]
+    told = finish(start(words, 2, places))
+    assert [status for status, *_ in told] == [1, 1]
+    assert "data is" in told[0][2]
+    assert "rank 1" in told[0][2]
+    assert not told[1][2]
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "has ended"), (signal.SIGSTOP, "not been heard of")])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_is_lost_ends_all(small, monkeypatch, number, said, lost):
+    monkeypatch.setenv("INTERVIEWMATE_SILENCE", "5")
+    words = [*small, "--out", "out", "--set", "train.save_every=1", "--set", "train.epochs=2000"]
+    ranks = start(words, 2)
+    try:
+        end = time.monotonic() + 60
+        while not list(Path("out/checkpoints").glob("*-000003*")) and time.monotonic() < end:
+            time.sleep(0.05)
+        ranks[lost].send_signal(number)
+        other = ranks[1 - lost]
+        _, stderr = other.communicate(timeout=60)
+        assert other.returncode == 1
+        assert f"Rank {lost}" in stderr
+        assert said in stderr
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert load_newest(Path("out")).state.step >= 3
