@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from interviewmate_mlx.data.faults import Fault, data_error
-from interviewmate_mlx.data.records import iterate_records, own_row, split_files
+from interviewmate_mlx.data.leakage import Seen
+from interviewmate_mlx.data.records import MAX_FAULTS, iterate_records, own_row, split_files
 from interviewmate_mlx.data.splits import content_id
 from interviewmate_mlx.errors import DataError
 from interviewmate_mlx.files import atomic_file
@@ -55,25 +56,25 @@ def convert_rows(
     if chosen is None:
         raise DataError(f"{source} has no {split} rows, it has {', '.join(files)}.", "split")
     counts: dict[str, int] = {}
-    places: dict[str, str] = {}  # of each id
     faults: list[Fault] = []
     num_given = 0
-    with atomic_file(out) as temporary:
+    with atomic_file(out) as temporary, Seen() as ids:
         with temporary.open("w", encoding="utf-8") as file:
             for record in iterate_records(*chosen):
                 if isinstance(record, Fault):
                     faults.append(record)
                     continue
                 row_id = record.id or content_id(record)
-                if row_id in places:
-                    fault = f"the same question and answer as {places[row_id]}, and no id"
+                if first := ids.first(row_id, record.source):
+                    fault = f"the same question and answer as {first}, and no id"
                     faults.append(Fault(record.source, fault, "Remove one of them."))
-                places[row_id] = record.source
+                if len(faults) >= MAX_FAULTS:
+                    break
                 num_given += not record.id
                 counts[record.reading] = counts.get(record.reading, 0) + 1
                 file.write(json.dumps(own_row(record, row_id), ensure_ascii=False) + "\n")
         if faults:
             raise data_error(source, faults)
-        if not places:
+        if not counts:
             raise DataError(f"{source}: no rows.\nAdd some.")
-    return Converted(len(places), num_given, counts)
+    return Converted(sum(counts.values()), num_given, counts)

@@ -28,11 +28,12 @@ from interviewmate_mlx.data.forms import (
     read_messages,
     refuse_untrained,
 )
-from interviewmate_mlx.data.rows import ENDINGS, read_rows
+from interviewmate_mlx.data.leakage import Seen
+from interviewmate_mlx.data.rows import ENDINGS, Row, read_rows
 from interviewmate_mlx.errors import DataError, brief
 
 DIFFICULTIES = ("beginner", "intermediate", "advanced")
-_MAX_FAULTS = 100_000  # more than anybody reads; a file of 256 MB could have millions
+MAX_FAULTS = 100_000  # more than anybody reads; a file of 256 MB could have millions
 TAKEN_ID = "an id that an earlier row has"
 UNIQUE_ADVICE = "Give each row an id of its own."
 _MISSPELT_RATIO = 0.85  # from this difflib ratio on, an unknown key is a misspelt label
@@ -57,6 +58,11 @@ class Record:
     follow_up: str = ""  # what an interviewer would ask next
     num_given: int = 0  # of the messages, the first ones, that carry no loss
     reading: str = ""  # how its keys were understood
+
+    @property
+    def place(self) -> str:
+        """Its file and line, with its id."""
+        return f"{self.source} ({self.id})" if self.id else self.source
 
     @property
     def question(self) -> str:
@@ -178,31 +184,33 @@ def scan_records(*paths: Path) -> tuple[list[Record], list[Fault]]:
 def iterate_records(*paths: Path) -> Iterator[Record | Fault]:
     """The rows of a file one after the other, each checked, or its fault."""
     num_faults = 0
-    first_place: dict[str, str] = {}  # of each id
-    for path in paths:
-        for row in read_rows(path):
-            source = f"{path.name} {row.place}".strip()
-            if num_faults == _MAX_FAULTS:
-                yield Fault(source, f"after {_MAX_FAULTS} faults nothing more was read")
-                return
-            fault = Fault(source, row.fault, row.advice) if row.fault else None
-            record = None
-            if not fault:
-                try:
-                    record = read_row(row.value, source)
-                except ValueError as error:
-                    fault = Fault(source, str(error))
-            if record and record.id:
-                first = first_place.setdefault(record.id, source)
-                if first is not source:
+    with Seen() as ids:
+        for path in paths:
+            for row in read_rows(path):
+                source = f"{path.name} {row.place}".strip()
+                if num_faults == MAX_FAULTS:
+                    yield Fault(source, f"after {MAX_FAULTS} faults nothing more was read")
+                    return
+                record, fault = _check(row, source)
+                if record and record.id and (first := ids.first(record.id, source)):
                     place = first.removeprefix(f"{path.name} ")
                     taken = f"id {record.id!r} is taken by {place}; expected each id once"
                     fault = Fault(source, taken, UNIQUE_ADVICE, TAKEN_ID)
-            if fault:
-                num_faults += 1
-                yield fault
-            if record:
-                yield record
+                if fault:
+                    num_faults += 1
+                    yield fault
+                if record:
+                    yield record
+
+
+def _check(row: Row, source: str) -> tuple[Record | None, Fault | None]:
+    """A row as a record, or what is wrong with it."""
+    if row.fault:
+        return None, Fault(source, row.fault, row.advice)
+    try:
+        return read_row(row.value, source), None
+    except ValueError as error:
+        return None, Fault(source, str(error))
 
 
 def readings(records: Iterable[Record]) -> list[str]:
