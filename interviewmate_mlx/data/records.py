@@ -11,9 +11,10 @@ label is an error.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,16 @@ MAX_FAULTS = 100_000  # more than anybody reads; a file of 256 MB could have mil
 TAKEN_ID = "an id that an earlier row has"
 UNIQUE_ADVICE = "Give each row an id of its own."
 _MISSPELT_RATIO = 0.85  # from this difflib ratio on, an unknown key is a misspelt label
+_MAX_FILES = 10_000  # of a folder and those in it, looked through for splits
+_MAX_NAMED = 5  # of their folders
 SPLIT_NAMES = {
     "train": ("train",),
     "valid": ("valid", "validation", "val", "dev"),
     "test": ("test",),
 }
+# How the Hub names the files of its branch refs/convert/parquet, within a set's folder.
+_ANY_SPLIT = "|".join(name for names in SPLIT_NAMES.values() for name in names)
+_BRANCH_PART = re.compile(rf"(?<![^/])({_ANY_SPLIT})/\d{{4}}\.parquet$")
 
 
 @dataclass(frozen=True)
@@ -110,28 +116,64 @@ def split_files(path: Path) -> dict[str, list[Path]]:
         )
     if path.is_file():
         return {"train": [path]}
-    names = sorted(file.name for file in path.iterdir() if file.is_file())
-    found = {split: files_of_split(names, split) for split in SPLIT_NAMES}
-    if not found["train"]:
-        others = [name for name in names if name.endswith(ENDINGS)]
-        advice = f"It holds {brief(others[0])}: give that file." if len(others) == 1 else "Add one."
-        raise DataError(
-            f"{path} holds no train.jsonl and no train.json, .csv, .tsv or .parquet.\n{advice}"
-        )
-    for chosen in found.values():
+    found = folders_of_splits(_names_in(path))
+    own = {split: files_of_split(found.get("", []), split) for split in SPLIT_NAMES}
+    if not own["train"]:
+        raise _no_splits(path, [name for name in found if name])
+    for chosen in own.values():
         if chosen and (total := _num_parts(chosen[0])) > len(chosen):
             raise DataError(
                 f"{path} holds {len(chosen)} of {total} parts, such as {chosen[0]}.\n"
                 "Download the others, too."
             )
-    return {split: [path / name for name in chosen] for split, chosen in found.items() if chosen}
+    return {split: [path / name for name in chosen] for split, chosen in own.items() if chosen}
+
+
+def _names_in(path: Path) -> list[str]:
+    """The files of a folder, and of those in it that may hold a data set; not of all below."""
+    below = (found for depth in ("*", "*/*", "*/*/*") for found in path.glob(depth))
+    names = (file.relative_to(path).as_posix() for file in islice(below, _MAX_FILES))
+    return [name for name in names if name.endswith(ENDINGS)]
+
+
+def _no_splits(path: Path, folders: Sequence[str]) -> DataError:
+    others = sorted(f.name for f in path.iterdir() if f.is_file() and f.name.endswith(ENDINGS))
+    advice = f"It holds {brief(others[0])}: give that file." if len(others) == 1 else "Add one."
+    if folders:
+        named = ", ".join(str(path / folder) for folder in sorted(folders)[:_MAX_NAMED])
+        which = "that folder" if len(folders) == 1 else "one of these folders"
+        advice = f"There are such files in {named}: give {which}."
+    return DataError(
+        f"{path} holds no train.jsonl and no train.json, .csv, .tsv or .parquet.\n{advice}"
+    )
+
+
+def folders_of_splits(names: Iterable[str]) -> dict[str, list[str]]:
+    """Folders that hold a data set's splits, and the names of their files.
+
+    Args:
+        names: of files, with their folders: `data/train.csv`, `easy/train/0000.parquet`.
+
+    Returns:
+        by folder, which ends in a slash if it is not the root.
+    """
+    by_folder: dict[str, list[str]] = {}
+    for name in names:
+        file = found[0] if (found := _BRANCH_PART.search(name)) else name.rpartition("/")[2]
+        by_folder.setdefault(name.removesuffix(file), []).append(file)
+    splits = {
+        folder: [file for split in SPLIT_NAMES for file in files_of_split(files, split)]
+        for folder, files in by_folder.items()
+        if files_of_split(files, "train")
+    }
+    return {folder: [folder + file for file in files] for folder, files in splits.items()}
 
 
 def files_of_split(names: Iterable[str], split: str) -> list[str]:
     """The file of a split among those of a folder, or its parts as the Hub names them.
 
-    Of several files with a split's name, the first ending counts: `train.jsonl` before
-    `train.parquet`.
+    Parts are `train-00000-of-00002.parquet`, or `train/0000.parquet` and the next. Of several
+    files with a split's name, the first ending counts: `train.jsonl` before `train.parquet`.
 
     Args:
         names: of the files in one folder.
@@ -143,7 +185,7 @@ def files_of_split(names: Iterable[str], split: str) -> list[str]:
         return [first]
     for name in SPLIT_NAMES[split]:
         for ending in ENDINGS:
-            part = re.compile(rf"{name}-\d+-of-\d+(-[0-9a-f]+)?{re.escape(ending)}")
+            part = re.compile(rf"{name}(-\d+-of-\d+(-[0-9a-f]+)?|/\d{{4}}){re.escape(ending)}")
             if parts := sorted(filter(part.fullmatch, there)):
                 return parts
     return []

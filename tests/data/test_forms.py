@@ -333,6 +333,21 @@ def test_parts_of_a_split_are_read_in_order_and_must_all_be_there(tmp_path):
         load_splits(tmp_path)
 
 
+def test_folder_of_folders_says_which_one_to_give(tmp_path):
+    for name in ("hard/train-00000-of-00001.parquet", "easy/train/0000.parquet", "deep/a/b/c.csv"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(as_parquet(ROWS))
+    with pytest.raises(DataError) as caught:
+        load_splits(tmp_path)
+    advice = str(caught.value).splitlines()[1]
+    assert advice == (
+        f"There are such files in {tmp_path}/easy, {tmp_path}/hard: give one of these folders."
+    )
+    assert [record.id for record in load_splits(tmp_path / "easy")["train"]] == ["a", "b", "c"]
+    with pytest.raises(DataError, match="0000.parquet': give that file"):
+        load_splits(tmp_path / "easy" / "train")
+
+
 def test_types_of_parquet_are_read_as_they_are_written(tmp_path):
     table = pa.table(
         {
