@@ -97,9 +97,9 @@ def fetch_data(name: str | Path, progress: Progress | None = None) -> Path:
     path = local_path(name)
     if path.exists() or not is_hub_data(name):
         return path
-    repo_id, revision, folder = _parts(name)
+    repo_id, revision, chosen = _parts(name)
     with _after_looking_here(name, "file or folder"):
-        return pull_dataset(repo_id, revision or None, folder, progress=progress)
+        return pull_dataset(repo_id, revision or None, chosen, progress=progress)
 
 
 def fetch_model(

@@ -344,7 +344,7 @@ def test_folder_of_folders_says_which_one_to_give(tmp_path):
         f"There are such files in {tmp_path}/easy, {tmp_path}/hard: give one of these folders."
     )
     assert [record.id for record in load_splits(tmp_path / "easy")["train"]] == ["a", "b", "c"]
-    with pytest.raises(DataError, match="0000.parquet': give that file"):
+    with pytest.raises(DataError, match=r"0000\.parquet': give that file"):
         load_splits(tmp_path / "easy" / "train")
 
 
