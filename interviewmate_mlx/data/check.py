@@ -458,4 +458,5 @@ def _unknown_difficulties(records: list[Record]) -> Iterator[Fault]:
         if record.difficulty and record.difficulty not in DIFFICULTIES:
             expected = ", ".join(DIFFICULTIES)
             fault = f"difficulty: got {record.difficulty!r}, expected {expected}"
-            yield Fault(record.source, fault, kind=f"difficulty: expected {expected}")
+            advice = "Write one of these words, or name the key otherwise: it is not needed."
+            yield Fault(record.source, fault, advice, f"difficulty: expected {expected}")

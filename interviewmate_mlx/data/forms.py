@@ -51,6 +51,14 @@ class Message:
     input: str = ""
 
 
+class UnknownKeysError(ValueError):
+    """The keys of a row have no meaning here."""
+
+    advice = (
+        "Rename the keys of these rows; those of a table are the names of its columns, in row 1."
+    )
+
+
 @dataclass(frozen=True)
 class Reading:
     """How the keys of a row are understood.
@@ -82,7 +90,8 @@ def read_keys(present: tuple[str, ...], null: tuple[str, ...]) -> Reading:
         null: keys without one; they count only if nothing else can be meant.
 
     Raises:
-        ValueError: no form is found, or more than one.
+        UnknownKeysError: no form is found.
+        ValueError: more than one is.
     """
     names = _by_name(present)
     reading = _find_form(names) or _find_form(names | _by_name(null, names))
@@ -90,7 +99,7 @@ def read_keys(present: tuple[str, ...], null: tuple[str, ...]) -> Reading:
         given = (*present, *null)
         keys = ", ".join(brief(key) for key in given[:_MAX_KEYS]) or "(none)"
         more = f" and {len(given) - _MAX_KEYS} more" if len(given) > _MAX_KEYS else ""
-        raise ValueError(
+        raise UnknownKeysError(
             f"got the keys {keys}{more}, expected 'question' and 'answer' "
             "(or messages, prompt and completion, instruction and output, text)"
         )
@@ -207,7 +216,7 @@ def check_turns(messages: tuple[Message, ...], key: str = "messages") -> None:
     if not turns or turns != expected:
         raise ValueError(
             f"{key}: got the roles {', '.join(roles[:10]) or '(none)'}, "
-            "expected user and assistant in turn, ending with assistant"
+            "expected user and assistant in turn, the user first and the assistant last"
         )
 
 

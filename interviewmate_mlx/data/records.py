@@ -23,6 +23,7 @@ from interviewmate_mlx.data.forms import LABELS as LABELS
 from interviewmate_mlx.data.forms import Message as Message
 from interviewmate_mlx.data.forms import (
     Reading,
+    UnknownKeysError,
     as_text,
     check_turns,
     read_keys,
@@ -251,6 +252,8 @@ def _check(row: Row, source: str) -> tuple[Record | None, Fault | None]:
         return None, Fault(source, row.fault, row.advice)
     try:
         return read_row(row.value, source), None
+    except UnknownKeysError as error:
+        return None, Fault(source, str(error), error.advice)
     except ValueError as error:
         return None, Fault(source, str(error))
 
@@ -303,7 +306,7 @@ def read_row(row: object, source: str) -> Record:
     reading = read_keys(present, null)
     keys = reading.keys
     labels: dict[str, Any] = {name: _label(row, keys[name]) for name in LABELS if name in keys}
-    labels["reading"] = str(reading)
+    labels |= {"difficulty": labels.get("difficulty", "").casefold(), "reading": str(reading)}
     match reading.form:
         case "messages":
             messages = read_messages(_parsed(row[keys["messages"]]), keys["messages"])
@@ -360,7 +363,10 @@ def _parsed(value: object) -> object:
         try:
             return json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"messages: got text that is not JSON: {brief(value)}") from error
+            raise ValueError(
+                f"messages: got text that is not JSON: {brief(value)}, expected a list like "
+                '[{"role": "user", "content": "..."}, ...]'
+            ) from error
     return value
 
 

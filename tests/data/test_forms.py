@@ -305,12 +305,11 @@ def test_faulty_rows_of_a_table_are_named_as_a_sheet_counts_them(tmp_path):
     records, faults = scan_records(path)
     assert [(r.source, r.id) for r in records] == [("rows.csv row 2", "1"), ("rows.csv row 5", "2")]
     assert [(fault.place, fault.message) for fault in faults] == [
-        ("rows.csv row 3", "got 1 cell, expected 3 cells, as in row 1"),
-        ("rows.csv row 6", "got 4 cells, expected 3 cells, as in row 1"),
+        ("rows.csv row 3", "got 1 cell, expected 3 cells, as in row 1: 'question, answer, id'"),
+        ("rows.csv row 6", "got 4 cells, expected 3 cells, as in row 1: 'question, answer, id'"),
         ("rows.csv row 7", "not UTF-8 at byte 3 of the line"),
-        ("rows.csv row 8", "',' expected after '\"'"),
-        ("rows.csv row 9", "got the keys 'question', 'id', expected 'question' and 'answer' "
-         "(or messages, prompt and completion, instruction and output, text)"),
+        ("rows.csv row 8", 'a quote within a quoted cell, expected two of them: ""'),
+        ("rows.csv row 9", "answer: got nothing, expected a string"),
     ]  # fmt: skip
 
 
