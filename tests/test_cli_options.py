@@ -919,6 +919,14 @@ def test_data_convert_writes_rows_of_our_own_form(imate):
     assert not Path("none.jsonl").exists()
 
 
+def test_shipped_conversations_train_and_chat_out_of_the_box(imate, tiny_base):
+    words = ["--data", "interview-dialogues", "--set", "train.warmup_ratio=0", "--max-steps", 1]
+    imate("train", "--model", tiny_base, *words, "--out", "adapter")
+    words = ["--model", tiny_base, "--adapter", "adapter", "--max-tokens", 4]
+    said = imate("chat", *words, stdin="Ask me of indexes.\nA sorted copy.\n").stdout
+    assert len(said.splitlines()) >= 2
+
+
 def test_train_says_how_other_keys_were_understood(imate, tiny_base):
     Path("rows.csv").write_text(TABLE)
     words = ["--data", "rows.csv", "--set", "train.warmup_ratio=0", "--max-steps", "1"]

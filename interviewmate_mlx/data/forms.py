@@ -34,6 +34,9 @@ _TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call")
 _MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos")
 _UNTRAINED = frozenset([*_TOOL_KEYS, *_MEDIA_KEYS])
 _MAX_KEYS = 10  # in a message
+# Of a conversation. Each answer is rendered with all that comes before it, which takes seconds
+# for so many, and hours for as many short ones as a row of 1 MB may hold.
+MAX_MESSAGES = 500
 
 
 @dataclass(frozen=True)
@@ -208,8 +211,13 @@ def check_turns(messages: tuple[Message, ...], key: str = "messages") -> None:
     """Refuse a conversation in which user and assistant do not take turns, the user first.
 
     Raises:
-        ValueError: the roles are in another order.
+        ValueError: the roles are in another order, or there are too many messages.
     """
+    if len(messages) > MAX_MESSAGES:
+        raise ValueError(
+            f"{key}: got {len(messages)} messages, expected at most {MAX_MESSAGES}: "
+            "make several rows of this conversation"
+        )
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     expected = ["user", "assistant"] * (len(turns) // 2)

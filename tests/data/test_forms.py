@@ -26,6 +26,7 @@ from interviewmate_mlx.data.records import (
     scan_records,
 )
 from interviewmate_mlx.data.splits import split_rows
+from interviewmate_mlx.data.templates import choose_template
 from interviewmate_mlx.errors import DataError
 
 ROWS = [
@@ -190,6 +191,22 @@ READINGS = [
 def test_row_is_understood_and_says_how(tmp_path, row, reading):
     record = record_of(tmp_path, row)
     assert (record.messages, record.reading) == (QA, reading)
+
+
+@pytest.mark.parametrize("base", ["plain", "alpaca", "chatml"])
+def test_the_same_row_in_every_form_is_the_same_tokens(tokenizer, tmp_path, base):
+    rows = [row for row, _ in READINGS] + [{"instruction": "Q", "input": "", "output": "A"}]
+    template = choose_template(base, tokenizer)
+    examples = [
+        example
+        for row in rows
+        for example in encode_records(
+            tokenizer, [record_of(tmp_path, row)], 99, "answer", template
+        )[0]
+    ]
+    assert len(examples) == len(rows)
+    assert len({(e.tokens.tobytes(), e.loss_mask.tobytes()) for e in examples}) == 1
+    assert tokenizer.decode(examples[0].tokens[examples[0].loss_mask]).strip() == "A<|endoftext|>"
 
 
 def test_input_and_context_belong_to_an_instruction(tmp_path):
