@@ -1,5 +1,6 @@
 """Every option of every command does something, and a table says which test shows it."""
 
+import gzip
 import json
 import re
 import shutil
@@ -918,6 +919,14 @@ def test_data_convert_writes_rows_of_our_own_form(imate):
     assert not Path("none.jsonl").exists()
 
 
+def test_shipped_conversations_train_and_chat_out_of_the_box(imate, tiny_base):
+    words = ["--data", "interview-dialogues", "--set", "train.warmup_ratio=0", "--max-steps", 1]
+    imate("train", "--model", tiny_base, *words, "--out", "adapter")
+    words = ["--model", tiny_base, "--adapter", "adapter", "--max-tokens", 4]
+    said = imate("chat", *words, stdin="Ask me of indexes.\nA sorted copy.\n").stdout
+    assert len(said.splitlines()) >= 2
+
+
 def test_train_says_how_other_keys_were_understood(imate, tiny_base):
     Path("rows.csv").write_text(TABLE)
     words = ["--data", "rows.csv", "--set", "train.warmup_ratio=0", "--max-steps", "1"]
@@ -927,6 +936,34 @@ def test_train_says_how_other_keys_were_understood(imate, tiny_base):
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
     words[1] = "rows.jsonl"
     assert "understood" not in imate("train", "--model", tiny_base, *words, "--out", "b").stderr
+
+
+@shows("data convert --skip-faulty")
+def test_data_convert_leaves_faulty_rows_out_if_asked(imate):
+    Path("rows.csv").write_text(TABLE + "What is it?;A loss.;z\nHalf\nWhy?;;\n")
+    words = ["data", "convert", "rows.csv", "--out", "rows.jsonl"]
+    refusal = imate(*words, code=1).stderr
+    assert "3 faults" in refusal
+    assert "--skip-faulty" in refusal
+    done = imate(*words, "--skip-faulty")
+    assert done.stdout.startswith("rows.jsonl: 2 rows, 2 of them got an id\n")
+    assert done.stderr.splitlines() == [
+        "left out: rows.csv row 4: the same question and answer as rows.csv row 2, and no id",
+        "left out: rows.csv row 5: got 1 cell, expected 3 cells, as in row 1: 'Question, Response, "
+        "Kind'",
+        "left out: rows.csv row 6: Response: got nothing, expected a string",
+    ]
+    assert len(Path("rows.jsonl").read_text().splitlines()) == 2
+    twice = [{"id": "a", "question": f"Q{n}", "answer": "A"} for n in range(2)]
+    Path("twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in twice))
+    words = ["data", "convert", "twice.jsonl", "--out", "once.jsonl", "--skip-faulty"]
+    assert "id 'a' is taken by line 1" in imate(*words).stderr
+    assert [json.loads(line) for line in Path("once.jsonl").read_text().splitlines()] == twice[:1]
+    # What cannot be read to its end is not a row that is left out.
+    Path("half.jsonl.gz").write_bytes(gzip.compress(Path("twice.jsonl").read_bytes() * 999)[:-9])
+    words[2:5] = ["half.jsonl.gz", "--out", "half.jsonl"]
+    assert "damaged gzip" in imate(*words, code=1).stderr
+    assert not Path("half.jsonl").exists()
 
 
 @shows("data convert --force")

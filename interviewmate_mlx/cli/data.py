@@ -277,8 +277,9 @@ def show(
 @click.argument("path")
 @click.option("--out", type=UserPath(), required=True, help="The new file, .jsonl.")
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), help="Of a folder's.")
+@click.option("--skip-faulty", is_flag=True, help="Leave faulty rows out, and say which.")
 @click.option("--force", is_flag=True, help="Replace the file.")
-def convert(path: str, out: Path, split: str | None, force: bool) -> None:
+def convert(path: str, out: Path, split: str | None, skip_faulty: bool, force: bool) -> None:
     """Write rows of any form as JSON Lines in this package's own form, each with an id.
 
     A row without an id gets one from its question and answer. Other columns are left out.
@@ -288,13 +289,16 @@ def convert(path: str, out: Path, split: str | None, force: bool) -> None:
     """
     with prepared():
         from interviewmate_mlx.data.convert import convert_rows
+        from interviewmate_mlx.data.faults import group_faults
         from interviewmate_mlx.hub.names import fetch_data
         from interviewmate_mlx.results.terminal import byte_bar
         from interviewmate_mlx.results.terminal import count as count_of
 
         with byte_bar(f"fetching {path}", make_console()) as progress:
             folder = fetch_data(path, progress)
-        done = convert_rows(folder, out, split, force)
+        done = convert_rows(folder, out, split, force, skip_faulty)
+    for fault in group_faults(done.left_out):
+        click.echo(harmless(f"left out: {fault}"), err=True)
     click.echo(f"{out}: {count_of(done.rows, 'row')}, {done.given_ids} of them got an id")
     for reading, number in done.readings.items():
         click.echo(harmless(f"{count_of(number, 'row')}: {reading}"))

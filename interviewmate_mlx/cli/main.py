@@ -55,6 +55,7 @@ _OPTIONS = {
     "port": "--port",
     "quantize": "--quantize",
     "replace": "--force",
+    "skip_faulty": "--skip-faulty",
     "resume": "--resume",
     "split": "--split",
     "system": "--system",

@@ -1,35 +1,37 @@
 """Checks whether a data set can be trained on: its rows, its ids, and leakage between splits."""
 
-import statistics
 import sys
-from array import array
+from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
+from typing import TypeAlias
 
 from interviewmate_mlx.config import DataConfig
 from interviewmate_mlx.data.faults import MAX_SHOWN, Fault, data_error
 from interviewmate_mlx.data.leakage import (
     ANSWER_THRESHOLD,
     QUESTION_THRESHOLD,
+    Seen,
     fold,
     similar_pairs,
 )
-from interviewmate_mlx.data.personal import find_personal
+from interviewmate_mlx.data.odd import odd_rows
 from interviewmate_mlx.data.prompts import encode_record, row_fault
 from interviewmate_mlx.data.records import (
     DIFFICULTIES,
+    MAX_FAULTS,
+    SPLIT_NAMES,
     TAKEN_ID,
     UNIQUE_ADVICE,
     Record,
     iterate_records,
-    scan_records,
     split_files,
 )
 from interviewmate_mlx.data.templates import (
     AUTO,
-    QUESTION,
     Template,
     Tokenizer,
     choose_template,
@@ -37,23 +39,13 @@ from interviewmate_mlx.data.templates import (
 from interviewmate_mlx.errors import DataError
 
 _MAX_CLOSEST = 5  # pairs in a report
-# Rows that are compared with each other; of more, only so many are in memory.
+# Rows that are compared with each other. Of a split with more, only so many are in memory.
 MAX_COMPARED_ROWS = 200_000
-_MAX_COMPARED_CHARS = 256 << 20
-_MAX_UNLABELLED = 100_000  # rows without a label that others have, to be named
+_MAX_COMPARED_CHARS = 128 << 20
+_MAX_VALUES = 10_000  # of a label
+_REST = "(others)"  # of a label's values
 _ALL_OR_NONE = ("id", "category", "difficulty")  # labels
-# End tokens of well-known models. A base's own comes from its tokenizer.
-_END_TOKENS = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|end|>",
-    "<|return|>",
-    "<end_of_turn>",
-    "<eos>",
-    "</s>",
-)
+_COUNTED = ("rows", *_ALL_OR_NONE, "reading")
 _THRESHOLDS = {"question": QUESTION_THRESHOLD, "answer": ANSWER_THRESHOLD}
 
 
@@ -147,45 +139,72 @@ def inspect_data(
         ConfigError, ModelError: the template cannot be used.
     """
     chosen = choose_template(template, tokenizer) if tokenizer else None
-    tally = _Tally(path, tokenizer, max_length, chosen)
-    for splits in _portions(path, tally.faults):
-        tally.add(splits)
-    return tally.findings()
+    with _Tally(path, tokenizer, max_length, chosen) as tally:
+        for new, beside in _portions(path, tally.faults):
+            tally.add(new, beside)
+        return tally.findings()
 
 
-def _portions(path: Path, faults: list[Fault]) -> Iterator[dict[str, list[Record]]]:
-    """The rows of each split that can be read; of many training rows a part at a time.
+_Rows: TypeAlias = dict[str, list[Record]]  # by split
+_Counts: TypeAlias = dict[str, dict[str, Counter[str]]]  # by split and label: of the values
+
+
+def _portions(path: Path, faults: list[Fault]) -> Iterator[tuple[_Rows, _Rows]]:
+    """The rows that can be read, in portions that fit into memory.
+
+    Rows of valid and test stay there, to be compared with those of train: as many as are in
+    one portion. The others of them are portions by themselves.
 
     Args:
         path: a file or folder.
         faults: those of other rows and of files are added to it.
+
+    Yields:
+        rows that are new, and those of other splits that are to be compared with them again.
     """
     files = split_files(path)
-    others: dict[str, list[Record]] = {}
+    kept: _Rows = {}
     for split in [split for split in files if split != "train"]:
-        others[split], found = scan_records(*files[split])
-        faults += found
-    portion: list[Record] = []
-    num_chars, num_portions, num_faults = 0, 0, len(faults)
-    for found_row in iterate_records(*files["train"]):
-        if isinstance(found_row, Fault):
-            faults.append(found_row)
+        num_faults = len(faults)
+        for number, portion in enumerate(_portions_of(files[split], faults)):
+            if number:
+                yield {split: portion}, {}
+            else:
+                kept[split] = portion
+        if not kept[split] and len(faults) == num_faults:
+            faults.append(_no_rows(files[split][0]))
+    num_faults = len(faults)
+    for number, portion in enumerate(_portions_of(files["train"], faults)):
+        if number:
+            yield {"train": portion}, kept
             continue
-        portion.append(found_row)
-        num_chars += len(found_row.question) + len(found_row.answer)
+        yield {"train": portion} | kept, {}
+        if not portion and len(faults) == num_faults:
+            faults.append(_no_rows(files["train"][0]))
+
+
+def _portions_of(files: list[Path], faults: list[Fault]) -> Iterator[list[Record]]:
+    """The rows of a split in portions, of which the first may be empty."""
+    portion: list[Record] = []
+    num_chars, num_portions = 0, 0
+    for found in iterate_records(*files):
+        if isinstance(found, Fault):
+            faults.append(found)
+            continue
+        portion.append(found)
+        num_chars += sum(len(message.content) for message in found.messages)
+        num_chars += len(found.prompt) + len(found.completion)
         if len(portion) == MAX_COMPARED_ROWS or num_chars >= _MAX_COMPARED_CHARS:
-            num_portions += 1
-            yield {"train": portion} | others
+            yield portion
             portion, num_chars = [], 0
-    splits = {"train": portion} | others
+            num_portions += 1
     if portion or not num_portions:
-        yield splits
-    for split in [split for split in files if not splits[split]]:
-        is_faulty = len(faults) > num_faults if split == "train" else bool(faults)
-        if not is_faulty and not (split == "train" and num_portions):
-            name = files[split][0].name
-            fault = "no rows, expected at least one, or no such file"
-            faults.append(Fault(name, fault, f"Add rows to {name}, or remove it."))
+        yield portion
+
+
+def _no_rows(file: Path) -> Fault:
+    advice = f"Add rows to {file.name}, or remove it."
+    return Fault(file.name, "no rows, expected at least one, or no such file", advice)
 
 
 class _Tally:
@@ -201,61 +220,60 @@ class _Tally:
         self.faults: list[Fault] = []
         self._path, self._tokenizer = path, tokenizer
         self._max_length, self._template = max_length, template
-        self._end_tokens = list(
-            dict.fromkeys([*([tokenizer.eos_token] if tokenizer else []), *_END_TOKENS])
-        )
+        self._own_end = (tokenizer.eos_token if tokenizer else None) or ""
         self._found: dict[Fault, None] = {}  # in rows; those of valid and test come again
         self._warnings: dict[Fault, None] = {}
-        self._counts: dict[str, Counter[tuple[str, str]]] = {}  # by split: of (label, value)
-        self._unlabelled: dict[str, list[Fault]] = {label: [] for label in _ALL_OR_NONE}
+        self._counts: _Counts = {}
+        self._unlabelled: dict[str, list[str]] = {label: [] for label in _ALL_OR_NONE}  # places
         self._closest: list[ClosePair] = []
-        self._words, self._tokens = array("q"), array("q")
-        self._seen: dict[str, set[int]] = {what: set() for what in _THRESHOLDS}
+        self._words: Counter[int] = Counter()  # answers by their number of words
+        self._tokens: Counter[int] = Counter()  # rows by their number of tokens
+        self._seen = {what: Seen() for what in ("id", *_THRESHOLDS)}
         self._num_portions = 0
 
-    def add(self, splits: dict[str, list[Record]]) -> None:
-        """Take the next training rows, and the rows of the other splits, the same each time."""
+    def __enter__(self) -> "_Tally":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for seen in self._seen.values():
+            seen.close()
+
+    def add(self, new: _Rows, beside: _Rows) -> None:
+        """Take new rows, and compare them with each other and with those beside."""
         self._num_portions += 1
-        new = splits if self._num_portions == 1 else {"train": splits["train"]}
         rows = [record for records in new.values() for record in records]
-        every = [record for records in splits.values() for record in records]
+        every = rows + [record for records in beside.values() for record in records]
         lengths: list[int] = []
-        found: list[Fault] = []
         if self._tokenizer and self._template:
-            lengths, found = _count_tokens(self._tokenizer, rows, self._template)
+            lengths, unfit = _count_tokens(self._tokenizer, rows, self._template)
+            _keep(self._found, unfit)
         pairs = _close_pairs(every)
-        found += [
-            *_shared_ids(splits),
-            *_unknown_difficulties(rows),
-            *_too_long(rows, lengths, self._max_length),
-            *(_fault(pair) for pair in pairs if pair.similarity >= _THRESHOLDS[pair.what]),
-            *self._equal_to_earlier(new.get("train", [])),
-        ]
-        self._found |= dict.fromkeys(found)
-        warnings = (
-            _ends_of_text(rows, self._end_tokens),
-            _templates_in_text(rows),
-            _personal(rows),
-        )
-        self._warnings |= dict.fromkeys(fault for each in warnings for fault in each)
+        _keep(self._found, _shared_ids(new | beside))
+        here = {record.place for record in every}
+        _keep(self._found, _unknown_difficulties(rows))
+        _keep(self._found, _too_long(rows, lengths, self._max_length))
+        _keep(self._found, (_fault(p) for p in pairs if p.similarity >= _THRESHOLDS[p.what]))
+        _keep(self._found, self._equal_to_earlier(new, here))
+        _keep(self._warnings, odd_rows(rows, self._own_end))
         for split, records in new.items():
             self._count(split, records)
         for label, missing in self._unlabelled.items():
-            if len(missing) < _MAX_UNLABELLED:
-                missing += _missing_label(rows, label)
+            places = (record.source for record in rows if not getattr(record, label))
+            missing += islice(places, MAX_FAULTS - len(missing))
         self._closest = sorted({*self._closest, *pairs}, key=_order)[:_MAX_CLOSEST]
-        self._words.extend(len(fold(record.answer)) for record in rows)
-        self._tokens.extend(lengths)
+        self._words.update(len(fold(record.answer)) for record in rows)
+        self._tokens.update(lengths)
 
     def findings(self) -> Findings:
         """What was found in all."""
-        counts = self._counts
-        labelled = {label for count in counts.values() for label, value in count if value}
-        missing = (self._unlabelled[label] for label in _ALL_OR_NONE if label in labelled)
+        counts = {split: self._counts[split] for split in SPLIT_NAMES if split in self._counts}
+        labelled = [
+            label for label in _ALL_OR_NONE if any(any(own[label]) for own in counts.values())
+        ]
         self.faults += [
             *self._found,
-            *(fault for faults in missing for fault in faults),
-            *_unknown_categories({split: _values(counts[split], "category") for split in counts}),
+            *(fault for label in labelled for fault in _missing(label, self._unlabelled[label])),
+            *_unknown_categories({split: own["category"] for split, own in counts.items()}),
         ]
         warnings = list(self._warnings)
         if self._num_portions > 1:
@@ -266,55 +284,75 @@ class _Tally:
             warnings.append(Fault(self._path.name, text, "Compare smaller files to find more."))
         if self.faults:
             return Findings(self._path, self.faults, warnings, None)
-        tokens = self._tokens
         report = DataReport(
-            rows={split: _values(count, "rows")[""] for split, count in counts.items()},
-            readings={split: _as_lines(_values(counts[split], "reading")) for split in counts},
+            rows={split: own["rows"][""] for split, own in counts.items()},
+            readings={split: _as_lines(own["reading"]) for split, own in counts.items()},
             categories=_by_value(counts, "category"),
             difficulties=_by_value(counts, "difficulty"),
-            answer_words=(min(self._words), statistics.mean(self._words), max(self._words)),
+            answer_words=(min(self._words), _mean(self._words), max(self._words)),
             closest=self._closest,
-            token_lengths=(min(tokens), statistics.median(tokens), max(tokens)) if tokens else None,
+            token_lengths=_lengths(self._tokens) if self._tokens else None,
             warnings=warnings,
         )
         return Findings(self._path, [], warnings, report)
 
     def _count(self, split: str, records: list[Record]) -> None:
-        counts = self._counts.setdefault(split, Counter())
-        counts["rows", ""] += len(records)
-        for label in (*_ALL_OR_NONE[1:], "reading"):
-            for value, number in Counter(getattr(record, label) for record in records).items():
-                counts[label, value] += number
-        if any(record.id for record in records):
-            counts["id", "some"] += 1
+        counts = self._counts.setdefault(split, {label: Counter() for label in _COUNTED})
+        counts["rows"][""] += len(records)
+        counts["id"].update(bool(record.id) * "some" for record in records)
+        for label in _COUNTED[2:]:
+            values, count = Counter(getattr(record, label) for record in records), counts[label]
+            for value, number in values.items():
+                is_kept = value in count or len(count) < _MAX_VALUES
+                count[value if is_kept else _REST] += number
 
-    def _equal_to_earlier(self, records: list[Record]) -> Iterator[Fault]:
-        """Texts that equal one of an earlier portion: within one, pairs are found."""
-        for what, seen in self._seen.items():
-            hashes = {}
-            for record in records:
+    def _equal_to_earlier(self, new: _Rows, here: set[str]) -> Iterator[Fault]:
+        """Ids and texts of an earlier portion: within one, pairs are found.
+
+        Args:
+            new: rows.
+            here: the places of those that they were compared with.
+        """
+        for split, record in ((split, record) for split, rows in new.items() for record in rows):
+            for what in _THRESHOLDS:
                 words = " ".join(fold(getattr(record, what)))
-                if words:
-                    hashes[hash(words)] = record
-            for number in hashes.keys() & seen:
-                yield Fault(
-                    _place(hashes[number]),
-                    f"its {what} is the same as that of an earlier row, "
-                    f"expected under {_THRESHOLDS[what]:.0%}",
-                    "Remove or rewrite near-duplicates.",
-                    f"its {what} is that of an earlier row, or nearly",
-                )
-            seen.update(hashes)
+                first = self._seen[what].first(words, record.place) if words else ""
+                if first and first not in here:
+                    yield _fault(ClosePair(what, 1.0, first, record.place, ("", "")))
+            if record.id:
+                taken = self._seen["id"].first(record.id, f"{split}/{record.place}")
+                other, _, first = taken.partition("/")
+                # Within a split, reading the rows finds them.
+                if first and other != split and first not in here:
+                    yield _taken_id(record, first.removesuffix(f" ({record.id})"))
 
 
-def _values(counts: Counter[tuple[str, str]], label: str) -> Counter[str]:
-    return Counter({value: number for (name, value), number in counts.items() if name == label})
+def _keep(kept: dict[Fault, None], found: Iterable[Fault]) -> None:
+    """Add faults that are not there yet, up to a limit; the others are not looked for."""
+    if len(kept) >= MAX_FAULTS:
+        return
+    for fault in found:
+        kept[fault] = None
+        if len(kept) >= MAX_FAULTS:
+            text = f"after {MAX_FAULTS:,} of its kind no more was looked for"
+            kept[Fault(fault.place, text)] = None
+            return
 
 
-def _by_value(counts: dict[str, Counter[tuple[str, str]]], label: str) -> dict[str, dict[str, int]]:
-    own = {split: _values(count, label) for split, count in counts.items()}
-    names = sorted({name for counter in own.values() for name in counter if name})
-    return {name: {split: own[split][name] for split in counts} for name in names}
+def _mean(counts: Counter[int]) -> float:
+    return sum(value * number for value, number in counts.items()) / counts.total()
+
+
+def _lengths(counts: Counter[int]) -> tuple[int, float, int]:
+    """The shortest, the median and the longest."""
+    ordered, sums = sorted(counts), list(accumulate(counts[value] for value in sorted(counts)))
+    middle = [ordered[bisect(sums, (sums[-1] - 1 + odd) // 2)] for odd in (0, 1)]
+    return ordered[0], sum(middle) / 2, ordered[-1]
+
+
+def _by_value(counts: _Counts, label: str) -> dict[str, dict[str, int]]:
+    names = sorted({name for own in counts.values() for name in own[label] if name})
+    return {name: {split: own[label][name] for split, own in counts.items()} for name in names}
 
 
 def _as_lines(counts: Counter[str]) -> list[str]:
@@ -333,8 +371,8 @@ def _close_pairs(records: list[Record]) -> list[ClosePair]:
         ClosePair(
             what,
             pair.similarity,
-            _place(records[pair.first]),
-            _place(records[pair.second]),
+            records[pair.first].place,
+            records[pair.second].place,
             (getattr(records[pair.first], what), getattr(records[pair.second], what)),
         )
         for what, threshold in _THRESHOLDS.items()
@@ -361,23 +399,26 @@ def _shared_ids(splits: dict[str, list[Record]]) -> Iterator[Fault]:
         for record in filter(lambda record: record.id, records):
             other_split, other = first.setdefault(record.id, (split, record))
             if other_split != split:
-                fault = f"id {record.id!r} is taken by {other.source}"
-                yield Fault(record.source, fault, UNIQUE_ADVICE, TAKEN_ID)
+                yield _taken_id(record, other.source)
 
 
-def _missing_label(records: list[Record], label: str) -> Iterator[Fault]:
-    for record in records:
-        if not getattr(record, label):
-            fault = f"no {label}, expected one as other rows have"
-            advice = f"Give all rows a value for {label}, or none of them."
-            yield Fault(record.source, fault, advice)
+def _taken_id(record: Record, first: str) -> Fault:
+    message = f"id {record.id!r} is taken by {first}"
+    return Fault(record.source, message, UNIQUE_ADVICE, TAKEN_ID)
+
+
+def _missing(label: str, places: list[str]) -> Iterator[Fault]:
+    advice = f"Give all rows a value for {label}, or none of them."
+    for place in places:
+        yield Fault(place, f"no {label}, expected one as other rows have", advice)
 
 
 def _unknown_categories(counts: dict[str, Counter[str]]) -> Iterator[Fault]:
     """Categories of other splits that train does not have."""
     trained = counts.get("train", Counter()).keys() - {""}
+    are_known = trained and _REST not in trained
     for split, own in counts.items():
-        for category in sorted(own.keys() - trained - {""} if trained else ()):
+        for category in sorted(own.keys() - trained - {"", _REST} if are_known else ()):
             yield Fault(
                 split,
                 f"category {category!r} ({own[category]} rows) is not in train",
@@ -405,7 +446,7 @@ def _too_long(records: list[Record], lengths: list[int], max_length: int) -> Ite
         if length > max_length:
             fault = f"{length} tokens, expected at most {max_length}"
             yield Fault(
-                _place(record),
+                record.place,
                 fault,
                 "Shorten such rows, or allow longer ones.",
                 f"more than {max_length} tokens",
@@ -417,57 +458,5 @@ def _unknown_difficulties(records: list[Record]) -> Iterator[Fault]:
         if record.difficulty and record.difficulty not in DIFFICULTIES:
             expected = ", ".join(DIFFICULTIES)
             fault = f"difficulty: got {record.difficulty!r}, expected {expected}"
-            yield Fault(record.source, fault, kind=f"difficulty: expected {expected}")
-
-
-def _answers(record: Record) -> list[str]:
-    """The texts that are learned."""
-    said = [message.content for message in record.messages if message.role == "assistant"]
-    return said if record.messages else [record.completion]
-
-
-def _ends_of_text(records: list[Record], end_tokens: list[str]) -> Iterator[Fault]:
-    """Answers that end in the text of an end token. Training adds the token itself."""
-    for record in records:
-        endings = [answer.rstrip() for answer in _answers(record)]
-        for token in end_tokens:
-            if any(ending.endswith(token) for ending in endings):
-                yield Fault(
-                    record.source,
-                    f"an answer ends in the text {token!r}, which the model would learn to write "
-                    "out; training adds an end token by itself",
-                    "Remove this text from the answers.",
-                )
-
-
-def _templates_in_text(records: list[Record]) -> Iterator[Fault]:
-    """Conversations that hold the words of the template, which would then stand there twice."""
-    asks, answers = (word.strip() for word in QUESTION.split("{}"))
-    for record in records:
-        roles = {"user": asks, "assistant": answers}
-        for role, word in roles.items():
-            said = [m.content.strip() for m in record.messages if m.role == role]
-            if any(text.startswith(word) for text in said):
-                yield Fault(
-                    record.source,
-                    f"a text of the {role} begins with {word!r}, which the template adds",
-                    "Remove these words from the texts.",
-                )
-
-
-def _personal(records: list[Record]) -> Iterator[Fault]:
-    """Rows with addresses, numbers or keys, which an adapter would remember."""
-    for record in records:
-        texts = [message.content for message in record.messages]
-        whole = "\n".join([*texts, record.prompt, record.completion, record.follow_up])
-        for kind, start in find_personal(whole):
-            yield Fault(
-                _place(record),
-                f"holds what looks like {kind} ({start}), which an adapter would remember",
-                "Remove personal data, or write an invented one, such as name@example.com.",
-                f"holds what looks like {kind}, which an adapter would remember",
-            )
-
-
-def _place(record: Record) -> str:
-    return f"{record.source} ({record.id})" if record.id else record.source
+            advice = "Write one of these words, or name the key otherwise: it is not needed."
+            yield Fault(record.source, fault, advice, f"difficulty: expected {expected}")

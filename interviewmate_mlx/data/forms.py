@@ -34,6 +34,9 @@ _TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call")
 _MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos")
 _UNTRAINED = frozenset([*_TOOL_KEYS, *_MEDIA_KEYS])
 _MAX_KEYS = 10  # in a message
+# Of a conversation. Each answer is rendered with all that comes before it, which takes seconds
+# for so many, and hours for as many short ones as a row of 1 MB may hold.
+MAX_MESSAGES = 500
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,14 @@ class Message:
     role: str
     content: str
     input: str = ""
+
+
+class UnknownKeysError(ValueError):
+    """The keys of a row have no meaning here."""
+
+    advice = (
+        "Rename the keys of these rows; those of a table are the names of its columns, in row 1."
+    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,8 @@ def read_keys(present: tuple[str, ...], null: tuple[str, ...]) -> Reading:
         null: keys without one; they count only if nothing else can be meant.
 
     Raises:
-        ValueError: no form is found, or more than one.
+        UnknownKeysError: no form is found.
+        ValueError: more than one is.
     """
     names = _by_name(present)
     reading = _find_form(names) or _find_form(names | _by_name(null, names))
@@ -90,7 +102,7 @@ def read_keys(present: tuple[str, ...], null: tuple[str, ...]) -> Reading:
         given = (*present, *null)
         keys = ", ".join(brief(key) for key in given[:_MAX_KEYS]) or "(none)"
         more = f" and {len(given) - _MAX_KEYS} more" if len(given) > _MAX_KEYS else ""
-        raise ValueError(
+        raise UnknownKeysError(
             f"got the keys {keys}{more}, expected 'question' and 'answer' "
             "(or messages, prompt and completion, instruction and output, text)"
         )
@@ -199,15 +211,20 @@ def check_turns(messages: tuple[Message, ...], key: str = "messages") -> None:
     """Refuse a conversation in which user and assistant do not take turns, the user first.
 
     Raises:
-        ValueError: the roles are in another order.
+        ValueError: the roles are in another order, or there are too many messages.
     """
+    if len(messages) > MAX_MESSAGES:
+        raise ValueError(
+            f"{key}: got {len(messages)} messages, expected at most {MAX_MESSAGES}: "
+            "make several rows of this conversation"
+        )
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     expected = ["user", "assistant"] * (len(turns) // 2)
     if not turns or turns != expected:
         raise ValueError(
             f"{key}: got the roles {', '.join(roles[:10]) or '(none)'}, "
-            "expected user and assistant in turn, ending with assistant"
+            "expected user and assistant in turn, the user first and the assistant last"
         )
 
 

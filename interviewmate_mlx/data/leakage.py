@@ -1,4 +1,7 @@
-"""Finds near-duplicate texts in a data set.
+"""Finds equal and near-duplicate texts in a data set.
+
+Equal texts are found among any number of rows, because the disk holds what was seen. Nearly
+equal ones are found among texts in memory.
 
 The similarity of two texts is the Jaccard similarity of their sets of word 5-grams,
 after case, punctuation and white space are folded. A text of fewer words is one
@@ -6,12 +9,16 @@ gram. Equal texts are found first. The grams of all other texts are then sorted
 together, so that equal grams lie side by side.
 """
 
+import hashlib
 import re
+import sqlite3
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from interviewmate_mlx.errors import StorageError
 
 GRAM_WORDS = 5
 # From this similarity on, two texts are near-duplicates. A question has few grams, and one
@@ -25,9 +32,13 @@ ANSWER_THRESHOLD = 0.2
 # grams (MinHash). There are several such sorts, each with other hashes.
 _MAX_RARE_TEXTS = 64
 _NUM_SORTS, _NUM_NEIGHBOURS = 16, 2
+# A gram may count as common from fewer texts on, so that this many pairs of texts with a
+# gram that both have fit into some hundred MB.
+_MAX_GRAM_PAIRS = 1 << 24
 # Similarities are computed exactly for pairs that can reach the threshold, and for at
 # least this many of the closest ones, because reports show some.
-_MIN_COMPARED = 20
+_MIN_COMPARED, _MAX_COMPARED = 20, 1 << 20
+_CACHE_KB = 4 << 10  # of what was seen; the rest lies in a temporary file
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,50 @@ class Pair:
     first: int
     second: int
     similarity: float  # 1: equal after folding
+
+
+class Seen:
+    """Where each text or id was seen first. The memory that it takes does not grow with them."""
+
+    def __init__(self) -> None:
+        # Without a name: a temporary file of SQLite's, which ends with the connection.
+        self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        for words in (
+            "PRAGMA journal_mode = OFF",
+            f"PRAGMA cache_size = -{_CACHE_KB}",
+            "CREATE TABLE seen (text BLOB PRIMARY KEY, place TEXT) WITHOUT ROWID",
+            "BEGIN",
+        ):
+            self._file.execute(words)
+
+    def __enter__(self) -> "Seen":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the disk's space."""
+        self._file.close()
+
+    def first(self, text: str, place: str) -> str:
+        """The place where a text was seen before; "" if it was not, and from now on it is here.
+
+        Raises:
+            StorageError: the disk for temporary files is full.
+        """
+        key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        try:
+            added = self._file.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, place))
+            if added.rowcount:
+                return ""
+            found = self._file.execute("SELECT place FROM seen WHERE text = ?", (key,))
+        except sqlite3.Error as error:
+            raise StorageError(
+                f"Rows cannot be compared, because a temporary file cannot be written: {error}.\n"
+                "Make room where temporary files lie, or set TMPDIR to another folder."
+            ) from error
+        return str(found.fetchone()[0])
 
 
 def fold(text: str) -> list[str]:
@@ -72,7 +127,7 @@ def _compare(grams: list[np.ndarray], threshold: float) -> list[Pair]:
     shared = shared + np.minimum(num_common[first], num_common[second])
     bound = shared / np.maximum(1, sizes[first] + sizes[second] - shared)
     order = np.argsort(-bound, kind="stable")
-    num_likely = int((bound >= threshold).sum())
+    num_likely = min(int((bound >= threshold).sum()), _MAX_COMPARED)
     pairs = []
     for i in order[: max(num_likely, _MIN_COMPARED)]:
         one, other = int(first[i]), int(second[i])
@@ -116,15 +171,16 @@ def _sharing_pairs(
     values, owners = values[order], owners[order]
     starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))[: len(values)]
     counts = np.diff(np.append(starts, len(values)))
+    max_rare = _most_texts(counts)
     rare, with_first = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for start, count in zip(starts[counts > 1], counts[counts > 1], strict=True):
         group = owners[start : start + count]
-        if count <= _MAX_RARE_TEXTS:
+        if count <= max_rare:
             one, other = np.triu_indices(count, k=1)
             rare.append(group[one] * num_texts + group[other])
         else:
             with_first.append(group[0] * num_texts + group[1:])
-    common = np.repeat(counts > _MAX_RARE_TEXTS, counts)
+    common = np.repeat(counts > max_rare, counts)
     neighbours = _neighbours(values[common], owners[common], num_texts)
     pairs, shared = np.unique(np.concatenate(rare), return_counts=True)
     others = np.setdiff1d(np.concatenate([*with_first, neighbours]), pairs)
@@ -132,6 +188,18 @@ def _sharing_pairs(
     shared = np.concatenate([shared, np.zeros(len(others), np.int64)])
     num_common = np.bincount(owners[common], minlength=num_texts)
     return pairs // max(1, num_texts), pairs % max(1, num_texts), shared, num_common
+
+
+def _most_texts(counts: np.ndarray) -> int:
+    """In how many texts a gram may be to be rare.
+
+    Args:
+        counts: (num_grams,) int, the texts of each gram.
+    """
+    sizes = np.arange(_MAX_RARE_TEXTS + 1)
+    num_grams = np.bincount(counts[counts <= _MAX_RARE_TEXTS], minlength=len(sizes))
+    num_pairs = np.cumsum(num_grams * (sizes * (sizes - 1) // 2))
+    return int(sizes[num_pairs <= _MAX_GRAM_PAIRS][-1])
 
 
 def _neighbours(values: np.ndarray, owners: np.ndarray, num_texts: int) -> np.ndarray:

@@ -11,9 +11,10 @@ label is an error.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,32 @@ from interviewmate_mlx.data.forms import LABELS as LABELS
 from interviewmate_mlx.data.forms import Message as Message
 from interviewmate_mlx.data.forms import (
     Reading,
+    UnknownKeysError,
     as_text,
     check_turns,
     read_keys,
     read_messages,
     refuse_untrained,
 )
-from interviewmate_mlx.data.rows import ENDINGS, read_rows
+from interviewmate_mlx.data.leakage import Seen
+from interviewmate_mlx.data.rows import ENDINGS, Row, read_rows
 from interviewmate_mlx.errors import DataError, brief
 
 DIFFICULTIES = ("beginner", "intermediate", "advanced")
-_MAX_FAULTS = 100_000  # more than anybody reads; a file of 256 MB could have millions
+MAX_FAULTS = 100_000  # more than anybody reads; a file of 256 MB could have millions
 TAKEN_ID = "an id that an earlier row has"
 UNIQUE_ADVICE = "Give each row an id of its own."
 _MISSPELT_RATIO = 0.85  # from this difflib ratio on, an unknown key is a misspelt label
+_MAX_FILES = 10_000  # of a folder and those in it, looked through for splits
+_MAX_NAMED = 5  # of their folders
 SPLIT_NAMES = {
     "train": ("train",),
     "valid": ("valid", "validation", "val", "dev"),
     "test": ("test",),
 }
+# How the Hub names the files of its branch refs/convert/parquet, within a set's folder.
+_ANY_SPLIT = "|".join(name for names in SPLIT_NAMES.values() for name in names)
+_BRANCH_PART = re.compile(rf"(?<![^/])({_ANY_SPLIT})/\d{{4}}\.parquet$")
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,11 @@ class Record:
     follow_up: str = ""  # what an interviewer would ask next
     num_given: int = 0  # of the messages, the first ones, that carry no loss
     reading: str = ""  # how its keys were understood
+
+    @property
+    def place(self) -> str:
+        """Its file and line, with its id."""
+        return f"{self.source} ({self.id})" if self.id else self.source
 
     @property
     def question(self) -> str:
@@ -104,28 +117,64 @@ def split_files(path: Path) -> dict[str, list[Path]]:
         )
     if path.is_file():
         return {"train": [path]}
-    names = sorted(file.name for file in path.iterdir() if file.is_file())
-    found = {split: files_of_split(names, split) for split in SPLIT_NAMES}
-    if not found["train"]:
-        others = [name for name in names if name.endswith(ENDINGS)]
-        advice = f"It holds {brief(others[0])}: give that file." if len(others) == 1 else "Add one."
-        raise DataError(
-            f"{path} holds no train.jsonl and no train.json, .csv, .tsv or .parquet.\n{advice}"
-        )
-    for chosen in found.values():
+    found = folders_of_splits(_names_in(path))
+    own = {split: files_of_split(found.get("", []), split) for split in SPLIT_NAMES}
+    if not own["train"]:
+        raise _no_splits(path, [name for name in found if name])
+    for chosen in own.values():
         if chosen and (total := _num_parts(chosen[0])) > len(chosen):
             raise DataError(
                 f"{path} holds {len(chosen)} of {total} parts, such as {chosen[0]}.\n"
                 "Download the others, too."
             )
-    return {split: [path / name for name in chosen] for split, chosen in found.items() if chosen}
+    return {split: [path / name for name in chosen] for split, chosen in own.items() if chosen}
+
+
+def _names_in(path: Path) -> list[str]:
+    """The files of a folder, and of those in it that may hold a data set; not of all below."""
+    below = (found for depth in ("*", "*/*", "*/*/*") for found in path.glob(depth))
+    names = (file.relative_to(path).as_posix() for file in islice(below, _MAX_FILES))
+    return [name for name in names if name.endswith(ENDINGS)]
+
+
+def _no_splits(path: Path, folders: Sequence[str]) -> DataError:
+    others = sorted(f.name for f in path.iterdir() if f.is_file() and f.name.endswith(ENDINGS))
+    advice = f"It holds {brief(others[0])}: give that file." if len(others) == 1 else "Add one."
+    if folders:
+        named = ", ".join(str(path / folder) for folder in sorted(folders)[:_MAX_NAMED])
+        which = "that folder" if len(folders) == 1 else "one of these folders"
+        advice = f"There are such files in {named}: give {which}."
+    return DataError(
+        f"{path} holds no train.jsonl and no train.json, .csv, .tsv or .parquet.\n{advice}"
+    )
+
+
+def folders_of_splits(names: Iterable[str]) -> dict[str, list[str]]:
+    """Folders that hold a data set's splits, and the names of their files.
+
+    Args:
+        names: of files, with their folders: `data/train.csv`, `easy/train/0000.parquet`.
+
+    Returns:
+        by folder, which ends in a slash if it is not the root.
+    """
+    by_folder: dict[str, list[str]] = {}
+    for name in names:
+        file = found[0] if (found := _BRANCH_PART.search(name)) else name.rpartition("/")[2]
+        by_folder.setdefault(name.removesuffix(file), []).append(file)
+    splits = {
+        folder: [file for split in SPLIT_NAMES for file in files_of_split(files, split)]
+        for folder, files in by_folder.items()
+        if files_of_split(files, "train")
+    }
+    return {folder: [folder + file for file in files] for folder, files in splits.items()}
 
 
 def files_of_split(names: Iterable[str], split: str) -> list[str]:
     """The file of a split among those of a folder, or its parts as the Hub names them.
 
-    Of several files with a split's name, the first ending counts: `train.jsonl` before
-    `train.parquet`.
+    Parts are `train-00000-of-00002.parquet`, or `train/0000.parquet` and the next. Of several
+    files with a split's name, the first ending counts: `train.jsonl` before `train.parquet`.
 
     Args:
         names: of the files in one folder.
@@ -137,7 +186,7 @@ def files_of_split(names: Iterable[str], split: str) -> list[str]:
         return [first]
     for name in SPLIT_NAMES[split]:
         for ending in ENDINGS:
-            part = re.compile(rf"{name}-\d+-of-\d+(-[0-9a-f]+)?{re.escape(ending)}")
+            part = re.compile(rf"{name}(-\d+-of-\d+(-[0-9a-f]+)?|/\d{{4}}){re.escape(ending)}")
             if parts := sorted(filter(part.fullmatch, there)):
                 return parts
     return []
@@ -178,31 +227,35 @@ def scan_records(*paths: Path) -> tuple[list[Record], list[Fault]]:
 def iterate_records(*paths: Path) -> Iterator[Record | Fault]:
     """The rows of a file one after the other, each checked, or its fault."""
     num_faults = 0
-    first_place: dict[str, str] = {}  # of each id
-    for path in paths:
-        for row in read_rows(path):
-            source = f"{path.name} {row.place}".strip()
-            if num_faults == _MAX_FAULTS:
-                yield Fault(source, f"after {_MAX_FAULTS} faults nothing more was read")
-                return
-            fault = Fault(source, row.fault, row.advice) if row.fault else None
-            record = None
-            if not fault:
-                try:
-                    record = read_row(row.value, source)
-                except ValueError as error:
-                    fault = Fault(source, str(error))
-            if record and record.id:
-                first = first_place.setdefault(record.id, source)
-                if first is not source:
+    with Seen() as ids:
+        for path in paths:
+            for row in read_rows(path):
+                source = f"{path.name} {row.place}".strip()
+                if num_faults == MAX_FAULTS:
+                    yield Fault(source, f"after {MAX_FAULTS} faults nothing more was read")
+                    return
+                record, fault = _check(row, source)
+                if record and record.id and (first := ids.first(record.id, source)):
                     place = first.removeprefix(f"{path.name} ")
                     taken = f"id {record.id!r} is taken by {place}; expected each id once"
                     fault = Fault(source, taken, UNIQUE_ADVICE, TAKEN_ID)
-            if fault:
-                num_faults += 1
-                yield fault
-            if record:
-                yield record
+                if fault:
+                    num_faults += 1
+                    yield fault
+                if record:
+                    yield record
+
+
+def _check(row: Row, source: str) -> tuple[Record | None, Fault | None]:
+    """A row as a record, or what is wrong with it."""
+    if row.fault:
+        return None, Fault(source, row.fault, row.advice)
+    try:
+        return read_row(row.value, source), None
+    except UnknownKeysError as error:
+        return None, Fault(source, str(error), error.advice)
+    except ValueError as error:
+        return None, Fault(source, str(error))
 
 
 def readings(records: Iterable[Record]) -> list[str]:
@@ -253,7 +306,7 @@ def read_row(row: object, source: str) -> Record:
     reading = read_keys(present, null)
     keys = reading.keys
     labels: dict[str, Any] = {name: _label(row, keys[name]) for name in LABELS if name in keys}
-    labels["reading"] = str(reading)
+    labels |= {"difficulty": labels.get("difficulty", "").casefold(), "reading": str(reading)}
     match reading.form:
         case "messages":
             messages = read_messages(_parsed(row[keys["messages"]]), keys["messages"])
@@ -310,7 +363,10 @@ def _parsed(value: object) -> object:
         try:
             return json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"messages: got text that is not JSON: {brief(value)}") from error
+            raise ValueError(
+                f"messages: got text that is not JSON: {brief(value)}, expected a list like "
+                '[{"role": "user", "content": "..."}, ...]'
+            ) from error
     return value
 
 

@@ -37,6 +37,11 @@ _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 _PARQUET = b"PAR1"
 _WRAPPERS = ("train", "data")
+_MAX_KEYS = 5  # of an object, in a message
+_LIST_ADVICE = (
+    "Give a list of rows, [{...}, {...}], or JSON Lines: one JSON object a line. pandas writes "
+    "these with to_json(path, orient='records', lines=True)."
+)
 # The first bytes of what is not text, or not rows, and how to make rows of it.
 _KINDS = {
     b"ARROW1": ("Arrow", "Write its rows as JSON Lines: one JSON object a line."),
@@ -171,7 +176,7 @@ def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes, int]]:
 def _read_table(file: IO[bytes], delimiter: str) -> Iterator[Row]:
     try:
         for row in read_table((line for _, line, _ in _lines(file)), delimiter):
-            size = sum(map(len, row.cells.values()))
+            size = sum(len(text) for text in row.cells.values() if text)
             fault = row.fault
             if size > _MAX_ROW_BYTES:
                 fault = f"got {size} characters, expected at most {_MAX_ROW_BYTES} in a row"
@@ -220,7 +225,12 @@ def _refuse_encoding(path: Path, head: bytes) -> None:
 
 
 def _encoding_fault(path: Path, found: str) -> _FileFaultError:
-    return _FileFaultError(f"encoding: got {found}, expected UTF-8", f"Save {path.name} as UTF-8.")
+    return _FileFaultError(f"encoding: got {found}, expected UTF-8", _encoding_advice(path))
+
+
+def _encoding_advice(path: Path) -> str:
+    in_excel = "; Excel calls it CSV UTF-8" if path.name.endswith(_TABLES) else ""
+    return f"Save {path.name} as UTF-8{in_excel}."
 
 
 def _is_utf8_line(line: bytes) -> bool:
@@ -237,13 +247,13 @@ def _parse_list(path: Path, data: bytes, is_lines_by_name: bool) -> list[Any] | 
     Raises:
         _FileFaultError: it holds neither.
     """
-    advice = "Give a list of rows, [{...}, {...}], or JSON Lines: one JSON object a line."
+    advice = _LIST_ADVICE
     try:
         if len(data) > _MAX_LIST_BYTES:
             raise ValueError(f"it is larger than {_MAX_LIST_BYTES >> 20} MB, the most for a list")
         value = json.loads(data.decode("utf-8"), object_pairs_hook=without_duplicates)
     except UnicodeDecodeError as error:
-        fault, advice = f"not UTF-8 at byte {error.start}", f"Save {path.name} as UTF-8."
+        fault, advice = f"not UTF-8 at byte {error.start}", _encoding_advice(path)
     except json.JSONDecodeError as error:
         fault = f"not JSON: {error}"
     except (ValueError, RecursionError) as error:
@@ -253,10 +263,19 @@ def _parse_list(path: Path, data: bytes, is_lines_by_name: bool) -> list[Any] | 
             return rows
         if isinstance(value, list) and (not is_lines_by_name or _are_objects(value)):
             return value
-        fault = f"got a JSON {type(value).__name__}, expected a list of rows"
+        fault = f"got {_in_words(value)}, expected a list of rows"
     if (is_lines_by_name or data.lstrip()[:1] == b"{") and _are_lines(data):
         return None
     raise _FileFaultError(fault, advice)
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, dict):
+        keys = [brief(key) for key in value]
+        more = ", ..." if len(keys) > _MAX_KEYS else ""
+        return f"a JSON object with the keys {', '.join(keys[:_MAX_KEYS]) or '(none)'}{more}"
+    kind = "a JSON list" if isinstance(value, list) else "JSON"
+    return f"{kind}: {brief(value)}"
 
 
 def _wrapped_rows(value: dict[str, Any]) -> list[Any] | None:

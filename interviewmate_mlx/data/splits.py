@@ -155,7 +155,7 @@ def content_id(record: Record) -> str:
 def _sort_key(row: dict[str, Any], row_id: str, seed: int) -> tuple[str, str, str]:
     digest = hashlib.sha256(f"{seed}:{row_id}".encode()).hexdigest()
     by_name = {key.strip().casefold(): value for key, value in row.items()}
-    return str(by_name.get("category", "")), str(by_name.get("difficulty", "")), digest
+    return str(by_name.get("category") or ""), str(by_name.get("difficulty") or ""), digest
 
 
 def _deal(held: list[int], num_new: int, shares: tuple[float, float, float]) -> list[str]:

@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from interviewmate_mlx.data.records import Message
+from interviewmate_mlx.data.forms import MAX_MESSAGES, Message
 from interviewmate_mlx.errors import ConfigError, DataError, InterviewMateError, ModelError, brief
 from interviewmate_mlx.files import read_bounded
 from interviewmate_mlx.formats.jinja_file import MAX_TEXT_CHARS, TemplateFault, read_template
@@ -302,6 +302,11 @@ def lay_out(template: Template, tokenizer: "Tokenizer", messages: Sequence[Messa
         ConfigError, ModelError: the template cannot be used.
         DataError: it cannot be used for these messages.
     """
+    if len(messages) > MAX_MESSAGES:
+        raise DataError(
+            f"{template} cannot show {len(messages)} messages, at most {MAX_MESSAGES}.\n"
+            "Begin a new conversation, or make several of this one."
+        )
     special = special_of(tokenizer)
     hidden = special.hide(text for message in messages for text in (message.content, message.input))
     shown = [_as_values(message, hidden, special) for message in messages]

@@ -4,6 +4,7 @@ What is in a cell is text and nothing else: a formula is not computed.
 """
 
 import csv
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,11 @@ from interviewmate_mlx.errors import brief
 
 MAX_COLUMNS = 1000
 _DELIMITERS = (",", ";", "\t", "|")
+_SEPARATOR = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)  # Excel's line above all others
+_FAULTS = (  # of Python's reader, by a part of what it says
+    ("expected after", 'a quote within a quoted cell, expected two of them: ""'),
+    ("new-line character", "a carriage return within a line, expected a quoted cell"),
+)
 
 
 class TableFault(Exception):  # noqa: N818  a value's reason
@@ -23,12 +29,12 @@ class TableRow:
 
     Attributes:
         number: as a spreadsheet counts: the names of the columns are row 1.
-        cells: text by column; a cell that is empty is left out.
+        cells: text by column; None for a cell that is empty.
         fault: why it cannot be read; "" if it can.
     """
 
     number: int
-    cells: dict[str, str]
+    cells: dict[str, str | None]
     fault: str = ""
 
 
@@ -46,6 +52,10 @@ def read_table(lines: Iterable[bytes], delimiter: str = "") -> Iterator[TableRow
     first = next(iter(text), "")
     if text.fault:
         raise TableFault(text.fault)
+    if separator := _SEPARATOR.fullmatch(first):  # a sheet does not show it
+        delimiter, first = separator[1], next(iter(text), "")
+    if "\r" in _unquoted(first).rstrip("\r\n"):
+        raise TableFault("its lines end in carriage returns alone, as those of old Macs")
     delimiter = delimiter or find_delimiter(first)
     text.push(first)
     rows = csv.reader(text, delimiter=delimiter, strict=True)
@@ -74,13 +84,17 @@ def find_delimiter(header: str) -> str:
     Raises:
         TableFault: it has two of them equally often.
     """
-    plain = "".join(header.split('"')[::2])
+    plain = _unquoted(header)
     most, second = sorted(_DELIMITERS, key=plain.count, reverse=True)[:2]
     if 0 < plain.count(most) == plain.count(second):
         raise TableFault(
             f"its first row can be read in two ways: as columns between {most!r} or {second!r}"
         )
     return most
+
+
+def _unquoted(line: str) -> str:
+    return "".join(line.split('"')[::2])
 
 
 @dataclass
@@ -102,7 +116,8 @@ def _next(rows: Iterator[list[str]], text: "_Decoded", number: int) -> _Values |
             ) from error
         if text.is_over:
             raise TableFault(f"a quote that opens in row {number} does not close") from error
-        return _Values([], str(error))
+        said = (words for part, words in _FAULTS if part in str(error))
+        return _Values([], next(said, str(error)))
     finally:
         csv.field_size_limit(limit)
     if text.fault:
@@ -116,9 +131,10 @@ def _as_row(number: int, names: list[str], values: list[str]) -> TableRow:
     if len(values) != len(names):
         got, expected = (f"{count} cell{'' if count == 1 else 's'}" for count in
                          (len(values), len(names)))  # fmt: skip
-        return TableRow(number, {}, f"got {got}, expected {expected}, as in row 1")
+        columns = brief(", ".join(names))
+        return TableRow(number, {}, f"got {got}, expected {expected}, as in row 1: {columns}")
     pairs = zip(names, values, strict=True)
-    return TableRow(number, {name: text for name, text in pairs if name and text.strip()})
+    return TableRow(number, {name: text if text.strip() else None for name, text in pairs if name})
 
 
 class _Decoded:

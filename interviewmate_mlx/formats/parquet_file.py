@@ -39,7 +39,8 @@ def read_parquet(path: Path) -> Generator[tuple[str, Any], None, None]:
             "Parquet needs pyarrow, which is not installed",
             'Install it: pip install "interviewmate-mlx[parquet]".',
         )
-    words = [sys.executable, "-P", "-m", __name__, str(path.resolve())]
+    # By its file, which needs nothing of this package: it may not be installed, only be found.
+    words = [sys.executable, "-P", __file__, str(path.resolve())]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
     try:

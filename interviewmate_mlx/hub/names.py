@@ -5,6 +5,7 @@ The same rules hold for bases and for data sets.
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,16 +41,30 @@ def local_path(name: str | Path) -> Path:
 
 def is_path(name: str) -> bool:
     """Whether the name of a base means a path here, and so nothing to others."""
-    return bool(name) and not shipped_base(name) and _is_local(name)
+    if not name or shipped_base(name):
+        return False
+    return local_path(name).exists() or not is_hub_id(name)
 
 
 def is_data_path(name: str) -> bool:
     """Whether the name of a data set means a path here, and so nothing to others."""
-    return bool(name) and not shipped_data(name) and _is_local(name)
+    if not name or shipped_data(name):
+        return False
+    return local_path(name).exists() or not is_hub_data(name)
 
 
-def _is_local(name: str) -> bool:
-    return local_path(name).exists() or not is_hub_id(name)
+def is_hub_data(name: str) -> bool:
+    """Whether a name that is not a local path can be a data set on the Hub.
+
+    It is a Hub id, perhaps with a revision and one of its folders: `owner/name@revision:folder`.
+    """
+    return is_hub_id(_parts(name)[0])
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """A data set's Hub id, its revision and its folder; "" for what is not named."""
+    found = re.fullmatch(r"([^@:]*/[^@:]*)(?:@([^:@]+))?(?::([^:@]+))?", name)
+    return (found[1], found[2] or "", found[3] or "") if found else (name, "", "")
 
 
 def is_hub_id(name: str) -> bool:
@@ -59,7 +74,7 @@ def is_hub_id(name: str) -> bool:
     below an existing folder, counts as a path.
     """
     path = Path(name)
-    looks_local = name.startswith((".", "/", "~")) or path.suffix in _SUFFIXES
+    looks_local = name.startswith((".", "/", "~")) or path.suffix in _SUFFIXES or ":" in name
     return name.count("/") == 1 and not looks_local and not path.parent.exists()
 
 
@@ -67,7 +82,8 @@ def fetch_data(name: str | Path, progress: Progress | None = None) -> Path:
     """The folder or file of a data set, by its name. A Hub id is pulled.
 
     Args:
-        name: a shipped name, a path, or a Hub id. A path need not exist.
+        name: a shipped name, a path, or a Hub id, perhaps with a revision and a folder. A path
+            need not exist.
         progress: called with bytes done and bytes in all while a Hub id is pulled.
 
     Raises:
@@ -79,10 +95,11 @@ def fetch_data(name: str | Path, progress: Progress | None = None) -> Path:
         _warn_of_namesake(name, folder)
         return folder
     path = local_path(name)
-    if path.exists() or not is_hub_id(name):
+    if path.exists() or not is_hub_data(name):
         return path
+    repo_id, revision, chosen = _parts(name)
     with _after_looking_here(name, "file or folder"):
-        return pull_dataset(name, progress=progress)
+        return pull_dataset(repo_id, revision or None, chosen, progress=progress)
 
 
 def fetch_model(

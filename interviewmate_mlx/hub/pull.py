@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 
-from interviewmate_mlx.data.records import SPLIT_NAMES, files_of_split
+from interviewmate_mlx.data.records import folders_of_splits
 from interviewmate_mlx.errors import HubError, list_faults
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.formats.model_files import (
@@ -44,7 +44,8 @@ _WITHOUT_HUB = {
     "dataset": "Without the Hub, these work: interview (the questions that are shipped), a file or "
     "folder here.",
 }
-_DATA_FOLDERS = ("", "data/")
+_DATA_FOLDERS = ("", "data/")  # before others
+_PARQUET_BRANCH = "refs/convert/parquet"  # which the Hub makes of most data sets
 REQUEST_TIMEOUT_S = 10.0
 
 # Chooses files of a repository: (its id, all file names, fetch one file by name) -> chosen names
@@ -86,7 +87,11 @@ def pull(
 
 
 def pull_dataset(
-    repo_id: str, revision: str | None = None, *, progress: Progress | None = None
+    repo_id: str,
+    revision: str | None = None,
+    folder: str = "",
+    *,
+    progress: Progress | None = None,
 ) -> Path:
     """Download a data set's files; return the folder that holds them.
 
@@ -94,13 +99,27 @@ def pull_dataset(
     repository's root, in its `data` folder, or in the only other folder that has such files.
     The rest is as for `pull`.
 
+    Args:
+        repo_id: as in "openai/gsm8k".
+        revision: a branch, a tag or a commit; main by default.
+        folder: of the repository, where it holds several sets.
+        progress: as for `pull`.
+
     Raises:
-        HubError: as for `pull`, or the repository has no train.jsonl and no train.json.
+        HubError: as for `pull`, or the repository has no train.jsonl and no train.json, or has
+            them in several folders.
         StorageError: as for `pull`.
     """
-    pulled = _pull("dataset", repo_id, revision, _choose_data_files, progress)
-    there = [file.relative_to(pulled.path).as_posix() for file in pulled.path.rglob("*.*")]
-    return pulled.path / next(iter(_folders_of_splits(there)))
+    chosen = ""
+
+    def choose(repo_id: str, names: Collection[str], _: object) -> list[str]:
+        nonlocal chosen
+        found = _choose_set(repo_id, names, revision, folder)
+        chosen = found
+        return folders_of_splits(names)[found]
+
+    pulled = _pull("dataset", repo_id, revision, choose, progress)
+    return pulled.path / chosen
 
 
 def _pull(
@@ -192,40 +211,32 @@ def _choose_model_files(
     return chosen + shards
 
 
-def _choose_data_files(
-    repo_id: str, names: Collection[str], read: Callable[[str], Path]
-) -> list[str]:
-    found = _folders_of_splits(names)
-    if len(found) > 1:
+def _choose_set(repo_id: str, names: Collection[str], revision: str | None, folder: str) -> str:
+    """The folder whose files are the data set; it ends in a slash, if it is not the root."""
+    found = folders_of_splits(names)
+    at = f"@{revision}" if revision else ""
+    if folder:
+        if (wanted := folder.strip("/") + "/") in found:
+            return wanted
         raise HubError(
-            f"{repo_id} holds several data sets:\n{list_faults(sorted(found), max_shown=20)}\n"
-            "Download one of them, and give its folder:\n"
-            f"  hf download {repo_id} --repo-type dataset --local-dir FOLDER"
+            f"{repo_id}{at} has no rows to train on in its folder {folder}"
+            + (f", but in\n{list_faults(sorted(found), 20)}\n" if found else ".\n")
+            + "Choose another folder or data set."
         )
+    if first := [each for each in _DATA_FOLDERS if each in found] or list(found)[: len(found) < 2]:
+        return first[0]
     if found:
-        return next(iter(found.values()))
+        one = sorted(found)[0].removesuffix("/")
+        raise HubError(
+            f"{repo_id} holds several data sets:\n{list_faults(sorted(found), 20)}\n"
+            f"Name one of them behind a colon, as in {repo_id}{at}:{one}"
+        )
     others = sorted(n for n in names if n.endswith((".jsonl", ".json", ".csv", ".parquet")))
+    as_parquet = f"{repo_id}@{_PARQUET_BRANCH}"
     raise HubError(
         f"{repo_id} has no train.jsonl and no train.json, .csv, .tsv or .parquet"
         + (f", but\n{list_faults(others, max_shown=5)}\n" if others else ".\n")
-        + "Choose another data set, or save this one as JSONL and give that file:\n"
+        + (f"Try the Hub's own copy as Parquet, {as_parquet}, c" if not at else "C")
+        + "hoose another data set, or save this one as JSONL and give that file:\n"
         f"  datasets.load_dataset({repo_id!r})['train'].to_json('train.jsonl')"
     )
-
-
-def _folders_of_splits(names: Collection[str]) -> dict[str, list[str]]:
-    """The folder that holds a data set's splits, and the names of their files.
-
-    The root comes before `data`, and that before other folders, of which there may be several.
-    """
-    by_folder: dict[str, list[str]] = {}
-    for name in names:
-        folder, slash, file = name.rpartition("/")
-        by_folder.setdefault(folder + slash, []).append(file)
-    found = {}
-    for folder, files in by_folder.items():
-        splits = {split: files_of_split(files, split) for split in SPLIT_NAMES}
-        if splits["train"]:
-            found[folder] = [folder + file for each in splits.values() for file in each]
-    first = next((folder for folder in _DATA_FOLDERS if folder in found), None)
-    return found if first is None else {first: found[first]}

@@ -11,7 +11,7 @@ from typing import Any
 from interviewmate_mlx.config import RunConfig, shipped_data
 from interviewmate_mlx.data.check import check_data
 from interviewmate_mlx.errors import InterviewMateError
-from interviewmate_mlx.hub.names import fetch_data, is_hub_id
+from interviewmate_mlx.hub.names import fetch_data, is_hub_data
 from interviewmate_mlx.results import findings
 from interviewmate_mlx.results.plots import Line, can_plot, line_plot
 from interviewmate_mlx.results.runs import Curve, FinishedRun, smoothed
@@ -142,7 +142,7 @@ def _kind(run: RunConfig) -> str:
 
 def _data_in_words(path: str) -> str:
     """A data set's splits and whether they are sound, where it is here to be looked at."""
-    if is_hub_id(path) and not shipped_data(path):
+    if is_hub_data(path) and not shipped_data(path):
         return "on the Hub; not looked at again"
     try:
         report = check_data(fetch_data(path))

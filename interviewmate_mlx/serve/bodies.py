@@ -9,11 +9,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from interviewmate_mlx.coach.interview import Grade
 from interviewmate_mlx.coach.sampling import Sampling
+from interviewmate_mlx.data.forms import MAX_MESSAGES
 from interviewmate_mlx.files import is_utf8
 
 MAX_CHOICES = 16
 _MAX_STOPS = 16
-_MAX_MESSAGES = 1000
 # Values of keys that are not supported, by which a client says that it does not want them.
 _OFF: dict[str, Any] = {
     "response_format": {"type": "text"},
@@ -135,7 +135,7 @@ class ChatMessage(Body):
 class ChatBody(Generation):
     """`POST /v1/chat/completions`"""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

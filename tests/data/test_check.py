@@ -2,28 +2,33 @@
 
 import json
 import random
+import statistics
 import time
 import tracemalloc
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from checkpoints import write_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from interviewmate_mlx.config import shipped
-from interviewmate_mlx.data import check
+from interviewmate_mlx.data import check, leakage
 from interviewmate_mlx.data.check import check_data, inspect_data
 from interviewmate_mlx.data.leakage import (
     ANSWER_THRESHOLD,
     QUESTION_THRESHOLD,
+    Seen,
     fold,
     similar_pairs,
 )
 from interviewmate_mlx.data.splits import SPLITS, split_rows
-from interviewmate_mlx.errors import DataError
+from interviewmate_mlx.errors import DataError, StorageError
 
 TRAIN = shipped("data/interview") / "train.jsonl"
 ROWS = [json.loads(line) for line in TRAIN.read_text().splitlines()]
@@ -393,6 +398,87 @@ def test_report_of_rows_in_parts_is_that_of_the_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "MAX_COMPARED_ROWS", 10)
     parts = check_data(path)
     assert replace(parts, closest=[], warnings=[]) == replace(whole, closest=[], warnings=[])
+
+
+def test_texts_and_ids_of_large_splits_are_compared_through_the_disk(tmp_path, monkeypatch):
+    """Also where valid is in parts: only its first stays in memory."""
+    rows, valid = many_rows(30), many_rows(60)[30:]
+    valid[25]["question"] = rows[3]["question"].upper()
+    valid[26]["id"] = rows[4]["id"]
+    valid[27]["category"] = "unknown"
+    rows[29]["answer"] = rows[1]["answer"]
+    folder = write(tmp_path / "data", train=rows, valid=valid)
+    whole = inspect_data(folder)
+    monkeypatch.setattr(check, "MAX_COMPARED_ROWS", 10)
+    parts = inspect_data(folder)
+    assert len(parts.faults) == len(whole.faults) == 4
+    messages = [f"{fault.place}: {fault.message}" for fault in parts.faults]
+    for expected in (
+        "train.jsonl line 4 (3): its question is the same as that of valid.jsonl line 26 (55)",
+        "train.jsonl line 5: id '4' is taken by valid.jsonl line 27",
+        "train.jsonl line 30 (29): its answer is the same as that of train.jsonl line 2 (1)",
+        "valid: category 'unknown' (1 rows) is not in train",
+    ):
+        assert any(message.startswith(expected) for message in messages), messages
+    del valid[25:28], rows[29]
+    folder = write(tmp_path / "data", train=rows, valid=valid)
+    assert list(check_data(folder).rows.items()) == [("train", 29), ("valid", 27)]
+
+
+def test_faults_and_values_without_end_are_kept_to_a_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "MAX_FAULTS", 5)
+    monkeypatch.setattr(check, "_MAX_VALUES", 3)
+    rows = many_rows(20)
+    for n, row in enumerate(rows):
+        row |= {"category": f"c{n}", "follow_up": f"Ask n{n}@firm.com."}
+    found = inspect_data(write(tmp_path / "data", train=rows))
+    assert found.report.categories == {name: {"train": 1} for name in ("c0", "c1", "c2")} | {
+        "(others)": {"train": 17}
+    }
+    assert [fault.place for fault in found.warnings[:5]] == [f"train.jsonl line {n + 1} ({n})"
+                                                             for n in range(5)]  # fmt: skip
+    assert found.warnings[5].message == "after 5 of its kind no more was looked for"
+    assert len(found.warnings) == 6
+    for row in rows:
+        row["difficulty"] = "odd"
+    assert len(inspect_data(write(tmp_path / "data", train=rows)).faults) == 6
+
+
+@given(st.lists(st.integers(0, 9), min_size=1))
+def test_lengths_are_those_of_a_list(values):
+    expected = min(values), statistics.median(values), max(values)
+    assert check._lengths(Counter(values)) == expected
+    assert check._mean(Counter(values)) == pytest.approx(statistics.mean(values))
+
+
+def test_seen_tells_where_a_text_was_first_whatever_it_holds():
+    texts = ["", "a", "A", "\0", "a\0", "漢", "a' OR 1=1", "x" * 100_000] * 2
+    with Seen() as seen:
+        places = [seen.first(text, f"line {n}") for n, text in enumerate(texts)]
+    assert places == [""] * 8 + [f"line {n}" for n in range(8)]
+
+
+def test_full_disk_of_what_was_seen_is_a_message():
+    with Seen() as seen:
+        seen._file.execute("PRAGMA max_page_count = 3")
+        with pytest.raises(StorageError, match=r"cannot be written: .* full.*\n.*TMPDIR"):
+            [seen.first(str(n), "x" * 100) for n in range(1000)]
+
+
+def test_many_grams_of_many_texts_are_compared_in_bounded_memory(monkeypatch):
+    """Families of as many texts as a rare gram may have: each row is found through the first."""
+    texts = [
+        f"{family} is the {family * 7} family of these {family * 11} long texts and its number {n}"
+        for family in range(20)
+        for n in range(50)
+    ]
+    whole = similar_pairs(texts, 0.5)
+    monkeypatch.setattr(leakage, "_MAX_GRAM_PAIRS", 1000)
+    fewer = similar_pairs(texts, 0.5)
+    assert len(whole) == 20 * 50 * 49 // 2
+    assert len(fewer) < len(whole) / 2
+    found = [{p.second for p in pairs if p.similarity >= 0.5} for pairs in (whole, fewer)]
+    assert found[0] == found[1] == {n for n in range(1000) if n % 50}
 
 
 @pytest.mark.slow

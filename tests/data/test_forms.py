@@ -26,6 +26,7 @@ from interviewmate_mlx.data.records import (
     scan_records,
 )
 from interviewmate_mlx.data.splits import split_rows
+from interviewmate_mlx.data.templates import choose_template
 from interviewmate_mlx.errors import DataError
 
 ROWS = [
@@ -192,6 +193,22 @@ def test_row_is_understood_and_says_how(tmp_path, row, reading):
     assert (record.messages, record.reading) == (QA, reading)
 
 
+@pytest.mark.parametrize("base", ["plain", "alpaca", "chatml"])
+def test_the_same_row_in_every_form_is_the_same_tokens(tokenizer, tmp_path, base):
+    rows = [row for row, _ in READINGS] + [{"instruction": "Q", "input": "", "output": "A"}]
+    template = choose_template(base, tokenizer)
+    examples = [
+        example
+        for row in rows
+        for example in encode_records(
+            tokenizer, [record_of(tmp_path, row)], 99, "answer", template
+        )[0]
+    ]
+    assert len(examples) == len(rows)
+    assert len({(e.tokens.tobytes(), e.loss_mask.tobytes()) for e in examples}) == 1
+    assert tokenizer.decode(examples[0].tokens[examples[0].loss_mask]).strip() == "A<|endoftext|>"
+
+
 def test_input_and_context_belong_to_an_instruction(tmp_path):
     for name in ("input", "context", "Context"):
         row = {"instruction": "Q", name: "I", "response": "A"}
@@ -305,12 +322,11 @@ def test_faulty_rows_of_a_table_are_named_as_a_sheet_counts_them(tmp_path):
     records, faults = scan_records(path)
     assert [(r.source, r.id) for r in records] == [("rows.csv row 2", "1"), ("rows.csv row 5", "2")]
     assert [(fault.place, fault.message) for fault in faults] == [
-        ("rows.csv row 3", "got 1 cell, expected 3 cells, as in row 1"),
-        ("rows.csv row 6", "got 4 cells, expected 3 cells, as in row 1"),
+        ("rows.csv row 3", "got 1 cell, expected 3 cells, as in row 1: 'question, answer, id'"),
+        ("rows.csv row 6", "got 4 cells, expected 3 cells, as in row 1: 'question, answer, id'"),
         ("rows.csv row 7", "not UTF-8 at byte 3 of the line"),
-        ("rows.csv row 8", "',' expected after '\"'"),
-        ("rows.csv row 9", "got the keys 'question', 'id', expected 'question' and 'answer' "
-         "(or messages, prompt and completion, instruction and output, text)"),
+        ("rows.csv row 8", 'a quote within a quoted cell, expected two of them: ""'),
+        ("rows.csv row 9", "answer: got nothing, expected a string"),
     ]  # fmt: skip
 
 
@@ -331,6 +347,21 @@ def test_parts_of_a_split_are_read_in_order_and_must_all_be_there(tmp_path):
     part.unlink()
     with pytest.raises(DataError, match="holds 1 of 2 parts, such as train-00000-of-00002"):
         load_splits(tmp_path)
+
+
+def test_folder_of_folders_says_which_one_to_give(tmp_path):
+    for name in ("hard/train-00000-of-00001.parquet", "easy/train/0000.parquet", "deep/a/b/c.csv"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(as_parquet(ROWS))
+    with pytest.raises(DataError) as caught:
+        load_splits(tmp_path)
+    advice = str(caught.value).splitlines()[1]
+    assert advice == (
+        f"There are such files in {tmp_path}/easy, {tmp_path}/hard: give one of these folders."
+    )
+    assert [record.id for record in load_splits(tmp_path / "easy")["train"]] == ["a", "b", "c"]
+    with pytest.raises(DataError, match=r"0000\.parquet': give that file"):
+        load_splits(tmp_path / "easy" / "train")
 
 
 def test_types_of_parquet_are_read_as_they_are_written(tmp_path):

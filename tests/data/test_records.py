@@ -154,7 +154,7 @@ def test_folder_is_read_by_split_and_its_faults_by_file(tmp_path):
         ("rows.xlsx", b"a,b", "got a .xlsx file"),
         ("rows.csv", b"a,b", "no rows"),
         ("empty.jsonl", b"", "no rows"),
-        ("object.json", b"{}", "got a JSON dict, expected a list"),
+        ("object.json", b"{}", "got a JSON object with the keys \\(none\\), expected a list"),
         ("broken.json", b"[", "not JSON"),
     ],
 )

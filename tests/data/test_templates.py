@@ -1,6 +1,7 @@
 """Chat templates: ours, a base's, a file's; held against transformers' own rendering."""
 
 import itertools
+import json
 import re
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from interviewmate_mlx.data.prompts import Example, encode_messages, encode_record, encode_records
-from interviewmate_mlx.data.records import Message, Record
+from interviewmate_mlx.data.records import Message, Record, scan_records
 from interviewmate_mlx.data.templates import (
     CHAT_TEMPLATE,
     PLAIN,
@@ -315,6 +316,27 @@ def test_file_that_cannot_be_read_is_refused(tokenizers, tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"^data\.template: got .*, expected auto, plain"):
         choose_template(str(path), tokenizers["chatml", "byte level"])
+
+
+def test_conversation_of_too_many_messages_is_refused_before_it_is_rendered(tokenizers, tmp_path):
+    """Each answer is rendered with all before it: a row of short messages could take hours."""
+    tokenizer = tokenizers["chatml", "byte level"]
+    turns = [message for n in range(250) for message in (Message("user", f"{n}?"), ONE[1])]
+    template = own_template(tokenizer)
+    assert len(
+        learned(encode_record(tokenizer, Record("r", messages=tuple(turns)), 99999, "answer"))
+    )
+    for count in (501, 30_000):
+        said = [ONE[0]] * count
+        with pytest.raises(DataError, match=rf"cannot show {count} messages, at most 500\.\nBegin"):
+            encode_messages(tokenizer, said, template)
+    rows = [{"messages": as_dicts(turns)}, {"messages": as_dicts([*turns, *ONE])}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records, (fault,) = scan_records(tmp_path / "rows.jsonl")
+    assert len(records) == 1
+    assert fault.message == (
+        "messages: got 502 messages, expected at most 500: make several rows of this conversation"
+    )
 
 
 # templates that cannot be met

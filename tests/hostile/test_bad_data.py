@@ -120,7 +120,12 @@ DATA = [
     rows("only a mark", b"\xef\xbb\xbf", "no rows"),
     rows("another ending", LINE, "got a .txt file, expected .jsonl or .json", file="rows.txt"),
     rows("no ending", LINE, "got a nameless file, expected .jsonl or .json", file="rows"),
-    rows("object in .json", LINE, "got a JSON dict, expected a list of rows", file="rows.json"),
+    rows(
+        "object in .json",
+        LINE,
+        "got a JSON object with the keys 'question', 'answer', expected a list of rows",
+        file="rows.json",
+    ),
     rows("broken .json", b"[" + LINE, "not JSON: ", "char", file="rows.json"),
     rows("deep .json", b"[" * 99_999, "rows.json: nested too deeply", file="rows.json"),
     rows("empty .json", b"[]", "no rows", file="rows.json"),

@@ -3,7 +3,7 @@
 import gzip
 import io
 import json
-import resource
+import os
 import struct
 import subprocess
 import sys
@@ -14,8 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from peaks import forget_peak, peak_bytes
 from pyarrow import parquet
 
+from interviewmate_mlx.data import check
 from interviewmate_mlx.data.records import scan_records
 from interviewmate_mlx.formats import parquet_file
 
@@ -135,10 +137,11 @@ FILES: dict[str, tuple[str, bytes, str]] = {
 @pytest.mark.parametrize(("name", "content", "says"), FILES.values(), ids=FILES)
 def test_file_gives_one_message_in_bounded_time_and_memory(imate, name, content, says):
     Path(name).write_bytes(content)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    forget_peak()
+    before, start = peak_bytes(), time.monotonic()
     refusal = imate("data", "check", name, code=1).stderr
     assert time.monotonic() - start < 60
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700 << 10
+    assert peak_bytes() - before < 700 << 20
     assert refusal.startswith("DataError: ")
     assert says in refusal
     assert len(refusal) < 5000
@@ -178,12 +181,46 @@ def test_parquet_runs_nothing_of_the_folder_it_stands_in(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+def test_parquet_is_read_where_another_package_has_this_ones_name(tmp_path, monkeypatch):
+    """The reading process needs nothing of this package, which may only be in a folder."""
+    other = tmp_path / "interviewmate_mlx"
+    other.mkdir()
+    (other / "__init__.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "a.parquet").write_bytes(GOOD)
+    records, faults = scan_records(tmp_path / "a.parquet")
+    assert (len(records), faults) == (100, [])
+
+
 def test_without_pyarrow_the_message_says_how_to_install_it(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(GOOD)
     monkeypatch.setattr(parquet_file, "find_spec", lambda name: None)
     _, (fault,) = scan_records(tmp_path / "a.parquet")
     assert fault.message == "Parquet needs pyarrow, which is not installed"
     assert 'pip install "interviewmate-mlx[parquet]"' in fault.advice
+
+
+READ = """
+import sys
+from pathlib import Path
+from peaks import peak_bytes
+from interviewmate_mlx.data.records import iterate_records
+before = peak_bytes()
+print(sum(1 for _ in iterate_records(Path(sys.argv[1]))), peak_bytes() - before)
+"""
+
+
+def run_in_new_process(code: str, path: Path) -> list[int]:
+    """The numbers that a program prints of a file."""
+    folders = [Path(check.__file__).parents[2], Path(__file__).parents[1]]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [int(number) for number in done.stdout.split()]
 
 
 def test_large_file_is_read_in_constant_memory(tmp_path):
@@ -193,17 +230,38 @@ def test_large_file_is_read_in_constant_memory(tmp_path):
         for number in range(100):
             row = json.dumps({"question": f"Q{number}", "answer": "word " * 200}).encode() + b"\n"
             file.write(row * 1000)
-    code = (
-        "import resource, sys\n"
-        "from pathlib import Path\n"
-        "from interviewmate_mlx.data.records import iterate_records\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "count = sum(1 for _ in iterate_records(Path(sys.argv[1])))\n"
-        "print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
-    )
-    count, grown = map(int, done.stdout.split())
+    count, grown = run_in_new_process(READ, path)
     assert count == 100_000
-    assert grown < 40 << 10
+    assert grown < 10_000_000
+
+
+CHECK = """
+import sys
+from pathlib import Path
+from peaks import peak_bytes
+from interviewmate_mlx.data import check, leakage
+# Or files of the real size would be needed.
+check.MAX_COMPARED_ROWS, check.MAX_FAULTS, leakage._CACHE_KB = 500, 500, 64
+found = check.inspect_data(Path(sys.argv[1]))
+print(peak_bytes(), len(found.faults), len(found.warnings))
+"""
+
+
+@pytest.mark.parametrize("kind", ["good", "faulty"])
+def test_check_of_four_times_the_rows_takes_no_more_memory(tmp_path, kind):
+    """Ids, hashes of texts, lengths and faults of all rows: none may stay in memory."""
+    peaks = []
+    for number in (8_000, 32_000):
+        path = tmp_path / f"{number}.jsonl"
+        with path.open("w") as file:
+            for n in range(number):
+                row = {"question": f"What is {n} of {n * 7919}?", "answer": f"{n}, {n * 31}, more"}
+                row |= {"id": f"a-rather-long-id-of-a-row-{n:09}"} if kind == "good" else {}
+                row |= {"category": f"{n}", "answer": f"a{n}@b{n}.com"} if kind == "faulty" else {}
+                row |= {"difficulty": "odd"} if kind == "faulty" and n % 2 else {}
+                file.write(json.dumps(row) + "\n")
+        peak, num_faults, num_warnings = run_in_new_process(CHECK, path)
+        assert (num_faults > 500) == (num_warnings > 500) == (kind == "faulty")
+        peaks.append(peak)
+    # 24,000 rows more: places, ids and hashes of each took 28 MB, or 42 with faults.
+    assert peaks[1] - peaks[0] < 12e6

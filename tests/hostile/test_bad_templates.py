@@ -1,10 +1,10 @@
 """Chat templates of strangers that loop, grow, or reach for what is not theirs."""
 
-import resource
 import threading
 import time
 
 import pytest
+from peaks import forget_peak, peak_bytes
 
 from interviewmate_mlx.formats.jinja_file import (
     MAX_TEXT_CHARS,
@@ -112,13 +112,14 @@ REACHES = {
 
 @pytest.mark.parametrize("text", [*GROWS.values(), *REACHES.values()], ids=[*GROWS, *REACHES])
 def test_template_is_stopped_with_a_reason(text):
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    forget_peak()
+    before, start = peak_bytes(), time.monotonic()
     with pytest.raises(TemplateFault) as caught:
         Rendering(text).render(MESSAGES, eos_token="</s>")
     assert 0 < len(str(caught.value)) < 1000
     assert "\n" not in str(caught.value)
     assert time.monotonic() - start < 20
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 << 10
+    assert peak_bytes() - before < 600 << 20
 
 
 def test_what_a_template_may_do_is_enough_for_long_conversations():

@@ -22,8 +22,10 @@ import pytest
 from hub_server import READ_TOKEN, TOKEN, USER, HubServer, point_library_at
 from huggingface_hub import constants, hf_hub_download, scan_cache_dir, snapshot_download
 
+from interviewmate_mlx.data.records import split_files
 from interviewmate_mlx.errors import HubError, StorageError
 from interviewmate_mlx.hub import cache as hub_cache
+from interviewmate_mlx.hub.names import fetch_data, is_data_path, is_hub_data
 from interviewmate_mlx.hub.pull import PulledFolder, pull, pull_dataset
 from interviewmate_mlx.hub.push import push
 
@@ -686,10 +688,67 @@ def test_pull_dataset_takes_the_parts_of_a_split_as_the_hub_names_them(serve, wr
     assert names_in(pull_dataset("owner/questions")) == set(names)
 
 
-def test_pull_dataset_refuses_to_choose_among_several_sets(serve, write):
-    serve({"datasets/owner/questions": write("set", f"easy/{PARTS[0]}", f"hard/{PARTS[0]}")})
-    with pytest.raises(HubError, match=r"holds several data sets:\n  easy/\n  hard/\n"):
+@pytest.mark.parametrize("files", [PARTS, ["train/0000.parquet", "train/0001.parquet"]])
+def test_one_of_several_sets_is_chosen_by_its_folder(serve, write, files):
+    names = [f"{folder}/{file}" for folder in ("easy", "hard") for file in files]
+    serve({"datasets/owner/questions": write("set", *names)})
+    with pytest.raises(HubError) as caught:
         pull_dataset("owner/questions")
+    assert str(caught.value) == (
+        "owner/questions holds several data sets:\n  easy/\n  hard/\n"
+        "Name one of them behind a colon, as in owner/questions:easy"
+    )
+    for folder in ("easy", "hard"):  # both are in the cache then
+        pulled = fetch_data(f"owner/questions:{folder}")
+        assert pulled.name == folder
+        assert split_files(pulled) == {"train": [pulled / file for file in files]}
+    with pytest.raises(HubError, match=r"in its folder odd, but in\n  easy/\n  hard/\nChoose"):
+        fetch_data("owner/questions:odd")
+
+
+def test_the_hubs_own_copy_as_parquet_is_named_and_read(serve, write):
+    branch = ["default/train/0000.parquet", "default/validation/0000.parquet"]
+    serve(
+        {
+            "datasets/owner/questions": write("set", "questions.csv"),
+            "datasets/owner/questions@refs/convert/parquet": write("branch", *branch),
+        }
+    )
+    with pytest.raises(HubError, match="as Parquet, owner/questions@refs/convert/parquet, choose"):
+        fetch_data("owner/questions")
+    pulled = fetch_data("owner/questions@refs/convert/parquet")
+    assert split_files(pulled) == {
+        "train": [pulled / "train/0000.parquet"],
+        "valid": [pulled / "validation/0000.parquet"],
+    }
+    assert fetch_data("owner/questions@refs/convert/parquet:default") == pulled
+
+
+def test_set_of_the_root_or_of_data_comes_before_others_that_are_not_named(serve, write):
+    serve({"datasets/owner/questions": write("set", "data/train.csv", "other/train.csv")})
+    assert fetch_data("owner/questions").name == "data"
+    assert fetch_data("owner/questions:other").name == "other"
+
+
+HUB_NAMES = {
+    "a/b": True,
+    "a/b@main": True,
+    "a/b:c": True,
+    "a/b@refs/pr/1:c/d": True,
+    "a:b": False,
+    "./a/b:c": False,
+    "a/b/c:d": False,
+    "a/rows.csv:x": False,
+    "a/b:": False,
+    "a/b@:c": False,
+    "a/b:c:d": False,
+}
+
+
+@pytest.mark.parametrize(("name", "is_hub"), HUB_NAMES.items())
+def test_what_is_a_data_set_on_the_hub(name, is_hub):
+    assert is_hub_data(name) == is_hub
+    assert is_data_path(name) == (not is_hub)
 
 
 def test_a_missing_data_set_is_called_a_data_set(serve):

@@ -6,7 +6,7 @@ import pytest
 
 from interviewmate_mlx.config import shipped_data
 from interviewmate_mlx.data.check import inspect_data
-from interviewmate_mlx.data.personal import find_personal
+from interviewmate_mlx.data.odd import find_personal
 
 FOUND = {
     "write to jane.doe+news@mail.firm.co.uk, please": "an e-mail address",

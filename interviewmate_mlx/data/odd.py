@@ -1,12 +1,28 @@
-"""Finds what should not be learned: addresses, telephone numbers, keys and tokens.
+"""Finds what can be learned, and should not be: personal data, secrets, marks of a template.
 
 An adapter remembers its rows, and says them to whoever asks. Patterns find what has a form; a
 name or a story has none, so a set without findings may still be about somebody.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from interviewmate_mlx.data.faults import Fault
+from interviewmate_mlx.data.records import Record
+from interviewmate_mlx.data.templates import QUESTION
+
+# End tokens of well-known models. A base's own comes from its tokenizer.
+_END_TOKENS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end|>",
+    "<|return|>",
+    "<end_of_turn>",
+    "<eos>",
+    "</s>",
+)
 # The forms of secrets that are known by their beginning, with the letters that follow.
 _SECRETS = (
     r"hf_[A-Za-z0-9]{30,}"  # Hugging Face
@@ -48,6 +64,20 @@ _KINDS = {
 }
 
 
+def odd_rows(records: Iterable[Record], own_end: str) -> Iterator[Fault]:
+    """Rows that can be trained on, and probably should not be as they are.
+
+    Args:
+        records: any.
+        own_end: the text of the base's end token; "" if there is no base.
+    """
+    end_tokens = list(dict.fromkeys([*filter(None, [own_end]), *_END_TOKENS]))
+    for record in records:
+        yield from _ends_of_text(record, end_tokens)
+        yield from _templates_in_text(record)
+        yield from _personal(record)
+
+
 def find_personal(text: str) -> Iterator[tuple[str, str]]:
     """What is found in a text: its kind, and its first characters, without the rest."""
     for kind, (pattern, needed) in _KINDS.items():
@@ -68,3 +98,49 @@ def _is_likely(pattern: re.Pattern[str], text: str) -> bool:
         moved = plain[4:] + plain[:4]
         return int("".join(str(int(char, 36)) for char in moved)) % 97 == 1
     return True
+
+
+def _answers(record: Record) -> list[str]:
+    """The texts that are learned."""
+    said = [message.content for message in record.messages if message.role == "assistant"]
+    return said if record.messages else [record.completion]
+
+
+def _ends_of_text(record: Record, end_tokens: list[str]) -> Iterator[Fault]:
+    """Answers that end in the text of an end token. Training adds the token itself."""
+    endings = [answer.rstrip() for answer in _answers(record)]
+    for token in end_tokens:
+        if any(ending.endswith(token) for ending in endings):
+            yield Fault(
+                record.source,
+                f"an answer ends in the text {token!r}, which the model would learn to write "
+                "out; training adds an end token by itself",
+                "Remove this text from the answers.",
+            )
+
+
+def _templates_in_text(record: Record) -> Iterator[Fault]:
+    """Conversations that hold the words of the template, which would then stand there twice."""
+    asks, answers = (word.strip() for word in QUESTION.split("{}"))
+    roles = {"user": asks, "assistant": answers}
+    for role, word in roles.items():
+        said = [m.content.strip() for m in record.messages if m.role == role]
+        if any(text.startswith(word) for text in said):
+            yield Fault(
+                record.source,
+                f"a text of the {role} begins with {word!r}, which the template adds",
+                "Remove these words from the texts.",
+            )
+
+
+def _personal(record: Record) -> Iterator[Fault]:
+    """Rows with addresses, numbers or keys, which an adapter would remember."""
+    texts = [message.content for message in record.messages]
+    whole = "\n".join([*texts, record.prompt, record.completion, record.follow_up])
+    for kind, start in find_personal(whole):
+        yield Fault(
+            record.place,
+            f"holds what looks like {kind} ({start}), which an adapter would remember",
+            "Remove personal data, or write an invented one, such as name@example.com.",
+            f"holds what looks like {kind}, which an adapter would remember",
+        )
