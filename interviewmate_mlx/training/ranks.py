@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Generic
 
 import mlx.core as mx
@@ -246,7 +247,7 @@ def join() -> Ranks:
     Raises:
         BackendError: they do not find each other.
     """
-    if launched_rank() is None:
+    if launched_rank() is None or _is_only_rank():
         return ALONE
     host = socket.gethostname()
     with _limited_waiting(f"This rank waits on {host}"):
@@ -269,6 +270,12 @@ def _meet(group: Any, host: str) -> Ranks:
     with unwatched.together():
         connections = meet(unwatched.rank, hosts, unwatched.from_first)
     return Ranks(group, Watch(unwatched.rank, hosts, connections), hosts)
+
+
+def _is_only_rank() -> bool:
+    """Whether MLX's launcher was asked for one rank: its file of addresses is empty then."""
+    path = Path(os.environ.get("MLX_HOSTFILE", ""))
+    return path.is_file() and path.stat().st_size <= 1
 
 
 @contextmanager

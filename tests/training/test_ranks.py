@@ -34,7 +34,8 @@ def start(
     return [
         subprocess.Popen(
             [sys.executable, "-m", "interviewmate_mlx", *words],
-            env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+            env=os.environ
+            | ({"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if size > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -110,7 +111,9 @@ def test_what_differs_between_ranks_is_named(small, tmp_path, questions):
     assert not told[1][2]
 
 
-@pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "has ended"), (signal.SIGSTOP, "not been heard of")])
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGKILL, "has ended"), (signal.SIGSTOP, "not been heard of")]
+)
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_rank_that_is_lost_ends_all(small, monkeypatch, number, said, lost):
     monkeypatch.setenv("INTERVIEWMATE_SILENCE", "5")
