@@ -113,6 +113,7 @@ class Watch:
     def working(self) -> Iterator[None]:
         """From here on this rank and the others need each other, until the end of the block."""
         self._say(_BUSY)
+        self._beat()  # who ends before the next one was not idle
         for peer in self._peers:
             peer.heard_s = time.monotonic()
         try:
