@@ -164,8 +164,8 @@ def test_host_waits_for_nothing_but_the_numbers_of_the_step_before(
     said: list[str] = []
 
     class Watched(Step):
-        def update(self, learning_rate):
-            numbers = super().update(learning_rate)
+        def update(self, learning_rate, *across):
+            numbers = super().update(learning_rate, *across)
             said.append(f"dispatch {self.num_updates}")
             name = f"read {self.num_updates}"
             return numbers | {"loss": Number(numbers["loss"], name, said)}
