@@ -18,8 +18,8 @@ from typing import IO, Any
 from interviewmate_mlx.errors import ConfigError, brief
 from interviewmate_mlx.hosts.watch import addresses
 
-# A launcher sets one of these: MLX's and this one, or MPI's.
-RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# A launcher sets one of these: MLX's and this one, or mpirun. Slurm sets its own for every job.
+RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
 FIRST_PORT = 32323  # and one more for each rank, as MLX's launcher has it
 _GRACE_S = 10.0  # for the first rank to end by itself, and to say why, when another has
 _FORM = '[{"ssh": "mac-1.local", "ips": ["10.0.0.1"]}, {"ssh": "mac-2.local", "ips": ["10.0.0.2"]}]'
