@@ -1612,5 +1612,7 @@ def test_lists_of_hosts_are_refused(imate, hosts, expected):
 
 
 @shows("bench --hosts")
-def test_bench_needs_its_list_of_hosts(imate):
-    assert "Cannot read nowhere.json" in imate("bench", "--hosts", "nowhere.json", code=1).stderr
+@shows("evaluate --hosts")
+@pytest.mark.parametrize("command", ["bench", "evaluate"])
+def test_others_need_their_list_of_hosts(imate, command):
+    assert "Cannot read nowhere.json" in imate(command, "--hosts", "nowhere.json", code=1).stderr

@@ -10,6 +10,7 @@ from interviewmate_mlx.cli.options import (
     UserPath,
     chosen_sampling,
     dtype_option,
+    hosts_option,
     json_option,
     make_console,
     model_option,
@@ -17,6 +18,7 @@ from interviewmate_mlx.cli.options import (
     refuse_sampling,
     sampling_options,
 )
+from interviewmate_mlx.hosts.launch import is_first_rank
 
 
 @click.command("evaluate")
@@ -31,6 +33,7 @@ from interviewmate_mlx.cli.options import (
 @click.option("--tasks-from", type=UserPath(), help="Folder with tasks of your own, for lm-eval.")
 @click.option("--out", type=UserPath(), help="Folder for the numbers of a base without an adapter.")
 @dtype_option
+@hosts_option
 @json_option
 @click.pass_context
 def command(
@@ -87,6 +90,8 @@ def command(
                 fetching=fetching,
                 progress=progress,
             )
+        if not is_first_rank():
+            return  # the first writes and prints
         base, *others = found
         for folder, own in zip(adapters, others, strict=True):
             write_evaluation(folder, asked, sampling, base, own)

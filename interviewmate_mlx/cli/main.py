@@ -62,7 +62,7 @@ _OPTIONS = {
     "trim_vocab": "--trim-vocab",
     "untested_base": "--untested-base",
 }
-_SHARED = ("train", "bench")  # what several ranks do together
+_SHARED = ("train", "bench", "evaluate")  # what several ranks do together
 _PACKAGES = Path(__file__).parents[2]
 
 

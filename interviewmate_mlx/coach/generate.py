@@ -188,6 +188,7 @@ def answer_all(
     prompts: Sequence[list[int]],
     sampling: Sampling = Sampling(),
     progress: Progress = lambda *_: None,
+    numbers: Sequence[int] = (),
 ) -> list[Answer]:
     """Answers to several prompts, computed side by side, in the order of the prompts.
 
@@ -197,8 +198,9 @@ def answer_all(
         model: in eval mode.
         tokenizer: the base's.
         prompts: token ids, as `data.prompts.encode_messages` gives them.
-        sampling: for all of them; the seed is one more for each prompt.
+        sampling: for all of them; its seed and a prompt's number make the prompt's seed.
         progress: called with answers done and answers in all.
+        numbers: of the prompts, if they are some of several; by default they count from 0.
     """
     longest = max(map(len, prompts), default=0) + sampling.max_tokens
     surplus = surplus_ids(model, tokenizer)
@@ -207,14 +209,16 @@ def answer_all(
         stop_tokens=[[token] for token in tokenizer.eos_token_ids],
         completion_batch_size=num_at_once(model, longest),
     )
-    own = [replace(sampling, seed=sampling.seed + number) for number in range(len(prompts))]
-    numbers = generator.insert(
+    own = [
+        replace(sampling, seed=sampling.seed + number) for number in numbers or range(len(prompts))
+    ]
+    uids = generator.insert(
         [list(prompt) for prompt in prompts],
         max_tokens=[sampling.max_tokens] * len(prompts),
         samplers=[make_sampler(each) for each in own],
         logits_processors=[make_processors(sampling, surplus) for _ in prompts],
     )
-    tokens: dict[int, list[int]] = {number: [] for number in numbers}
+    tokens: dict[int, list[int]] = {uid: [] for uid in uids}
     has_ended: dict[int, bool] = {}
     # More tokens than any of the stop texts has: each has a byte at least.
     tail = max((len(text.encode()) for text in sampling.stop), default=0) + 1
@@ -232,8 +236,8 @@ def answer_all(
                 progress(len(has_ended), len(prompts))
     generator.close()
     return [
-        Answer(_before_stop(tokenizer.decode(tokens[number]), sampling.stop), has_ended[number])
-        for number in numbers
+        Answer(_before_stop(tokenizer.decode(tokens[uid]), sampling.stop), has_ended[uid])
+        for uid in uids
     ]
 
 

@@ -2,17 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from interviewmate_mlx import __version__, backend
 from interviewmate_mlx.adapter.card import CARD_FILE, set_section
+from interviewmate_mlx.adapter.config import CONFIG_FILE
 from interviewmate_mlx.adapter.folder import RUN_FILE, Adapter
 from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.base.tokenizer import TokenizerWrapper
-from interviewmate_mlx.coach.generate import Answer, answer_all, warn_of_other_weights
+from interviewmate_mlx.coach.generate import Answer, warn_of_other_weights
 from interviewmate_mlx.coach.sampling import Sampling
 from interviewmate_mlx.config import DataConfig, RunConfig
 from interviewmate_mlx.data.prompts import Example, encode_messages, encode_prompt, encode_records
@@ -20,28 +23,27 @@ from interviewmate_mlx.data.records import Record, load_splits
 from interviewmate_mlx.data.templates import VERBATIM, Template, end_ids, own_template
 from interviewmate_mlx.errors import ConfigError, DataError, list_faults
 from interviewmate_mlx.evaluation import harness, overlap
-from interviewmate_mlx.evaluation.harness import Metrics, run_tasks
+from interviewmate_mlx.evaluation.harness import Metrics
 from interviewmate_mlx.evaluation.loss import (
     Difference,
     LossScore,
     RowLoss,
     difference,
-    row_losses,
     score,
 )
 from interviewmate_mlx.evaluation.overlap import AnswerScore, score_answers
+from interviewmate_mlx.evaluation.work import TaskProgress, Work
 from interviewmate_mlx.files import Progress, atomic_file
 from interviewmate_mlx.hub.names import fetch_data
 from interviewmate_mlx.model.lora import remove_lora
 from interviewmate_mlx.training.folder import lock_run, read_run
+from interviewmate_mlx.training.ranks import Ranks, join
 
 EVALUATION_FILE = "evaluation.json"
 ANSWERS_FILE = "answers.jsonl"
 _SECTION = "Evaluation"
 _LABELS = ("category", "difficulty")
 _GREEDY = Sampling()
-# Called with what is done, how much of it, and how much there is.
-TaskProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class Questions:
     @property
     def records(self) -> list[Record]:
         return [example.record for example in self.examples]
+
+    def content_hash(self) -> str:
+        """Tells them from others."""
+        content = b"".join(example.content() for example in self.examples)
+        return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,8 @@ def evaluate(
 ) -> tuple[Questions, list[Evaluation]]:
     """Compare adapters with their base.
 
+    Where a launcher has started several processes, they share the rows and the tasks.
+
     Args:
         adapters: PEFT folders of one base; none to look at the base alone.
         base: its name; by default the one that all adapters name.
@@ -135,66 +144,74 @@ def evaluate(
     Raises:
         InterviewMateError: something is missing or does not fit.
     """
-    if sampling:
-        overlap.check_installed()
-    if tasks:
-        harness.check_installed()
-    opened = [Adapter.open(folder) for folder in adapters]
-    runs = [read_run(adapter.folder) for adapter in opened if RUN_FILE in adapter.files]
-    name = base or common_base(opened)
-    data = data or common_data(runs)
-    max_length = max((run.data.max_length for run in runs), default=DataConfig().max_length)
-    opened_base = Base.open(name, fetching)
-    for one in opened:
-        warn_of_other_weights(one, opened_base)
-    template = common_template(opened, opened_base.tokenizer)
-    tokenizer = opened_base.tokenizer
-    tokenizer.eos_token_ids = end_ids(template, tokenizer)
-    rows = read_questions(
-        tokenizer, data, split, limit, max_length, sampling is not None, fetching, template
-    )
-    model = opened_base.load(backend.resolve_dtype(dtype))
-    found: list[Evaluation] = []
-    base_losses: list[RowLoss] = []
-    contenders: list[Adapter | None] = [None, *opened]
-    for adapter in contenders:
-        title = str(adapter.folder) if adapter else name
-        if adapter:
-            adapter.apply(model)
-            model.eval()
-        losses = row_losses(model, rows.examples, _part(progress, f"loss of {title}"))
-        texts: list[Answer] = []
-        if sampling:
-            asked = _part(progress, f"answers of {title}")
-            said = answer_all(model, opened_base.tokenizer, rows.prompts, sampling, asked)
-            texts = [replace(answer, text=answer.text.strip()) for answer in said]
-        ran: dict[str, Metrics] = {}
-        if tasks:
-            part = _part(progress, f"tasks of {title}")
-            ran = run_tasks(
-                model,
-                opened_base.tokenizer,
-                tasks,
-                include=tasks_from,
-                limit=limit,
-                progress=part,
+    ranks = join()
+    with ExitStack() as stack:
+        stack.enter_context(ranks.working())
+        with ranks.together():
+            if sampling:
+                overlap.check_installed()
+            if tasks:
+                harness.check_installed()
+            own = [Adapter.open(folder) for folder in adapters] if ranks.is_first else []
+        titles = ranks.from_first([str(adapter.folder) for adapter in own])
+        opened = [
+            stack.enter_context(_adapter_of_first(ranks, adapter))
+            for _, adapter in zip_longest(titles, own)
+        ]
+        with ranks.together():
+            runs = [read_run(adapter.folder) for adapter in opened if RUN_FILE in adapter.files]
+            name = base or common_base(opened)
+            data = data or common_data(runs)
+            max_length = max((run.data.max_length for run in runs), default=DataConfig().max_length)
+            opened_base = Base.open(name, fetching)
+            for adapter in opened:
+                warn_of_other_weights(adapter, opened_base)
+            tokenizer, has_answers = opened_base.tokenizer, sampling is not None
+            template = common_template(opened, tokenizer)
+            tokenizer.eos_token_ids = end_ids(template, tokenizer)
+            asked = read_questions(
+                tokenizer, data, split, limit, max_length, has_answers, fetching, template
             )
-        if adapter:
-            remove_lora(model)
-        base_losses = base_losses or losses
-        written = [record.answer for record in rows.records]
-        found.append(
-            Evaluation(
-                title,
-                score(losses),
-                _by_label(rows.records, losses),
-                difference(base_losses, losses) if adapter else None,
-                score_answers(texts, written, rows.learned) if sampling else None,
-                ran,
-                texts,
+            model = opened_base.load(backend.resolve_dtype(dtype))
+        ranks.check_same({"base": opened_base.fingerprint[:12], "data": asked.content_hash()[:12]})
+        work = Work(ranks, model, tokenizer, progress)
+        found: list[Evaluation] = []
+        base_losses: list[RowLoss] = []
+        contenders: list[Adapter | None] = [None, *opened]
+        for title, contender in zip([name, *titles], contenders, strict=True):
+            if contender:
+                contender.apply(model)
+                model.eval()
+            losses = work.losses(title, asked.examples)
+            texts = work.answers(title, asked.prompts, sampling)
+            ran = work.tasks(title, tasks, tasks_from, limit)
+            if contender:
+                remove_lora(model)
+            base_losses = base_losses or losses
+            written = [record.answer for record in asked.records]
+            found.append(
+                Evaluation(
+                    title,
+                    score(losses),
+                    _by_label(asked.records, losses),
+                    difference(base_losses, losses) if contender else None,
+                    score_answers(texts, written, asked.learned) if sampling else None,
+                    ran,
+                    texts,
+                )
             )
-        )
-    return rows, found
+    return asked, found
+
+
+@contextmanager
+def _adapter_of_first(ranks: Ranks, own: Adapter | None) -> Iterator[Adapter]:
+    """An adapter that only the first rank need have."""
+    names: list[str] = []
+    if own:
+        names = [CONFIG_FILE, own.weights_file.name]
+        names += [RUN_FILE] if RUN_FILE in own.files else []
+    with ranks.folder_of_first(own.folder if own else Path(), names) as folder:
+        yield own or Adapter.open(folder)
 
 
 def read_questions(
@@ -320,10 +337,6 @@ def common_data(runs: Sequence[RunConfig]) -> str:
             "data",
         )
     return names.pop() if names else DataConfig().path
-
-
-def _part(progress: TaskProgress, title: str) -> Progress:
-    return lambda done, total: progress(title, done, total)
 
 
 def write_evaluation(

@@ -4,7 +4,7 @@ The loss is a sum and a count, so what ranks find adds up as microbatches do. Al
 goes through MLX's sums: those of a step, and, before it, what all must agree on.
 """
 
-from interviewmate_mlx import backend as backend  # its BLAS must be loaded before MLX
+from interviewmate_mlx import __version__, backend  # its BLAS must be loaded before MLX
 
 # isort: split
 import contextlib
@@ -14,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -194,6 +195,46 @@ class Ranks:
         return found
 
     @contextmanager
+    def folder_of_first(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:
+        """A folder with the first rank's files: its own there, and a copy on the others.
+
+        Args:
+            folder: on the first rank.
+            names: of its files; what others give does not matter.
+        """
+        if self.size == 1:
+            yield folder
+            return
+        own = names if self.is_first else []
+        found = self.tensors_from_first(
+            {name: mx.array(np.fromfile(folder / name, np.uint8)) for name in own}
+        )
+        if self.is_first:
+            yield folder
+            return
+        with tempfile.TemporaryDirectory() as copy:
+            for name, content in found.items():
+                np.array(content).tofile(Path(copy, name))
+            yield Path(copy)
+
+    def deal(
+        self, count: int, compute: Callable[[Sequence[int]], Sequence[tuple[Any, ...]]]
+    ) -> list[Any]:
+        """What is found about each of `count` things, computed by one rank and known to all.
+
+        Args:
+            count: how many there are.
+            compute: what is found about those of these numbers, as JSON can hold it.
+
+        Raises:
+            InterviewMateError: what went wrong, by rank.
+        """
+        with self.together():
+            mine = compute(range(self.rank, count, self.size))
+        parts = self.gather(mine)
+        return [parts[number % self.size][number // self.size] for number in range(count)]
+
+    @contextmanager
     def together(self) -> Iterator[None]:
         """All ranks run the block, and all or none go on after it.
 
@@ -218,12 +259,14 @@ class Ranks:
         raise TrainingError(f"The ranks cannot begin:\n{list_faults(listed)}") from own
 
     def check_same(self, facts: dict[str, str]) -> None:
-        """Refuse to begin where ranks do not have the same.
+        """Refuse to begin where ranks do not have the same, or not the same versions.
 
         Raises:
             TrainingError: what differs from the first rank's, by rank.
         """
-        first, *others = self.gather(facts)
+        mlx_version = backend.machine().mlx_version
+        versions = {"interviewmate-mlx": __version__, "mlx": mlx_version}
+        first, *others = self.gather(versions | facts)
         faults = [
             f"{self.name(rank)}: {key} is {of_rank[key]}, and {of_first} on {self.name(0)}"
             for rank, of_rank in enumerate(others, start=1)
@@ -232,7 +275,7 @@ class Ranks:
         ]
         if faults:
             raise TrainingError(
-                f"The ranks do not have the same, so they would train different runs:\n"
+                f"The ranks do not have the same, so their work would not fit together:\n"
                 f"{list_faults(faults)}\nBring it to all machines, and begin again."
             )
 

@@ -92,6 +92,85 @@ def test_the_update_is_that_of_one_process(small, size):
     assert load_newest(Path("together")).state.step == 6
 
 
+def test_an_evaluation_is_that_of_one_process(small, tiny_base, questions, tmp_path):
+    """Rows are dealt, more and fewer than there are ranks; only the first has the adapter."""
+    finish(start([*small, "--out", "adapter"], 1))
+    places = [tmp_path, tmp_path / "second", tmp_path / "third"]
+    for place in places[1:]:
+        place.mkdir()
+    for limit in (2, 5):
+        options = ["--split", "valid", "--limit", str(limit), "--max-tokens", "12"]
+        options += ["--temperature", "1", "--seed", "7", "--json"]
+        words = ["evaluate", "adapter", "--model", str(tiny_base), *options]
+        ((_, alone, _),) = finish(start(words, 1))
+        written = json.loads(Path("adapter", "evaluation.json").read_text(encoding="utf-8"))
+        told = finish(start(words, 3, places))
+        assert [status for status, *_ in told] == [0, 0, 0], told
+        assert all(not stdout and not stderr for _, stdout, stderr in told[1:])
+        expected, got = json.loads(alone), json.loads(told[0][1])
+        # Other rows beside them: only the order of float32 sums differs.
+        assert_close(got, expected)
+        again = json.loads(Path("adapter", "evaluation.json").read_text(encoding="utf-8"))
+        assert_close(again, written)
+
+
+def test_tasks_are_dealt(tiny_base, questions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["first", "second", "third"]
+    for number, name in enumerate(names):
+        rows = tmp_path / f"{name}.jsonl"
+        choices = [" It tells.", " No."] if number else [" No.", " It tells."]
+        rows.write_text(json.dumps({"question": "What is a loss?", "choices": choices}) + "\n")
+        task = {"task": name, "output_type": "multiple_choice", "test_split": "test"}
+        task |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(rows)}}}
+        task |= {"doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": 0}
+        task |= {"metric_list": [{"metric": "acc"}]}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
+    words = ["evaluate", "--model", str(tiny_base), "--data", str(questions), "--split", "valid"]
+    words += [
+        "--limit",
+        "1",
+        "--no-answers",
+        "--tasks",
+        ",".join(names),
+        "--tasks-from",
+        ".",
+        "--json",
+    ]
+    found = [json.loads(finish(start(words, size))[0][1]) for size in (1, 2)]
+    alone, together = (one["evaluations"][0]["tasks"] for one in found)
+    assert together == alone
+    assert list(together) == names
+    assert alone["first"] != alone["second"]  # else what was dealt to whom would not show
+
+
+def test_an_evaluation_that_one_rank_cannot_do_is_refused(small, tiny_base, tmp_path):
+    words = ["evaluate", "--model", "base", "--no-answers", "--split", "valid"]
+    places = [tmp_path / "first", tmp_path / "second"]
+    for place in places:
+        place.mkdir()
+    (places[0] / "base").symlink_to(tiny_base)
+    told = finish(start(words, 2, places))
+    assert [status for status, *_ in told] == [1, 1]
+    assert "rank 1" in told[0][2]
+
+
+def flat(found: object, name: str = "") -> dict[str, object]:
+    """The values of nested JSON by their paths."""
+    if isinstance(found, dict):
+        return {k: v for key, part in found.items() for k, v in flat(part, f"{name}/{key}").items()}
+    if isinstance(found, list):
+        return flat(dict(enumerate(found)), name)
+    return {name: found}
+
+
+def assert_close(got: object, expected: object) -> None:
+    got, expected = flat(got), flat(expected)
+    numbers = {name: value for name, value in expected.items() if isinstance(value, float)}
+    assert {name: got[name] for name in numbers} == pytest.approx(numbers, rel=1e-5, abs=1e-6)
+    assert got | numbers == expected
+
+
 def test_what_differs_between_ranks_is_named(small, tmp_path, questions):
     other = tmp_path / "other"
     other.mkdir()
