@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -46,7 +47,9 @@ _STD = 0.02  # transformers' `initializer_range`
 _CHUNK = 1 << 20  # numbers at a time
 
 
-def random_base(cache: Path, tokenizer: Path | None, corpus: Path | None) -> Path:
+def random_base(
+    cache: Path, tokenizer: Path | None, corpus: Path | None, num_layers: int = 0
+) -> Path:
     """The folder of the base below `cache`, in the Hub's layout, made when it is not there.
 
     Args:
@@ -54,21 +57,23 @@ def random_base(cache: Path, tokenizer: Path | None, corpus: Path | None) -> Pat
         tokenizer: a folder with a `tokenizer.json`; None trains one.
         corpus: text to train it on beside the questions: a .txt or .txt.xz file, or a
             folder of such.
+        num_layers: fewer than the Hub's, if not 0.
     """
-    folder = cache / "falcon-rw-1b-random"
+    config = CONFIG | ({"num_hidden_layers": num_layers} if num_layers else {})
+    folder = cache / f"falcon-rw-1b-random{f'-{num_layers}-layers' if num_layers else ''}"
     if not (folder / "config.json").is_file():
         with atomic_folder(folder) as temporary:
-            write_weights(temporary / "model.safetensors")
-            (temporary / "config.json").write_text(json.dumps(CONFIG, indent=2))
+            write_weights(temporary / "model.safetensors", config)
+            (temporary / "config.json").write_text(json.dumps(config, indent=2))
             write_tokenizer(temporary, tokenizer, corpus)
     elif (folder / "tokenizer_source.txt").read_text() != _source(tokenizer, corpus):
         write_tokenizer(folder, tokenizer, corpus)
     return folder
 
 
-def write_weights(path: Path, seed: int = 0) -> None:
+def write_weights(path: Path, config: dict[str, Any], seed: int = 0) -> None:
     """All tensors in bfloat16, a piece at a time: norms' weights around 1, the rest around 0."""
-    shapes = list(_tensors())
+    shapes = list(_tensors(config))
     rng = np.random.default_rng(seed)
     with path.open("wb") as file:
         tensors = [(name, "bfloat16", shape) for name, shape in shapes]
@@ -97,10 +102,10 @@ def write_tokenizer(folder: Path, tokenizer: Path | None, corpus: Path | None) -
     (folder / "tokenizer_source.txt").write_text(_source(tokenizer, corpus))
 
 
-def _tensors() -> Iterator[tuple[str, tuple[int, ...]]]:
-    C, V = CONFIG["hidden_size"], CONFIG["vocab_size"]
+def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    C, V = config["hidden_size"], config["vocab_size"]
     yield "transformer.word_embeddings.weight", (V, C)
-    for number in range(CONFIG["num_hidden_layers"]):
+    for number in range(config["num_hidden_layers"]):
         block = f"transformer.h.{number}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{block}{norm}.weight", (C,)

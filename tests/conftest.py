@@ -106,6 +106,29 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 pairs and 12 answers with labels to train on, 4 of each to validate on. Read only."""
+    folder, rows = tmp_path_factory.mktemp("preferences"), question_rows()[:16]
+    worse = [row["answer"] for row in rows[1:] + rows[:1]]
+    pairs = [
+        {"prompt": row["question"], "chosen": row["answer"], "rejected": other}
+        for row, other in zip(rows, worse, strict=True)
+    ]
+    judged = [
+        {
+            "prompt": p["prompt"],
+            "completion": p["chosen" if n % 2 else "rejected"],
+            "label": bool(n % 2),
+        }
+        for n, p in enumerate(pairs)
+    ]
+    for name, found in (("pairs", pairs), ("judged", judged)):
+        write_rows(folder / name / "train.jsonl", found[:12])
+        write_rows(folder / name / "valid.jsonl", found[12:])
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_adapter(
     tiny_base: Path, questions: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

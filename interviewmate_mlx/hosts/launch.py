@@ -21,6 +21,8 @@ from interviewmate_mlx.hosts.watch import addresses
 # A launcher sets one of these: MLX's and this one, or mpirun. Slurm sets its own for every job.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
 FIRST_PORT = 32323  # and one more for each rank, as MLX's launcher has it
+# What a rank elsewhere gets of this one's environment; no keys.
+_PASSED = tuple(f"INTERVIEWMATE_{name}" for name in ("BLAS", "DEVICE", "SILENCE", "TRACEBACK"))
 _GRACE_S = 10.0  # for the first rank to end by itself, and to say why, when another has
 _FORM = '[{"ssh": "mac-1.local", "ips": ["10.0.0.1"]}, {"ssh": "mac-2.local", "ips": ["10.0.0.2"]}]'
 
@@ -117,13 +119,7 @@ def launch(hosts: Sequence[Host], words: Sequence[str]) -> int:
         ranks: list[subprocess.Popen[bytes]] = []
         stack.callback(_end, ranks)
         for rank, host in enumerate(hosts):
-            started = subprocess.Popen(
-                _command(host, rank, ring, words),
-                stdin=None if rank == 0 else subprocess.DEVNULL,
-                stdout=None if rank == 0 else subprocess.DEVNULL,
-                stderr=None if rank == 0 else subprocess.PIPE,
-                start_new_session=True,  # a Ctrl-C reaches the first rank alone, and it tells all
-            )
+            started = _start(host, rank, ring, words)
             ranks.append(started)
             if started.stderr:
                 threading.Thread(target=_show, args=(host.ssh, started.stderr)).start()
@@ -138,19 +134,33 @@ def launch(hosts: Sequence[Host], words: Sequence[str]) -> int:
     return next((abs(rank.returncode) for rank in ranks if rank.returncode), 0)
 
 
-def _command(host: Host, rank: int, ring: str, words: Sequence[str]) -> list[str]:
-    """What starts one rank."""
-    passed = [f"{k}={v}" for k, v in os.environ.items() if k.startswith("INTERVIEWMATE_")]
-    command = [host.python, "-m", "interviewmate_mlx", *words]
+def _start(host: Host, rank: int, ring: str, words: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """Start one rank, in a session of its own: Ctrl-C reaches the first alone, and it tells all."""
+    command = shlex.join([host.python, "-m", "interviewmate_mlx", *words])
     # MLX reads the addresses from a file: here, one without a name.
     script = (
-        f"cd {shlex.quote(os.getcwd())} 2>/dev/null; "
-        f"exec env {shlex.join([*passed, f'MLX_RANK={rank}', 'MLX_HOSTFILE=/dev/fd/3', *command])} "
-        f"3<<'END'\n{ring}\nEND\n"
+        f"cd {shlex.quote(os.getcwd())} 2>/dev/null\n"
+        f"exec env MLX_RANK={rank} MLX_HOSTFILE=/dev/fd/3 {command} 3<<'END'\n{ring}\nEND\n"
     )
-    if host.is_here:
-        return ["/bin/sh", "-c", script]
-    return ["ssh", "-T", "-o", "BatchMode=yes", host.ssh, script]
+    if rank == 0:
+        return subprocess.Popen(["/bin/sh", "-c", script], start_new_session=True)
+    shell = ["/bin/sh"]
+    if not host.is_here:
+        shell = ["ssh", "-T", "-o", "BatchMode=yes", host.ssh, *shell]
+        known = {name: os.environ[name] for name in _PASSED if name in os.environ}
+        exports = [f"export {name}={shlex.quote(value)}\n" for name, value in known.items()]
+        script = "".join(exports) + script
+    started = subprocess.Popen(
+        shell,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert started.stdin
+    with contextlib.suppress(BrokenPipeError), started.stdin:  # it says itself why it has ended
+        started.stdin.write(script.encode())
+    return started
 
 
 def _show(name: str, stream: IO[bytes]) -> None:

@@ -26,12 +26,28 @@ def start_from_weights(model: nn.Module, kind: str) -> None:
     """
     for _, layer in lora_layers(model):
         weight = layer.base_layer.weight
-        wide = weight.astype(mx.float32)
-        a, b = (_singular if kind == "pissa" else _orthogonal)(wide, layer)
+        a, b = (_singular if kind == "pissa" else _orthogonal)(weight.astype(mx.float32), layer)
         layer.lora_A.weight, layer.lora_B.weight = a, b
-        layer.first = _First(a, b)
-        layer.base_layer.weight = (wide - layer.scale * (b @ a)).astype(weight.dtype)
-        mx.eval(layer.parameters())
+        _take_out(layer, weight)
+
+
+def take_out(model: nn.Module, weights: dict[str, mx.array]) -> None:
+    """Take each LoRA as it is, for its start, out of the base's weights, in place.
+
+    Args:
+        model: that `start_from_weights` changed, with other matrices.
+        weights: the base's, by parameter path.
+    """
+    for path, layer in lora_layers(model):
+        _take_out(layer, weights[f"{path}.weight"])
+
+
+def _take_out(layer: LoRALinear, weight: mx.array) -> None:
+    a, b = layer.lora_A.weight, layer.lora_B.weight
+    layer.first = _First(a, b)
+    rest = weight.astype(mx.float32) - layer.scale * (b @ a)
+    layer.base_layer.weight = rest.astype(weight.dtype)
+    mx.eval(layer.parameters())
 
 
 def check_doubled(model: nn.Module) -> None:

@@ -177,14 +177,23 @@ def restore(saved: Saved, model: nn.Module, optimizer: optim.Optimizer) -> dict[
     Returns:
         The best adapter so far, in the model's order; empty if there is none yet.
     """
-    adapter, best = saved.tensors["adapter"], saved.tensors["best"]
-    model.load_weights(list(adapter.items()), strict=False)
-    moments = saved.tensors["optimizer"]
-    optimizer.state.update(tree_map_with_path(lambda name, _: moments[name], optimizer.state))
+    best = saved.tensors["best"]
+    put_numbers(model, optimizer, saved.tensors["adapter"], saved.tensors["optimizer"])
     # The order decides the bytes of the adapter's file.
     names = named_arrays(model.trainable_parameters())
     saved.tensors.clear()  # all weights of a base, and their moments, would stay twice
     return {name: best[name] for name in names if name in best}
+
+
+def put_numbers(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    trained: dict[str, mx.array],
+    moments: dict[str, mx.array],
+) -> None:
+    """Put what is trained into a model, and an optimizer's state into it, in place."""
+    model.load_weights(list(trained.items()), strict=False)
+    optimizer.state.update(tree_map_with_path(lambda name, _: moments[name], optimizer.state))
 
 
 def set_aside(damaged: dict[Path, str]) -> list[str]:

@@ -160,7 +160,7 @@ def test_random_base_is_the_hub_s_shape_and_the_same_each_time(monkeypatch, tmp_
     assert len(Base.open(folder).tokenizer.get_vocab()) == 5000
     written = (folder / "model.safetensors").read_bytes()
     again = tmp_path / "again.safetensors"
-    random_base.write_weights(again)
+    random_base.write_weights(again, random_base.CONFIG)
     assert again.read_bytes() == written
 
     # Another source of the tokenizer changes that alone.

@@ -6,7 +6,7 @@ import shutil
 
 import mlx.core as mx
 import pytest
-from conftest import question_rows, write_rows
+from conftest import write_rows
 
 from interviewmate_mlx import backend
 from interviewmate_mlx.config import load_run
@@ -18,29 +18,6 @@ from interviewmate_mlx.training.events import Started, Stepped
 from interviewmate_mlx.training.loop import train
 from interviewmate_mlx.training.metrics import read_metrics
 from interviewmate_mlx.training.task import REFERENCE_FILE
-
-
-@pytest.fixture(scope="module")
-def preferences(tmp_path_factory):
-    """12 pairs and 12 answers with labels to train on, 4 of each to validate on. Read only."""
-    folder, rows = tmp_path_factory.mktemp("preferences"), question_rows()[:16]
-    worse = [row["answer"] for row in rows[1:] + rows[:1]]
-    pairs = [
-        {"prompt": row["question"], "chosen": row["answer"], "rejected": other}
-        for row, other in zip(rows, worse, strict=True)
-    ]
-    judged = [
-        {
-            "prompt": p["prompt"],
-            "completion": p["chosen" if n % 2 else "rejected"],
-            "label": bool(n % 2),
-        }
-        for n, p in enumerate(pairs)
-    ]
-    for name, found in (("pairs", pairs), ("judged", judged)):
-        write_rows(folder / name / "train.jsonl", found[:12])
-        write_rows(folder / name / "valid.jsonl", found[12:])
-    return folder
 
 
 @pytest.fixture

@@ -1,54 +1,17 @@
 """Several processes train one run, over MLX's ring on loopback."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
+from rank_processes import LOSS, MATRIX, finish, outcome, start
 
+from interviewmate_mlx.config import load_run
 from interviewmate_mlx.training.checkpoint import checkpoints, load_newest
-from interviewmate_mlx.training.metrics import read_metrics
-
-# Sums of up to some hundred gradients in another order: each step's rounding, 2^-24 a sum, is
-# carried through nine updates of Adam, which divides by small numbers.
-LOSS, MATRIX = 1e-5, 1e-3
-
-
-def start(
-    words: list[str], size: int, places: list[Path] | None = None
-) -> list[subprocess.Popen[str]]:
-    """The ranks of a command, without a launcher, so that each can be told apart."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(size)]
-    ring = json.dumps([[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets])
-    for one in sockets:
-        one.close()
-    hosts = Path("hosts").absolute()
-    hosts.write_text(ring, encoding="utf-8")
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "interviewmate_mlx", *words],
-            env=os.environ
-            | ({"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if size > 1 else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=places[rank] if places else None,
-        )
-        for rank in range(size)
-    ]
-
-
-def finish(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Of each rank: its exit status, stdout and stderr."""
-    said = [rank.communicate(timeout=120) for rank in ranks]
-    return [(rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)]
+from interviewmate_mlx.training.loop import train
 
 
 @pytest.fixture
@@ -67,13 +30,7 @@ def small(tiny_base, questions, tmp_path, monkeypatch):
     return ["train", *(word for k, v in keys.items() for word in ("--set", f"{k}={v}"))]
 
 
-def outcome(out: str) -> tuple[list[float], np.ndarray]:
-    losses = [line["loss"] for line in read_metrics(Path(out, "metrics.jsonl"))]
-    tensors = mx.load(f"{out}/adapter_model.safetensors")
-    return losses, np.concatenate([np.array(a).reshape(-1) for a in tensors.values()])
-
-
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_the_update_is_that_of_one_process(small, size):
     alone = start([*small, "--out", "alone"], 1)
     finish(alone)
@@ -90,6 +47,56 @@ def test_the_update_is_that_of_one_process(small, size):
     ((status, *_),) = finish(start(words, 1))
     assert status == 0
     assert load_newest(Path("together")).state.step == 6
+
+
+# What is trained, and the file with it.
+METHODS = {
+    "dpo": (["train.method=dpo"], "adapter_model.safetensors"),
+    "kto": (["train.method=kto"], "adapter_model.safetensors"),
+    "pissa": (["lora.init=pissa", "lora.rank=2"], "adapter_model.safetensors"),
+    "all": (
+        ["train.weights=all", "lora.dropout=0.05", "train.learning_rate=1e-3"],
+        "model.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_update_as_one_process_does(small, preferences, method):
+    settings, file = METHODS[method]
+    if method in ("dpo", "kto"):
+        settings = [
+            *settings,
+            f"data.path={preferences / ('judged' if method == 'kto' else 'pairs')}",
+        ]
+    words = [*small, *(word for setting in settings for word in ("--set", setting))]
+    list(train(load_run("A", words[2::2]), "alone"))
+    told = finish(start([*words, "--out", "together"], 2))
+    assert [rank[0] for rank in told] == [0, 0], told
+    expected, got = outcome("alone", file), outcome("together", file)
+    assert got[0] == pytest.approx(expected[0], rel=LOSS)
+    largest = np.abs(expected[1]).max()
+    assert np.abs(got[1] - expected[1]).max() <= MATRIX * largest
+
+
+DRIFT = """
+import mlx.core as mx
+from interviewmate_mlx.training.ranks import join
+ranks = join()
+for offset in (0.0, 1e-7 * ranks.rank):
+    own = {"a": mx.arange(3) / 3 + offset, "b": mx.array([7], mx.bfloat16)}
+    found = ranks.aligned(own)
+    print(ranks.rank, found["a"].tolist(), found["b"].tolist(), found["a"] is own["a"])
+"""
+
+
+def test_a_rank_that_rounds_otherwise_gets_the_numbers_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = finish(start([], 2, program=("-c", DRIFT)))
+    first, second = (stdout.splitlines() for _, stdout, _ in told)
+    values = "[0.0, 0.3333333432674408, 0.6666666865348816] [7.0]"
+    assert first == [f"0 {values} True", f"0 {values} False"]
+    assert second == [f"1 {values} True", f"1 {values} False"]
 
 
 def test_an_evaluation_is_that_of_one_process(small, tiny_base, questions, tmp_path):
