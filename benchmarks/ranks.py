@@ -1,6 +1,6 @@
 """Two ranks of one core each beside one process; and what their sums cost over a network.
 
-    python benchmarks/ranks.py                     speed: mini, and 4 layers of a Falcon-RW-1B
+    python benchmarks/ranks.py                     speed: mini, and 2 layers of a Falcon-RW-1B
     python benchmarks/ranks.py --rates 400,1000    sums: cables of so many Mbit/s (Linux, as root)
 
 Speed: `imate-mlx bench` of Run A as two ranks, as one process of all cores, and as one of one
@@ -56,8 +56,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", metavar="BASE", help="other bases")
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="for the random base")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="timed, in each round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4, help="timed, in each round")
     parser.add_argument("--rates", type=numbers, help="Mbit/s, like 400,1000")
     parser.add_argument("--sum", type=int, help=argparse.SUPPRESS)  # bytes, in a rank
     return parser.parse_args(words)
@@ -69,12 +69,13 @@ def bases(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
         yield from zip(options.models, options.models, strict=True)
         return
     yield "mini", "mini"
-    yield "4 layers of full width", str(random_base(options.cache, None, None, num_layers=4))
+    yield "2 layers of full width", str(random_base(options.cache, None, None, num_layers=2))
 
 
 def measure_speed(options: argparse.Namespace, name: str, base: str) -> dict[str, Any]:
     """Samples a second of each way to train, and what two ranks come to beside the others."""
-    words = ["bench", "--run", "A", "--model", base, "--steps", str(options.steps), "--json"]
+    words = ["bench", "--run", "A", "--model", base, "--steps", str(options.steps)]
+    words += ["--warmup", "1", "--json"]
     words = [sys.executable, "-m", "interviewmate_mlx", *words]
     ways = {"two ranks": [(), ()], "both cores": [()], "one core": [ONE_CORE]}
     rounds = [

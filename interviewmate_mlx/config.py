@@ -105,6 +105,8 @@ class DataConfig:
     train_on: str = _one_of("answer", "answers", "last", "all")
     # auto: the base's own if it has one, else plain; plain, alpaca, chatml, or a file of Jinja
     template: str = _name("auto")
+    # rows of text are laid one after the other and cut every max_length tokens: none is lost
+    pack: bool = False
 
 
 METHODS = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
@@ -128,7 +130,9 @@ class TrainConfig:
     floor: float = _option(0.0, lambda v: 0 <= v <= 1, "from 0 to 1")
     warmup_ratio: float = _option(0.03, lambda v: 0 <= v <= 1, "from 0 to 1")  # share of the steps
     warmup_steps: int = _at_least(0, 0)  # in place of that share; 0: the share
-    weight_decay: float = _at_least(0.0, 0)  # AdamW's, of matrices
+    # muon is for all weights: for the matrices of the blocks, with AdamW for the rest
+    optimizer: str = _one_of("adamw", "muon")
+    weight_decay: float = _at_least(0.0, 0)  # of matrices
     max_grad_norm: float = _at_least(1.0, 0)  # 0: no clipping
     save_every: int = _at_least(50, 0)  # steps; 0: only when validating
     keep_checkpoints: int = _at_least(2, 1)  # how many of the newest; each holds the best adapter
@@ -210,6 +214,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         faults = [f for t in _TABLES for f in _range_faults(t, getattr(self, t))]
         _refuse(self.name, faults or _idle_faults(self))
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes by default."""
+        return Path("models" if self.train.weights == "all" else "adapters", self.name)
 
     def replace(self, name: str | None = None, **tables: Mapping[str, Any]) -> "RunConfig":
         """A copy with other values, as in `run.replace(lora={"rank": 16}, data={"path": "mine"})`.
@@ -499,6 +508,13 @@ def _idle_faults(run: RunConfig) -> list[str]:
                 "model.dtype: got 'float16', expected another with train.weights all: small "
                 "gradients would be 0 in it"
             )
+    elif run.train.optimizer != "adamw":
+        faults.append(
+            f"train.optimizer: got {run.train.optimizer!r}, expected 'adamw' with train.weights "
+            "lora: Muon turns whole matrices"
+        )
+    if run.data.pack and method != "sft":
+        faults.append(f"data.pack: got true, expected false: {method} compares answers")
     if run.data.train_on == "all" and method not in ("sft", "orpo"):
         faults.append(
             f"data.train_on: got 'all', expected 'answer': {method} compares answers alone"

@@ -1,30 +1,29 @@
-"""For pretrain.py: the trained model becomes a folder as the Hub has it, with its card."""
+"""For pretrain.py: an empty base to begin with; the trained one as the Hub has it, with a card."""
 
 import argparse
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_sampler
-from pretrain_rows import collate_groups, rows_in_order
 from pretrain_text import Text
 
 from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.base.converted import write_json, write_tokenizer
 from interviewmate_mlx.base.tokenizer import read_tokenizer_files
-from interviewmate_mlx.data.batches import Microbatch
+from interviewmate_mlx.data.prompts import pack_texts
+from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.errors import TrainingError
+from interviewmate_mlx.evaluation.loss import row_losses, score
 from interviewmate_mlx.files import atomic_folder
 from interviewmate_mlx.formats.json_file import read_json
-from interviewmate_mlx.model.falcon import Model
-from interviewmate_mlx.training.step import total_loss
+from interviewmate_mlx.model.falcon import Model, ModelArgs
+from interviewmate_mlx.model.tree import named_arrays
 
 PROMPTS = (
     "Gradient descent is",
@@ -85,20 +84,54 @@ def shape_of(folder: Path) -> dict[str, int]:
     return shape
 
 
-def write_folder(args: argparse.Namespace, texts: Sequence[Text], model: Model, steps: int) -> None:
+def write_start(args: argparse.Namespace, tokenizer: Path, folder: Path) -> Path:
+    """A base in float32 that knows nothing, with GPT-2's start, unless it is there.
+
+    There, what adds to the residual begins smaller.
+    """
+    if folder.is_dir():
+        return folder
+    mx.random.seed(args.seed)
+    model = Model(ModelArgs.from_dict(falcon_config(args)))
+    start = {}
+    for name, array in named_arrays(model.parameters()).items():
+        start[name] = mx.zeros(array.shape) if name.endswith("bias") else array
+        if array.ndim == 2:
+            adds = name.endswith(("self_attention.dense.weight", "dense_4h_to_h.weight"))
+            scale = 0.02 / math.sqrt(2 * args.layers) if adds else 0.02
+            start[name] = scale * mx.random.normal(array.shape)
+    with atomic_folder(folder) as temporary:
+        write_base(temporary, falcon_config(args) | {"torch_dtype": "float32"}, tokenizer, start)
+    return folder
+
+
+def write_base(
+    folder: Path, config: dict[str, Any], tokenizer: Path, weights: dict[str, mx.array]
+) -> None:
+    write_tokenizer(folder, read_tokenizer_files(tokenizer))
+    write_json(folder / "config.json", config)
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+    write_json(folder / "generation_config.json", ids)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+
+
+def write_folder(args: argparse.Namespace, texts: Sequence[Text], made: Path, steps: int) -> None:
     """Write `args.out`, whole or not at all. The card's figures are those of the weights in it."""
-    config = falcon_config(args)
-    weights = {name: w.astype(mx.bfloat16) for name, w in tree_flatten(model.parameters())}
+    weights = weights_of(made)
+    if args.blend != 1:  # between what it was and what it became: arxiv.org/abs/2109.01903
+        before = weights_of(args.start)
+        weights = {n: (1 - args.blend) * before[n] + args.blend * w for n, w in weights.items()}
+    weights = {name: array.astype(mx.bfloat16) for name, array in weights.items()}
     with atomic_folder(args.out) as folder:
-        write_tokenizer(folder, read_tokenizer_files(texts[0].tokenizer))
-        write_json(folder / "config.json", config)
-        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
-        write_json(folder / "generation_config.json", ids)
-        mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
-        base = Base.open(folder)
-        card = model_card(args, texts, steps, base.load(mx.float32), base.tokenizer)
+        write_base(folder, falcon_config(args), texts[0].tokenizer, weights)
+        card = model_card(args, texts, steps, Base.open(folder))
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_checksums(folder)
+
+
+def weights_of(folder: Path) -> dict[str, mx.array]:
+    """A base's weights by parameter path, float32."""
+    return named_arrays(Base.open(folder).load(mx.float32).parameters())
 
 
 def write_checksums(folder: Path) -> None:
@@ -108,29 +141,19 @@ def write_checksums(folder: Path) -> None:
     (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
 
 
-def evaluate(
-    loss_of: Callable[[Sequence[Microbatch]], tuple[float, int]],
-    rows: Sequence[np.ndarray],
-    microbatch: int,
-) -> tuple[float, float]:
-    """Mean loss a token, and its sum, in nats."""
-    loss_sum, num_tokens = loss_of(collate_groups(rows, microbatch))
-    return loss_sum / num_tokens, loss_sum
-
-
-def model_card(
-    args: argparse.Namespace, texts: Sequence[Text], steps: int, model: Model, tokenizer: Any
-) -> str:
+def model_card(args: argparse.Namespace, texts: Sequence[Text], steps: int, base: Base) -> str:
     """README.md: what the model is, how it was made, how good it is, and what it is not."""
-    loss_of = total_loss(model)
-    num_parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
+    model = base.load(mx.float32)
+    num_parameters = sum(array.size for array in named_arrays(model.parameters()).values())
     facts = recipe_facts(args, texts, steps, num_parameters)
     for text in texts:
-        rows = rows_in_order(text.held_out, text.end_id, args.width)
-        mean, total = evaluate(loss_of, rows, args.microbatch)
+        records = load_splits(text.data)["valid"]
+        rows = pack_texts(base.tokenizer, records, args.width + 1)
+        found = score(row_losses(model, rows))
+        bits = found.loss * found.tokens / math.log(2) / text.held_out_bytes
         facts[f"held out of {text.name}"] = (
-            f"{mean:.4f} nats a token, perplexity {math.exp(mean):.2f}, "
-            f"{total / math.log(2) / text.held_out_bytes:.4f} bits a byte"
+            f"{found.loss:.4f} nats a token, perplexity {found.perplexity:.2f}, "
+            f"{bits:.4f} bits a byte"
         )
     sources = args.sources.read_text(encoding="utf-8") if args.sources else "Not stated."
     card = Path(__file__).with_name("pretrain_card.md").read_text(encoding="utf-8")
@@ -138,7 +161,7 @@ def model_card(
         name=args.out.name,
         width=args.width,
         table="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        samples="\n\n".join(sample(model, tokenizer)),
+        samples="\n\n".join(sample(model, base.tokenizer)),
         sources=re.sub("^# .*\n", "", sources).strip(),  # the card has a heading for them
     )
 
@@ -158,8 +181,8 @@ def recipe_facts(
         "parameters": f"{num_parameters:,}, the tied head counted once; stored in bfloat16",
         "shape": f"{args.layers} layers, hidden size {args.hidden}, {args.heads} heads of "
         f"{args.hidden // args.heads}, {args.vocab} tokens",
-        "text": f"{len(texts[0].train):,} tokens to learn from; every hundredth document, "
-        f"{len(texts[0].held_out):,} tokens, held out",
+        "text": f"{texts[0].num_train:,} tokens to learn from; every hundredth document, "
+        f"{texts[0].num_held_out:,} tokens, held out",
         "tokens seen": f"{steps * args.rows * args.width:,}: {steps:,} steps of {args.rows} packed "
         f"rows of {args.width} tokens",
         "optimizer": "Muon for the matrices of the blocks, AdamW for the rest; learning rate "
@@ -167,10 +190,9 @@ def recipe_facts(
         f"{args.max_grad_norm:g}; seed {args.seed}",
     }
     if late:
-        share = round(args.rows * args.then_share) / args.rows
         facts["second stage"] = (
-            f"the last {late:,} steps, {share:.0%} of their rows from {texts[1].name} "
-            f"({len(texts[1].train):,} tokens to learn from, {len(texts[1].held_out):,} held out)"
+            f"the last {late:,} steps, {args.then_share:.0%} of their tokens from {texts[1].name} "
+            f"({texts[1].num_train:,} tokens to learn from, {texts[1].num_held_out:,} held out)"
         )
     if args.unlikelihood:
         facts["against repetition"] = (

@@ -1,14 +1,15 @@
-"""For pretrain.py: a text becomes a tokenizer and token ids, made once and kept."""
+"""For pretrain.py: a text becomes a tokenizer and rows of text, made once and kept."""
 
+import json
 import lzma
+import random
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import track
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from interviewmate_mlx.base.converted import write_json, write_tokenizer
@@ -19,27 +20,27 @@ from interviewmate_mlx.formats.json_file import read_json
 
 END = "<|endoftext|>"
 HELD_OUT_EVERY = 100
+TRAIN, VALID = "train.jsonl", "valid.jsonl"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of a text.
+    """A text as a data folder: rows to learn from, and those that are only for judging.
 
     Attributes:
         name: of its file.
-        train: (N,) uint16; each document ends in `end_id`.
-        held_out: likewise, of the documents that are only for judging.
-        held_out_bytes: of those documents in UTF-8.
-        end_id: of `<|endoftext|>`.
-        tokenizer: its folder.
+        data: the folder.
+        tokenizer: the folder of the tokenizer.
+        num_train, num_held_out: tokens of either, the end of each document counted.
+        held_out_bytes: in UTF-8.
     """
 
     name: str
-    train: np.ndarray
-    held_out: np.ndarray
-    held_out_bytes: int
-    end_id: int
+    data: Path
     tokenizer: Path
+    num_train: int
+    num_held_out: int
+    held_out_bytes: int
 
 
 def prepare_texts(
@@ -49,7 +50,7 @@ def prepare_texts(
     console: Console,
     start: Path | None = None,
 ) -> list[Text]:
-    """Train the tokenizer on the first text and encode all, unless `work` has them already.
+    """Train the tokenizer on the first text and lay all out as rows, unless `work` has them.
 
     The tokenizer is that of the base `start`, if there is one.
 
@@ -59,8 +60,7 @@ def prepare_texts(
     """
     tokenizer, texts = work / "tokenizer", []
     for number, path in enumerate(paths):
-        files = [work / f"train_{number}.npy", work / f"held_out_{number}.npy"]
-        facts = work / f"text_{number}.json"
+        data, facts = work / f"text_{number}", work / f"text_{number}.json"
         if not facts.is_file():  # written last
             documents = read_documents(path)
             if number == 0:
@@ -80,16 +80,41 @@ def prepare_texts(
                 f"{path.name}: {len(documents):,} documents to learn from, "
                 f"{len(held_out):,} held out"
             )
-            for file, some in zip(files, (documents, held_out), strict=True):
-                with atomic_file(file) as temporary:
-                    np.save(temporary, encode(tokenizer, some, console))
-            write_json(facts, {"held_out_bytes": sum(len(t.encode()) for t in held_out)})
-        train, valid = map(np.load, files)
-        end_id = int(train[-1])
-        texts.append(
-            Text(path.name, train, valid, **read_json(facts), end_id=end_id, tokenizer=tokenizer)
-        )
+            write_rows(data / TRAIN, documents)
+            write_rows(data / VALID, held_out)
+            counts = [count_tokens(tokenizer, some, console) for some in (documents, held_out)]
+            size = sum(len(document.encode()) for document in held_out)
+            text = Text(path.name, data, tokenizer, *counts, held_out_bytes=size)
+            write_json(facts, {k: v for k, v in asdict(text).items() if isinstance(v, int)})
+        texts.append(Text(path.name, data, tokenizer, **read_json(facts)))
     return texts
+
+
+def mix(work: Path, share: float, seed: int) -> Path:
+    """The data of the second stage: the second text, and of the first what makes up its share."""
+    mixed, (first, second) = work / "mixed", (work / "text_0", work / "text_1")
+    if not mixed.is_dir():
+        rows, more = (read_rows(folder / TRAIN) for folder in (first, second))
+        random.Random(seed).shuffle(rows)
+        wanted = sum(map(len, more)) * (1 - share) / share
+        while rows and wanted > 0:
+            more.append(rows.pop())
+            wanted -= len(more[-1])
+        with atomic_folder(mixed) as temporary:
+            write_rows(temporary / TRAIN, more)
+            write_rows(temporary / VALID, read_rows(first / VALID) + read_rows(second / VALID))
+    return mixed
+
+
+def write_rows(path: Path, documents: Iterable[str]) -> None:
+    with atomic_file(path) as temporary:
+        lines = (json.dumps({"text": document}, ensure_ascii=False) for document in documents)
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def read_rows(path: Path) -> list[str]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
 
 
 def paragraphs(document: str) -> set[str]:
@@ -138,26 +163,13 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path) -> 
         )
 
 
-def encode(folder: Path, documents: list[str], console: Console) -> np.ndarray:
-    """Ids of the documents one after the other, each closed by the end token."""
+def count_tokens(folder: Path, documents: list[str], console: Console) -> int:
+    """Tokens of the documents, each closed by the end token."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    end, parts = [tokenizer.token_to_id(END)], []
-    with progress_bar(console) as bar:
-        for start in bar.track(range(0, len(documents), 100), description="encoding"):
-            for encoding in tokenizer.encode_batch(documents[start : start + 100]):
-                parts += [np.array(encoding.ids, np.uint16), np.array(end, np.uint16)]
-    return np.concatenate(parts)
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar with its time so far and the time left, on a terminal only."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
+    parts = range(0, len(documents), 100)
+    shown = track(
+        parts, "counting", console=console, transient=True, disable=not console.is_terminal
+    )
+    return len(documents) + sum(
+        len(encoding) for n in shown for encoding in tokenizer.encode_batch(documents[n : n + 100])
     )

@@ -142,6 +142,7 @@ def test_every_key_of_a_file_is_read(write_run):
         max_length = 128
         train_on = "all"
         template = "chatml"
+        pack = false
         [train]
         method = "orpo"
         weights = "lora"
@@ -154,6 +155,7 @@ def test_every_key_of_a_file_is_read(write_run):
         floor = 0.1
         warmup_ratio = 0.5
         warmup_steps = 3
+        optimizer = "adamw"
         weight_decay = 0.01
         max_grad_norm = 0
         save_every = 7
@@ -272,6 +274,7 @@ WRONG_TYPES = [
     ("lora.layers", "true", "got True, expected a number of at least 1, or a list"),
     ("lora.layers", "[0, 1.5]", "got [0, 1.5], expected a number of at least 1, or a list"),
     ("lora.rslora", "1", "got 1, expected true or false"),
+    ("data.pack", "1", "got 1, expected true or false"),
     ("lora.dora", "1", "got 1, expected true or false"),
     ("preference.length_normalized", "1", "got 1, expected true or false"),
     ("train.gradient_checkpointing", "1", "got 1, expected true or false"),
@@ -334,6 +337,7 @@ RANGES = [
     ("lora.init", "pissa", "svd", "one of default, pissa, olora"),
     ("lora.bias", "all", "some", "one of none, lora_only, all"),
     ("train.weights", "all", "some", "one of lora, all"),
+    ("train.optimizer", "adamw", "sgd", "one of adamw, muon"),
     ("train.weight_decay", "0", "-0.1", "at least 0"),
     ("train.max_grad_norm", "0", "-0.1", "at least 0"),
     ("train.save_every", "0", "-1", "at least 0"),

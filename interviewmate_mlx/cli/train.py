@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 @click.command("train")
 @run_options
-@click.option("--out", type=UserPath(), help="Adapter folder; by default adapters/NAME.")
+@click.option(
+    "--out", type=UserPath(), help="By default adapters/NAME; models/NAME for all weights."
+)
 @click.option(
     "--resume",
     is_flag=True,
@@ -68,7 +70,7 @@ def command(
     with prepared():
         run = chosen_run(ctx, out if resume else None) if is_first_rank() else None
         do = _rehearse if dry_run else _train
-        do(ctx, run, out or Path("adapters") / (run.name if run else ""), resume, force, as_json)
+        do(ctx, run, out or (run.folder if run else Path()), resume, force, as_json)
 
 
 def _rehearse(

@@ -6,6 +6,7 @@ the first ids of its training row, always. They are also the ids of the text as 
 where a tokenizer merges the first characters of an answer with the prompt.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -214,6 +215,38 @@ def encode_records(
         raise DataError(f"Rows that cannot be put into the template:\n{lines}\n{advice}")
     kept = [example for example in examples if example.loss_mask.any()]
     return kept, [example for example in examples if not example.loss_mask.any()]
+
+
+def pack_texts(tokenizer: Tokenizer, records: list[Record], max_length: int) -> list[Example]:
+    """Texts laid one after the other and cut into rows of one length, but for the last.
+
+    None is padded or truncated. A row begins with the last token of the one before, so each token
+    but the very first is learned once; the first of a text from the end of the one before.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        records: rows of `text`.
+        max_length: L, of the rows to make. Their `record` is that of their first token.
+
+    Raises:
+        DataError: rows that are no texts; all of them are named.
+    """
+    if others := [record.source for record in records if record.messages or record.prompt]:
+        raise DataError(
+            "data.pack lays rows of text one after the other, and these are questions and answers:"
+            f"\n{list_faults(others)}\nLeave data.pack out."
+        )
+    texts, _ = encode_records(tokenizer, records, sys.maxsize, "all")
+    if not texts:
+        return []
+    tokens = np.concatenate([text.tokens for text in texts])
+    ends = np.cumsum([len(text) for text in texts])
+    packed = []
+    for start in range(0, len(tokens) - 1, max_length - 1):
+        row = tokens[start : start + max_length]
+        record = texts[int(np.searchsorted(ends, start, side="right"))].record
+        packed.append(Example(record, row, np.arange(len(row)) > 0))
+    return packed
 
 
 def row_fault(record: Record, error: DataError) -> Fault:

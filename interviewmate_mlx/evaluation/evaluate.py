@@ -153,16 +153,13 @@ def evaluate(
             if tasks:
                 harness.check_installed()
             own = [Adapter.open(folder) for folder in adapters] if ranks.is_first else []
-        titles = ranks.from_first([str(adapter.folder) for adapter in own])
+            chosen = _choose(own, base, data) if ranks.is_first else None
+        name, data, max_length, titles = ranks.from_first(chosen)
         opened = [
             stack.enter_context(_adapter_of_first(ranks, adapter))
             for _, adapter in zip_longest(titles, own)
         ]
         with ranks.together():
-            runs = [read_run(adapter.folder) for adapter in opened if RUN_FILE in adapter.files]
-            name = base or common_base(opened)
-            data = data or common_data(runs)
-            max_length = max((run.data.max_length for run in runs), default=DataConfig().max_length)
             opened_base = Base.open(name, fetching)
             for adapter in opened:
                 warn_of_other_weights(adapter, opened_base)
@@ -203,15 +200,23 @@ def evaluate(
     return asked, found
 
 
+def _choose(
+    adapters: Sequence[Adapter], base: str | None, data: str | None
+) -> tuple[str, str, int, list[str]]:
+    """The base, the data, the most tokens of a row, and the adapters' names."""
+    runs = [read_run(adapter.folder) for adapter in adapters if RUN_FILE in adapter.files]
+    max_length = max((run.data.max_length for run in runs), default=DataConfig().max_length)
+    titles = [str(adapter.folder) for adapter in adapters]
+    return base or common_base(adapters), data or common_data(runs), max_length, titles
+
+
 @contextmanager
 def _adapter_of_first(ranks: Ranks, own: Adapter | None) -> Iterator[Adapter]:
     """An adapter that only the first rank need have."""
-    names: list[str] = []
-    if own:
-        names = [CONFIG_FILE, own.weights_file.name]
-        names += [RUN_FILE] if RUN_FILE in own.files else []
-    with ranks.folder_of_first(own.folder if own else Path(), names) as folder:
-        yield own or Adapter.open(folder)
+    folder = own.folder if own else Path()
+    names = [CONFIG_FILE, own.weights_file.name] if own else []
+    with ranks.folder_of_first(folder, names) as found:
+        yield own or Adapter.open(found)
 
 
 def read_questions(

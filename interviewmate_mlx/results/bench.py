@@ -13,7 +13,7 @@ from interviewmate_mlx.model.lora import LORA_NAMES, linear_paths, shape_of
 from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.events import Stepped
 from interviewmate_mlx.training.loop import agree, rows_of_steps, run_of_first, run_steps
-from interviewmate_mlx.training.optimizer import adamw
+from interviewmate_mlx.training.optimizer import choose_optimizer
 from interviewmate_mlx.training.ranks import ALONE, join
 from interviewmate_mlx.training.step import Step
 from interviewmate_mlx.training.task import Task, prepare
@@ -95,8 +95,9 @@ def bench(
         agree(task)
         stack.enter_context(task.memory_limits())
         stack.enter_context(task.executor.opened())
+        optimizer = choose_optimizer(run, task.model)
         step = Step(
-            task.model, adamw(), run.train.max_grad_norm, task.executor, task.objective.loss
+            task.model, optimizer, run.train.max_grad_norm, task.executor, task.objective.loss
         )
         warm_up(task, step, steps, warmup)
         mx.reset_peak_memory()

@@ -9,7 +9,7 @@ from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.training.events import Started, Stepped
 from interviewmate_mlx.training.loop import is_validation, opened, run_steps
-from interviewmate_mlx.training.optimizer import adamw
+from interviewmate_mlx.training.optimizer import choose_optimizer
 from interviewmate_mlx.training.step import Step
 from interviewmate_mlx.training.task import Task
 
@@ -62,9 +62,8 @@ def rehearse(
 
 def forecast(task: Task, first: int) -> Forecast:
     """Time some steps from `first` on."""
-    step = Step(
-        task.model, adamw(), task.run.train.max_grad_norm, task.executor, task.objective.loss
-    )
+    optimizer, limit = choose_optimizer(task.run, task.model), task.run.train.max_grad_norm
+    step = Step(task.model, optimizer, limit, task.executor, task.objective.loss)
     last = min(first + 1 + _TIMED_STEPS, task.total_steps)
     end = time.monotonic() + _TIMED_SECONDS
     stop = task.ranks.agreed_stop(lambda: step.num_updates > 1 and time.monotonic() > end)

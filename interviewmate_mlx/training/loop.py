@@ -27,13 +27,14 @@ from interviewmate_mlx.data.batches import Row, by_width, epoch_steps
 from interviewmate_mlx.data.templates import end_ids, text_beside
 from interviewmate_mlx.errors import DivergedError
 from interviewmate_mlx.files import Progress
-from interviewmate_mlx.model.starts import as_plain
+from interviewmate_mlx.model.starts import as_plain, take_out
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.checkpoint import (
     Saved,
     State,
     load_newest,
     prune,
+    put_numbers,
     restore,
     save_checkpoint,
     saved_of_first,
@@ -56,7 +57,7 @@ from interviewmate_mlx.training.metrics import (
     sync_metrics,
     write_summary,
 )
-from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
+from interviewmate_mlx.training.optimizer import choose_optimizer, learning_rate_at
 from interviewmate_mlx.training.ranks import Ranks, join
 from interviewmate_mlx.training.step import Step, total_of
 from interviewmate_mlx.training.task import Task, changed_versions, prepare, versions
@@ -83,7 +84,8 @@ def train(
 
     Args:
         run: what to train; the first rank's counts, and others may give None.
-        out: the folder, made here; by default `adapters/NAME` after the run.
+        out: the folder, made here; by default `adapters/NAME` after the run, or `models/NAME` if
+            all weights are trained.
         resume: go on from the newest whole checkpoint in the folder.
         replace: remove the run in the folder, once all that the new one needs is there.
         stop: asked after each step; true saves the state and ends. Leaving the loop saves
@@ -97,7 +99,7 @@ def train(
     Raises:
         InterviewMateError: the run cannot start or go on. What was saved stays.
     """
-    out = Path(out or Path("adapters") / (run.name if run else ""))
+    out = Path(out or (run.folder if run else ""))
     with opened(run, out, resume, replace, progress, base) as (task, saved):
         folder = out if task.ranks.is_first else None
         if folder and replace and not resume:
@@ -160,8 +162,19 @@ def agree(task: Task) -> None:
     facts = {name: value[:12] for name, value in task.fingerprint.items()}
     task.ranks.check_same({**facts, "model.dtype": str(task.model.dtype)})
     # The first values are random, and may be computed by other hardware.
-    first = task.ranks.tensors_from_first(named_arrays(task.model.trainable_parameters()))
+    first = task.ranks.tensors_from_first(trained_weights(task.model))
     task.model.load_weights(list(first.items()), strict=False)
+    if task.run.lora.init != "default" and not task.ranks.is_first:
+        untouched = task.base.build(task.model.dtype)
+        take_out(task.model, named_arrays(untouched.parameters()))
+
+
+def align(task: Task, optimizer: optim.Optimizer) -> None:
+    """Give all ranks the first's numbers, where other hardware has rounded its own otherwise."""
+    if task.ranks.size > 1:
+        trained = task.ranks.aligned(trained_weights(task.model))
+        moments = task.ranks.aligned(named_arrays(optimizer.state))
+        put_numbers(task.model, optimizer, trained, moments)
 
 
 def run_task(
@@ -172,7 +185,7 @@ def run_task(
     if out:
         write_run(run, out)
     task = task.with_references(out)  # of the model as the run begins
-    optimizer = adamw(run.train.weight_decay, run.lora.plus_ratio)
+    optimizer = choose_optimizer(run, model)
     step = Step(model, optimizer, run.train.max_grad_norm, task.executor, task.objective.loss)
     loss_of = total_of(model, task.objective.loss, task.executor)
     state = State(
@@ -228,6 +241,7 @@ def run_task(
                     record(out, judge(task, state, best, loss_of))
                 save(task, out, state, optimizer, best)
             raise
+        align(task, optimizer)
         is_due = task.rows.valid and state.step == until and is_validation(task, until)
         judged = [record(out, judge(task, state, best, loss_of))] if is_due else []
         save(task, out, state, optimizer, best)

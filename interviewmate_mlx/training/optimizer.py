@@ -1,11 +1,24 @@
-"""AdamW as torch computes it, and the learning rate of a step."""
+"""AdamW and Muon as torch computes them, and the learning rate of a step."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_map_with_path
+
+from interviewmate_mlx.config import RunConfig
+from interviewmate_mlx.model.lora import base_linear_paths
+from interviewmate_mlx.model.zoo import Network
+
+
+def choose_optimizer(run: RunConfig, model: Network) -> "AdamW":
+    """A run's own. The learning rate is set before each step."""
+    if run.train.optimizer == "muon":
+        linear = (path for path in base_linear_paths(model) if path != "lm_head")
+        return Muon(run.train.weight_decay, [f"{path}.weight" for path in linear])
+    return adamw(run.train.weight_decay, run.lora.plus_ratio)
 
 
 def adamw(weight_decay: float = 0.0, plus_ratio: float = 1.0) -> "AdamW":
@@ -65,6 +78,69 @@ class AdamW(optim.Adam):
         updated = tree_map_with_path(update, gradients, parameters, self.state)
         self.state["learning_rate"] = rate
         return updated
+
+
+class Muon(AdamW):
+    """Muon for the matrices of the blocks, AdamW for the rest: for all weights.
+
+    Muon replaces a matrix's momentum by the nearest matrix that turns and does not stretch, so
+    that no direction is learned faster than another
+    (https://kellerjordan.github.io/posts/muon/). Scaled by `0.2 sqrt(max(out, in))` its steps are
+    as large as AdamW's, and both take one learning rate (https://arxiv.org/abs/2502.16982).
+    """
+
+    def __init__(self, weight_decay: float, matrices: Collection[str], momentum: float = 0.95):
+        """
+        Args:
+            weight_decay: as AdamW's.
+            matrices: the parameter paths that are Muon's. An embedding is none: it is no map
+                between hidden states.
+            momentum: with Nesterov's look ahead.
+        """
+        super().__init__(weight_decay, plus_ratio=1.0)
+        self.matrices, self.momentum = frozenset(matrices), momentum
+
+    def init(self, parameters: Any) -> None:
+        super().init(parameters)
+
+        def state_of(path: str, parameter: mx.array, state: dict[str, mx.array]) -> dict[str, Any]:
+            if path not in self.matrices:
+                return state
+            kept = {"master": state["master"]} if "master" in state else {}
+            return kept | {"momentum": mx.zeros(parameter.shape, mx.float32)}
+
+        self.state.update(tree_map_with_path(state_of, parameters, self.state))
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
+    ) -> mx.array:
+        if "momentum" not in state:
+            updated: mx.array = super().apply_single(gradient, parameter, state)
+            return updated
+        mix = self.momentum
+        state["momentum"] = mix * state["momentum"] + (1 - mix) * gradient
+        update = orthogonalise((1 - mix) * gradient + mix * state["momentum"])
+        scale = 0.2 * max(parameter.shape) ** 0.5
+        return parameter - self.learning_rate * scale * update
+
+
+def orthogonalise(matrix: mx.array, iterations: int = 5) -> mx.array:
+    """Bring all singular values of a matrix near 1 (to between 0.7 and 1.2), in any dtype.
+
+    The quintic Newton-Schulz iteration of https://kellerjordan.github.io/posts/muon/.
+
+    Args:
+        matrix: (M, N).
+        iterations: five suffice where no singular value is below a thousandth of the norm.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix / mx.maximum(mx.linalg.norm(matrix), 1e-7)
+    if is_tall := x.shape[0] > x.shape[1]:
+        x = x.T
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if is_tall else x
 
 
 def decays(path: str, parameter: mx.array) -> bool:

@@ -265,7 +265,7 @@ class Ranks:
         if own and ((self.is_first and not any(faults[1:])) or len(set(faults)) == 1):
             raise own
         listed = [f"{self.name(r)}: {fault}" for r, fault in enumerate(faults) if fault]
-        raise TrainingError(f"The ranks cannot begin:\n{list_faults(listed)}") from own
+        raise TrainingError(f"The ranks cannot go on:\n{list_faults(listed)}") from own
 
     def check_same(self, facts: dict[str, str]) -> None:
         """Refuse to begin where ranks do not have the same, or not the same versions.

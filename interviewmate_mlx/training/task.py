@@ -18,7 +18,7 @@ from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.data.batches import steps_per_epoch
 from interviewmate_mlx.data.pairs import Judged, encode_preferences
 from interviewmate_mlx.data.preferences import load_preferences
-from interviewmate_mlx.data.prompts import encode_records, template_of
+from interviewmate_mlx.data.prompts import encode_records, pack_texts, template_of
 from interviewmate_mlx.data.records import load_splits, readings
 from interviewmate_mlx.data.templates import AUTO, VERBATIM, Template, choose_template
 from interviewmate_mlx.errors import (
@@ -308,6 +308,8 @@ def encode_rows(run: RunConfig, splits: dict[str, list[Any]], base: Base) -> Row
 
     def encoded(split: str) -> tuple[list[Any], int]:
         rows, settings = splits.get(split, []), (data.max_length, data.train_on, template)
+        if data.pack:
+            return pack_texts(tokenizer, rows, data.max_length), 0
         if run.train.method == "sft":
             kept, dropped = encode_records(tokenizer, rows, *settings)
             return kept, len(dropped)

@@ -1,18 +1,23 @@
 """Rows to tokens: the template, the loss mask, truncation."""
 
+import itertools
+
 import jinja2
 import numpy as np
 import pytest
 from checkpoints import write_tokenizer
 from transformers import AutoTokenizer
 
+from interviewmate_mlx.config import load_run
 from interviewmate_mlx.data.prompts import (
     encode_question,
     encode_record,
     encode_records,
+    pack_texts,
 )
 from interviewmate_mlx.data.records import Message, Record
 from interviewmate_mlx.data.templates import CHAT_TEMPLATE
+from interviewmate_mlx.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +146,36 @@ def test_verbatim_text_is_learned_whole(tokenizer):
     (example,) = encode_record(tokenizer, Record("row", completion="Once upon"), 512, "answer")
     assert tokenizer.decode(example.tokens) == "Once upon<|endoftext|>"
     assert example.loss_mask.tolist() == [False] + [True] * (len(example) - 1)
+
+
+def test_packed_texts_lose_nothing_and_learn_each_token_once(tokenizer):
+    texts = ["The training set.", "A mean. " * 9, "Why?"]
+    records = [Record(f"row {n}", completion=text) for n, text in enumerate(texts)]
+    ids = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
+    stream = [token for document in ids for token in document]
+    for length in (8, 9, len(stream), 1000):
+        rows = pack_texts(tokenizer, records, length)
+        assert all(len(row) == length for row in rows[:-1])
+        learned = [token for row in rows for token in row.tokens[row.loss_mask]]
+        assert [rows[0].tokens[0], *learned] == stream
+        for before, row in itertools.pairwise(rows):  # each sees what came before it
+            assert row.tokens[0] == before.tokens[-1]
+            assert not row.loss_mask[0]
+        assert not any(row.num_truncated for row in rows)
+    first = [row.record.source for row in pack_texts(tokenizer, records, 8)]
+    assert first[0] == "row 0"
+    assert first == sorted(first)
+    assert len(set(first)) > 1
+
+
+def test_only_texts_are_packed(tokenizer):
+    records = [Record("row 1", completion="A text."), pair("Why?", "Because.")]
+    records.append(Record("row 3", prompt="Why?", completion="Because."))
+    with pytest.raises(DataError, match="questions and answers:\n  row\n  row 3\nLeave"):
+        pack_texts(tokenizer, records, 8)
+    assert pack_texts(tokenizer, [], 8) == []
+
+
+def test_preferences_are_not_packed():
+    with pytest.raises(ConfigError, match=r"data\.pack: got true, expected false: dpo"):
+        load_run("dpo", ["data.pack=true"])

@@ -120,7 +120,12 @@ def test_preferences_killed_at_any_moment_end_as_if_they_were_not(launchers, tmp
 
 METHODS = {
     "whole": ["train.weights=all", "lora.dropout=0.05", "train.learning_rate=1e-3"],
-    "whole, bfloat16": ["train.weights=all", "lora.dropout=0.05", "model.dtype=bfloat16"],
+    "whole, bfloat16, muon": [
+        "train.weights=all",
+        "train.optimizer=muon",
+        "lora.dropout=0.05",
+        "model.dtype=bfloat16",
+    ],
     "dora and lora+": ["lora.dora=true", "lora.plus_ratio=4"],
     "pissa": ["lora.init=pissa"],
     "start_from": ["lora.start_from={first}"],

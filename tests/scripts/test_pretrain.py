@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import signal
@@ -14,17 +15,20 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import CORPUS
-from pretrain_rows import collate_groups, rows_in_order
 from pretrain_unlikelihood import repeat_unlikelihood
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interviewmate_mlx.base.base import Base
+from interviewmate_mlx.data.batches import collate
+from interviewmate_mlx.data.prompts import pack_texts
+from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.model.falcon import cross_entropy
+from interviewmate_mlx.training.events import Stepped
+from interviewmate_mlx.training.metrics import read_metrics
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 _SHAPE = {"vocab": 320, "hidden": 32, "layers": 2, "heads": 2, "width": 16, "rows": 4}
 SIZES = [word for name, n in _SHAPE.items() for word in (f"--{name}", str(n))]
-SIZES += ["--microbatch", "2"]
 STEPS = 12
 TOKENS = ["--tokens", str(STEPS * 4 * 16)]
 
@@ -62,67 +66,70 @@ def made(script: ModuleType, text: Path, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
-def test_interrupted_and_resumed_run_ends_in_the_same_weights(
-    script, text, made, tmp_path, monkeypatch, capsys
-):
-    out = tmp_path / "small"
-    words = [str(text), "--out", str(out), *SIZES, *TOKENS, "--save-minutes", "0"]
-    describe = script.describe
+def interrupted(script: ModuleType, words: list[str], stage: int, step: int) -> None:
+    """Run until a step of a stage, and send a signal in it."""
+    show, stages = script.show, []
 
-    def interrupt_in_step_5(args, step, *numbers):
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return describe(args, step, *numbers)
+    def interrupt(events, console):
+        stages.append(events)
+        for event in show(events, console):
+            if len(stages) == stage and isinstance(event, Stepped) and event.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield event
 
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "describe", interrupt_in_step_5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "show", interrupt)
         assert script.main(words) == 130
+
+
+def test_interrupted_and_resumed_run_ends_in_the_same_weights(script, text, made, tmp_path, capsys):
+    out = tmp_path / "small"
+    words = [str(text), "--out", str(out), *SIZES, *TOKENS]
+    interrupted(script, words, stage=1, step=5)
     assert "interrupted after step 5" in capsys.readouterr().err
     assert not out.exists()
-    encoded = out.with_name("small.work") / "train_0.npy"
-    before = encoded.stat().st_mtime_ns
+    prepared = out.with_name("small.work") / "text_0/train.jsonl"
+    before = prepared.stat().st_mtime_ns
     assert script.main(words) == 1
     assert "Go on with --resume" in capsys.readouterr().err
     assert script.main([*words, "--resume"]) == 0
-    assert encoded.stat().st_mtime_ns == before
+    assert prepared.stat().st_mtime_ns == before
     for name in ("model.safetensors", "tokenizer.json"):
         assert (out / name).read_bytes() == (made / name).read_bytes()
 
 
-def test_second_stage_joins_in_and_is_repeated_by_a_resumed_run(
-    script, text, tmp_path, monkeypatch, capsys
-):
+def test_second_stage_joins_in_and_is_repeated_by_a_resumed_run(script, text, tmp_path, capsys):
     core = tmp_path / "core.txt"
     core.write_text("\n<|endoftext|>\n".join([*CORPUS[:2], *CORPUS[4:7]] * 2), encoding="utf-8")
     stages = ["--then", str(core), "--then-tokens", str(6 * 4 * 16), "--then-share", "0.5"]
-    words = [str(text), *SIZES, *TOKENS, *stages, "--save-minutes", "0", "--out"]
+    words = [str(text), *SIZES, *TOKENS, *stages, "--out"]
     assert script.main([*words, str(tmp_path / "whole/small")]) == 0
-    said = capsys.readouterr().err
     # The first document of the text is held out, and so it is in its cut.
-    assert "core.txt: 8 documents to learn from, 2 held out" in said
-    assert f"step 1/{STEPS + 6}" in said
+    assert "core.txt: 8 documents to learn from, 2 held out" in capsys.readouterr().err
     card = (tmp_path / "whole/small/README.md").read_text()
-    assert "the last 6 steps, 50% of their rows from core.txt" in card
+    assert "the last 6 steps, 50% of their tokens from core.txt" in card
+    assert f"{STEPS + 6} steps of 4 packed rows of 16 tokens" in card
     assert "| held out of core.txt |" in card
+    work = tmp_path / "whole/small.work"
+    own, core_rows, mixed = (
+        (work / name / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        for name in ("text_0", "text_1", "mixed")
+    )
+    assert set(core_rows) < set(mixed) <= {*core_rows, *own}
+    added = mixed[len(core_rows) :]
+    assert sum(map(len, added)) == pytest.approx(sum(map(len, core_rows)), rel=0.3)
 
-    describe, rates, learning_rate = script.describe, [], script.learning_rate
+    rates = [
+        [line["learning_rate"] for line in read_metrics(work / f"stage_{n}/metrics.jsonl")
+         if "learning_rate" in line]
+        for n in (0, 1)
+    ]  # fmt: skip
+    assert rates[0] == [0.0] + [5e-3] * (STEPS - 1)  # level after the warmup
+    assert rates[1] == pytest.approx([5e-3 * (1 - n / 6) for n in range(6)])
 
-    def interrupt_in_step_15(args, step, *numbers):
-        if step == 15:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return describe(args, step, *numbers)
-
-    def noted(args, number):
-        rates.append(learning_rate(args, number))
-        return rates[-1]
-
-    monkeypatch.setattr(script, "learning_rate", noted)
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "describe", interrupt_in_step_15)
-        assert script.main([*words, str(tmp_path / "parts/small")]) == 130
-    assert script.main([*words, str(tmp_path / "parts/small"), "--resume"]) == 0
-    assert rates[1:12] == [5e-3] * 11  # level after the warmup
-    assert rates[12:] == pytest.approx([5e-3 * (1 - n / 6) for n in range(6)])
+    parts = [*words, str(tmp_path / "parts/small")]
+    interrupted(script, parts, stage=2, step=3)
+    assert script.main([*parts, "--resume"]) == 0
     for name in ("model.safetensors", "README.md"):
         whole, parts = ((tmp_path / p / "small" / name).read_bytes() for p in ("whole", "parts"))
         assert whole == parts
@@ -135,16 +142,16 @@ def test_second_text_without_tokens_is_refused(script, text, tmp_path, capsys):
 
 
 def test_run_goes_on_from_a_base(script, text, made, tmp_path):
-    """At rate 0 it ends where it began; so what other rates give begins there too."""
+    """With steps too small for bfloat16 it ends where it began; so others begin there too."""
     words = [str(text), "--from", str(made), "--width", "16", "--rows", "4", *TOKENS]
-    assert script.main([*words, "--learning-rate", "0", "--out", str(tmp_path / "same")]) == 0
+    assert script.main([*words, "--learning-rate", "1e-12", "--out", str(tmp_path / "same")]) == 0
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "same" / name).read_bytes() == (made / name).read_bytes()
     old, new = ((folder / "README.md").read_text() for folder in (made, tmp_path / "same"))
     assert "learning rate 0.005 after 2% warmup, then linear to 0" in old
     assert set(re.findall(r"^\| .*", old, re.M)) <= set(new.splitlines())
     assert "| afterwards: tokens seen | 768: 12 steps of 4 packed rows of 16 tokens |" in new
-    assert "learning rate 0 after 2% warmup" in new
+    assert "learning rate 1e-12 after 2% warmup" in new
 
     assert script.main([*words, "--out", str(tmp_path / "better")]) == 0
     before, after = (perplexity(folder) for folder in (made, tmp_path / "better"))
@@ -161,10 +168,10 @@ def test_run_goes_on_from_a_base(script, text, made, tmp_path):
         np.testing.assert_allclose(array.astype(mx.float32), expected, rtol=2**-8, atol=1e-4)
 
     words[2] = str(tmp_path / "better")
-    assert script.main([*words, "--learning-rate", "0", "--out", str(tmp_path / "third")]) == 0
+    assert script.main([*words, "--learning-rate", "1e-12", "--out", str(tmp_path / "third")]) == 0
     third = (tmp_path / "third" / "README.md").read_text()
     rates = re.findall(r"^\| (.*)optimizer .* learning rate (\S+)", third, re.M)
-    assert rates == [("", "0.005"), ("afterwards: ", "0.005"), ("afterwards again: ", "0")]
+    assert rates == [("", "0.005"), ("afterwards: ", "0.005"), ("afterwards again: ", "1e-12")]
 
 
 def perplexity(folder: Path) -> float:
@@ -188,8 +195,8 @@ def test_blend_without_a_base_is_refused(script, text, tmp_path, capsys):
 
 def test_unlikelihood_makes_repetition_less_likely(script, text, made, tmp_path):
     words = [str(text), "--from", str(made), "--width", "16", "--rows", "4", *TOKENS]
-    rows = rows_in_order(np.load(made.with_name("small.work") / "train_0.npy"), 319, 16)[:-1]
-    (batch,) = collate_groups(rows, len(rows))
+    records = load_splits(made.with_name("small.work") / "text_0")["train"]
+    batch = collate(pack_texts(Base.open(made).tokenizer, records, 17)[:-1])
     terms = []
     for weight in (0, 1000):
         out = tmp_path / f"weight_{weight}"
@@ -203,13 +210,11 @@ def test_unlikelihood_makes_repetition_less_likely(script, text, made, tmp_path)
     assert 0 < terms[1] < 0.8 * terms[0]
 
 
-def test_loss_of_the_tiny_text_falls(script, made, text, capsys, tmp_path):
-    words = [str(text), "--out", str(tmp_path / "small"), *SIZES, *TOKENS]
-    assert script.main([*words, "--save-minutes", "0"]) == 0
-    lines = capsys.readouterr().err.splitlines()
-    losses = [float(line.split()[-1]) for line in lines if "held-out sample" in line]
-    assert len(losses) == STEPS - 1
-    assert losses[-1] < losses[0] - 0.1
+def test_loss_of_the_tiny_text_falls(made):
+    lines = read_metrics(made.with_name("small.work") / "stage_0/metrics.jsonl")
+    first, *_, last = [line["valid_loss"] for line in lines if "valid_loss" in line]
+    assert first == pytest.approx(math.log(320), rel=0.01)
+    assert last < first - 0.1
 
 
 def test_transformers_loads_the_folder_and_agrees(made):
@@ -223,16 +228,17 @@ def test_transformers_loads_the_folder_and_agrees(made):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_transformers_tokenizer_gives_the_ids_that_were_trained_on(made, script):
+def test_transformers_tokenizer_gives_the_ids_that_were_trained_on(made):
     tokenizer = AutoTokenizer.from_pretrained(made)
-    trained = np.load(made.with_name("small.work") / "train_0.npy")
-    held_out = np.load(made.with_name("small.work") / "held_out_0.npy")
+    splits = load_splits(made.with_name("small.work") / "text_0")
     ids = [tokenizer.encode(text.strip("\n")) for text in CORPUS * 3]
     end = tokenizer.eos_token_id
     assert end == tokenizer.bos_token_id == 319
     assert tokenizer.encode("<|endoftext|>") == [end]
-    assert held_out.tolist() == [*ids[0], end]
-    assert trained.tolist() == [token for document in ids[1:] for token in (*document, end)]
+    for split, documents in (("valid", ids[:1]), ("train", ids[1:])):
+        first, *rows = pack_texts(Base.open(made).tokenizer, splits[split], 17)
+        trained = [*first.tokens, *(token for row in rows for token in row.tokens[1:])]
+        assert trained == [token for document in documents for token in (*document, end)]
     for text in ("A mean\n\n  of 3 values — naïve, 模型", *CORPUS):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -253,7 +259,7 @@ def test_folder_fits_its_checksums_and_has_a_card(made):
 def test_held_out_figures_are_those_of_the_stored_weights(made):
     """Computed again by transformers, row by row."""
     reference = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32).eval()
-    stream = np.concatenate([[319], np.load(made.with_name("small.work") / "held_out_0.npy")])
+    stream = np.array([*AutoTokenizer.from_pretrained(made).encode(CORPUS[0].strip("\n")), 319])
     total = 0.0
     for start in range(0, len(stream) - 1, 16):
         row = torch.tensor(stream[start : start + 17].astype(np.int64))

@@ -208,9 +208,12 @@ def test_model_that_is_written_is_one_everywhere(bases, name, questions, tmp_pat
     assert f"--model {out}" in said
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resumed_it_ends_in_the_same_bytes(bases, questions, tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "optimizer"), [("float32", "adamw"), ("bfloat16", "adamw"), ("bfloat16", "muon")]
+)
+def test_resumed_it_ends_in_the_same_bytes(bases, questions, tmp_path, dtype, optimizer):
     settings = [f"model.dtype={dtype}", "train.learning_rate=0.05", "validate.every=1"]
+    settings += [f"train.optimizer={optimizer}"]
     settings += ["train.schedule=constant"]
     run, whole, out = run_on(bases["falcon"], questions, *settings), tmp_path / "a", tmp_path / "b"
     events = list(train(run, whole))
@@ -307,8 +310,8 @@ def test_every_network_that_can_be_trained_whole_is_known(tmp_path):
 
 @pytest.mark.parametrize("streams", [0, 2])
 @pytest.mark.parametrize("path", ["cpu", "gpu"])
-@pytest.mark.parametrize("words", [4, 160])
-def test_peak_is_what_was_planned(tmp_path, monkeypatch, path, words, streams):
+@pytest.mark.parametrize(("words", "optimizer"), [(4, "adamw"), (160, "adamw"), (4, "muon")])
+def test_peak_is_what_was_planned(tmp_path, monkeypatch, path, words, optimizer, streams):
     if backend.machine().device != "cpu":
         pytest.skip("measured on MLX's CPU backend")
     if streams > backend.machine().cpu_streams or (streams and path == "gpu"):
@@ -318,7 +321,7 @@ def test_peak_is_what_was_planned(tmp_path, monkeypatch, path, words, streams):
     rows = [{"question": "Why?", "answer": "because it is learned " * (words // 4)}] * 12
     data = write_rows(tmp_path / "rows" / "train.jsonl", rows)
     write_rows(tmp_path / "rows" / "valid.jsonl", rows[:2])
-    run = run_on("mini", data.parent, "train.epochs=1")
+    run = run_on("mini", data.parent, "train.epochs=1", f"train.optimizer={optimizer}")
     if path == "gpu":
         run = run.replace(model={"dtype": "bfloat16"})
     gc.collect()
