@@ -31,7 +31,7 @@ NAMES = ("imate-0", "imate-1")  # of namespaces, and of the cable's ends
 LORA_BYTES = 6_291_456  # Run A's gradients, float32
 ALL_BYTES = 5_246_500_864  # all of Falcon-RW-1B's
 MESSAGE_BYTES = 64 << 20  # as training.ranks sends them
-ONE_CORE = ("taskset", "-c", "0")
+CORES, ONE_CORE = ("taskset", "-c", "0,1"), ("taskset", "-c", "0")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -77,7 +77,7 @@ def measure_speed(options: argparse.Namespace, name: str, base: str) -> dict[str
     words = ["bench", "--run", "A", "--model", base, "--steps", str(options.steps)]
     words += ["--warmup", "1", "--json"]
     words = [sys.executable, "-m", "interviewmate_mlx", *words]
-    ways = {"two ranks": [(), ()], "both cores": [()], "one core": [ONE_CORE]}
+    ways = {"two ranks": [CORES, CORES], "both cores": [CORES], "one core": [ONE_CORE]}
     rounds = [
         {way: run_ranks(words, before)["samples_per_s"] for way, before in ways.items()}
         for _ in range(options.rounds)

@@ -217,8 +217,10 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the run writes by default."""
-        return Path("models" if self.train.weights == "all" else "adapters", self.name)
+        """Where the run writes by default. `models/NAME` may be a base of that name."""
+        if self.train.weights == "all":
+            return Path("models", f"{self.name}-trained")
+        return Path("adapters", self.name)
 
     def replace(self, name: str | None = None, **tables: Mapping[str, Any]) -> "RunConfig":
         """A copy with other values, as in `run.replace(lora={"rank": 16}, data={"path": "mine"})`.

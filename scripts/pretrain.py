@@ -12,6 +12,7 @@ is trained on; with --unlikelihood, to repeat itself less.
 import argparse
 import hashlib
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from rich.console import Console
 from interviewmate_mlx.base.converted import write_json
 from interviewmate_mlx.cli.signals import StopOnSignal
 from interviewmate_mlx.config import RunConfig
+from interviewmate_mlx.data.batches import WIDTH_STEP
 from interviewmate_mlx.errors import InterviewMateError, TrainingError
 from interviewmate_mlx.formats.json_file import read_json
 from interviewmate_mlx.results.terminal import show
@@ -57,7 +59,7 @@ def options() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder to write")
     add("--resume", action="store_true", help="go on with what is in OUT.work")
     add("--sources", type=Path, help="Markdown for the card: where the text is from")
-    add("--save-every", type=int, default=200, help="steps; the loss is validated then, too")
+    add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--tokens", type=float, default=40e6, help="to train on, repeated ones counted")
     add("--from", dest="start", type=Path, metavar="FOLDER", help="a base to go on from")
     add("--blend", type=float, default=1.0, help="share of the new weights; the rest is --from's")
@@ -98,8 +100,9 @@ def pretrain(args: argparse.Namespace, console: Console, stop: StopOnSignal) -> 
     keep_recipe(args, work)
     paths = [args.text, *([args.then] if args.then else [])]
     texts = prepare_texts(paths, args.vocab, work, console, args.start)
+    planned = list(stages(args, work))
     base, num_steps = args.start or write_start(args, texts[0].tokenizer, work / "start"), 0
-    for number, stage in enumerate(stages(args, work)):
+    for number, stage in enumerate(planned):
         run = run_of(args, base, stage)
         base = work / f"stage_{number}"
         finished = train(args, run, base, console, stop)
@@ -124,7 +127,7 @@ def take_shape(args: argparse.Namespace) -> None:
 
 
 def keep_recipe(args: argparse.Namespace, work: Path) -> None:
-    """Write the recipe into the work folder, or hold a resumed run to the one it began with."""
+    """Check the recipe and keep it in the work folder; a resumed run is held to it."""
     recipe: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in FREE}
     weights = args.start and args.start / "model.safetensors"
     for name, path in (("text", args.text), ("then", args.then), ("from", weights)):
@@ -135,13 +138,24 @@ def keep_recipe(args: argparse.Namespace, work: Path) -> None:
                 raise TrainingError(f"Cannot read {path}: {error.strerror}.") from error
     if bool(args.then) != bool(args.then_tokens):
         raise TrainingError("--then and --then-tokens go together: give both, or neither.")
+    if not args.tokens and not args.then:
+        raise TrainingError("--tokens 0 leaves nothing to train on.")
+    if not 0 < args.then_share <= 1:
+        raise TrainingError(f"--then-share: got {args.then_share:g}, expected above 0, at most 1.")
+    if args.unlikelihood and args.width % WIDTH_STEP:  # rows would be padded
+        raise TrainingError(
+            f"--width: got {args.width}, expected a multiple of {WIDTH_STEP} with --unlikelihood."
+        )
     if args.blend != 1 and not args.start:
         raise TrainingError("--blend mixes with the weights of --from: give that too.")
     if args.out.exists():
         raise TrainingError(f"{args.out} exists already.\nRemove it, or choose another --out.")
     path = work / "recipe.json"
-    if path.is_file() and not args.resume:
-        raise TrainingError(f"{work} holds a run.\nGo on with --resume, or remove it.")
+    if any(work.glob("stage_*")):
+        if not args.resume:
+            raise TrainingError(f"{work} holds a run.\nGo on with --resume, or remove it.")
+    elif path.is_file() and read_json(path) != recipe:  # nothing is trained yet
+        shutil.rmtree(work)
     began = read_json(path) if path.is_file() else recipe
     if changed := [name for name, value in recipe.items() if began.get(name) != value]:
         raise TrainingError(
@@ -183,7 +197,6 @@ def run_of(args: argparse.Namespace, base: Path, stage: Stage) -> RunConfig:
             "save_every": args.save_every,
             "seed": args.seed,
         },
-        validate={"every": args.save_every},
     )
 
 

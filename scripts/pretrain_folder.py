@@ -147,7 +147,9 @@ def model_card(args: argparse.Namespace, texts: Sequence[Text], steps: int, base
     num_parameters = sum(array.size for array in named_arrays(model.parameters()).values())
     facts = recipe_facts(args, texts, steps, num_parameters)
     for text in texts:
-        records = load_splits(text.data)["valid"]
+        if not text.num_held_out:
+            continue
+        records = load_splits(text.held_out)["train"]
         rows = pack_texts(base.tokenizer, records, args.width + 1)
         found = score(row_losses(model, rows))
         bits = found.loss * found.tokens / math.log(2) / text.held_out_bytes
@@ -170,13 +172,10 @@ def recipe_facts(
     args: argparse.Namespace, texts: Sequence[Text], steps: int, num_parameters: int
 ) -> dict[str, str]:
     """How the model was made, for the card. First comes how the base it went on from was made."""
-    late = round(args.then_tokens / (args.rows * args.width))
-    rate = f"{args.learning_rate:g}"
-    if args.tokens:
-        rate += f" after {args.warmup:.0%} warmup, "
-        rate += f"level, and in the last {late:,} steps linear to 0" if late else "then linear to 0"
-    else:
-        rate += ", linear to 0"
+    late = math.ceil(args.then_tokens / (args.rows * args.width))
+    rate = f"{args.learning_rate:g} after {args.warmup:.0%} warmup, "
+    is_level = late and args.tokens
+    rate += f"level, and in the last {late:,} steps linear to 0" if is_level else "then linear to 0"
     facts = {
         "parameters": f"{num_parameters:,}, the tied head counted once; stored in bfloat16",
         "shape": f"{args.layers} layers, hidden size {args.hidden}, {args.heads} heads of "

@@ -14,22 +14,24 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from interviewmate_mlx.base.converted import write_json, write_tokenizer
 from interviewmate_mlx.base.tokenizer import read_tokenizer_files
+from interviewmate_mlx.data.records import load_splits
 from interviewmate_mlx.errors import TrainingError
 from interviewmate_mlx.files import atomic_file, atomic_folder
 from interviewmate_mlx.formats.json_file import read_json
 
 END = "<|endoftext|>"
 HELD_OUT_EVERY = 100
-TRAIN, VALID = "train.jsonl", "valid.jsonl"
+TRAIN = "train.jsonl"
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text as a data folder: rows to learn from, and those that are only for judging.
+    """A text as rows to learn from, and those that are only for judging.
 
     Attributes:
         name: of its file.
-        data: the folder.
+        data: the folder of the rows to learn from.
+        held_out: the file of the others.
         tokenizer: the folder of the tokenizer.
         num_train, num_held_out: tokens of either, the end of each document counted.
         held_out_bytes: in UTF-8.
@@ -37,6 +39,7 @@ class Text:
 
     name: str
     data: Path
+    held_out: Path
     tokenizer: Path
     num_train: int
     num_held_out: int
@@ -61,6 +64,7 @@ def prepare_texts(
     tokenizer, texts = work / "tokenizer", []
     for number, path in enumerate(paths):
         data, facts = work / f"text_{number}", work / f"text_{number}.json"
+        judged_by = work / f"held_out_{number}.jsonl"
         if not facts.is_file():  # written last
             documents = read_documents(path)
             if number == 0:
@@ -80,13 +84,16 @@ def prepare_texts(
                 f"{path.name}: {len(documents):,} documents to learn from, "
                 f"{len(held_out):,} held out"
             )
+            if not documents:
+                raise TrainingError(f"{path}: all of it is held out of the first text.")
             write_rows(data / TRAIN, documents)
-            write_rows(data / VALID, held_out)
+            write_rows(judged_by, held_out)
+            load_splits(data)  # refuses what no run takes, such as a document without end
             counts = [count_tokens(tokenizer, some, console) for some in (documents, held_out)]
             size = sum(len(document.encode()) for document in held_out)
-            text = Text(path.name, data, tokenizer, *counts, held_out_bytes=size)
+            text = Text(path.name, data, judged_by, tokenizer, *counts, held_out_bytes=size)
             write_json(facts, {k: v for k, v in asdict(text).items() if isinstance(v, int)})
-        texts.append(Text(path.name, data, tokenizer, **read_json(facts)))
+        texts.append(Text(path.name, data, judged_by, tokenizer, **read_json(facts)))
     return texts
 
 
@@ -97,12 +104,16 @@ def mix(work: Path, share: float, seed: int) -> Path:
         rows, more = (read_rows(folder / TRAIN) for folder in (first, second))
         random.Random(seed).shuffle(rows)
         wanted = sum(map(len, more)) * (1 - share) / share
-        while rows and wanted > 0:
+        if wanted > sum(map(len, rows)):
+            raise TrainingError(
+                f"--then-share {share:g}: the first text is too short to make up the rest beside "
+                "the whole second one.\nChoose a larger share, or a shorter second text."
+            )
+        while wanted > 0:
             more.append(rows.pop())
             wanted -= len(more[-1])
         with atomic_folder(mixed) as temporary:
             write_rows(temporary / TRAIN, more)
-            write_rows(temporary / VALID, read_rows(first / VALID) + read_rows(second / VALID))
     return mixed
 
 

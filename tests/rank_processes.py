@@ -50,7 +50,11 @@ def start(
 
 def finish(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     """Of each rank: its exit status, stdout and stderr."""
-    said = [rank.communicate(timeout=120) for rank in ranks]
+    try:
+        said = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     return [(rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)]
 
 

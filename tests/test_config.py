@@ -189,7 +189,25 @@ def test_every_key_of_a_file_is_read(write_run):
         ),
         data=DataConfig("rows", 128, "all", "chatml"),
         train=TrainConfig(
-            "orpo", "lora", 5.0, 11, 2, 3, 1.0, "cosine", 0.1, 0.5, 3, 0.01, 0.0, 7, 3, True, 6.5, 0
+            "orpo",
+            "lora",
+            5.0,
+            11,
+            2,
+            3,
+            1.0,
+            "cosine",
+            0.1,
+            0.5,
+            3,
+            "adamw",
+            0.01,
+            0.0,
+            7,
+            3,
+            True,
+            6.5,
+            0,
         ),
         preference=PreferenceConfig(0.3),  # a method asks for some of its keys, not for all
         validate=ValidateConfig(10, 2),
@@ -197,11 +215,14 @@ def test_every_key_of_a_file_is_read(write_run):
     defaults = RunConfig()
     for table in ("model", "lora", "data", "train", "validate"):
         mine, theirs = asdict(getattr(run, table)), asdict(getattr(defaults, table))
-        # With all weights there may be no LoRA, whose keys are tried here, nor two first values.
-        tried = theirs.keys() - {"weights", "init"}
+        # With all weights, and Muon, there may be no LoRA, whose keys are tried here, nor two first
+        # values; with preferences no packing.
+        tried = theirs.keys() - {"weights", "init", "optimizer", "pack"}
         assert all(mine[key] != theirs[key] for key in tried), "a key was not tried"
     assert load_run("A", ["lora.init=olora"]).lora.init == "olora"
-    assert load_run("A", ["train.weights=all"]).train.weights == "all"
+    run_of_all = load_run("A", ["train.weights=all", "train.optimizer=muon", "data.pack=true"])
+    assert (run_of_all.train.weights, run_of_all.train.optimizer) == ("all", "muon")
+    assert run_of_all.data.pack
     # A whole number is allowed where any number is.
     assert (type(run.lora.alpha), type(run.train.learning_rate)) == (float, float)
 

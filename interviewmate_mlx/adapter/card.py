@@ -25,6 +25,14 @@ _VERBATIM_HOW = (
 )
 _OWN_HOW = "Ask it with the base's own chat template: the adapter was trained with it."
 _OTHER_HOW = "Ask it with the chat template of this folder: the adapter was trained with it."
+# How a tokenizer makes the prompt: of a text, and of a question by the template that it has.
+VERBATIM_PROMPT = 'prompt = tokenizer("Overfitting is", return_tensors="pt")'
+CHAT_PROMPT = f"""prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "{_ASKED}"}}],
+    add_generation_prompt=True,
+    return_dict=True,
+    return_tensors="pt",
+)"""
 _TITLE = "a LoRA adapter for {}"
 _LOAD = 'from_pretrained("{}")'
 
@@ -114,18 +122,12 @@ def rows_in_words(template: Template) -> str:
 def _asking(template: Template, has_file: bool) -> tuple[str, str]:
     """Lines that make the prompt, as in training, and what the reader must know of it."""
     if template == VERBATIM:
-        return 'prompt = tokenizer("Overfitting is", return_tensors="pt")', _VERBATIM_HOW
+        return VERBATIM_PROMPT, _VERBATIM_HOW
     if template == PLAIN and not has_file:
         text = json.dumps(QUESTION.format(_ASKED))
         return f'prompt = tokenizer({text}, return_tensors="pt")', _PLAIN_HOW
     read = f'tokenizer.chat_template = open("PATH_OF_THIS_FOLDER/{CHAT_TEMPLATE_FILE}").read()\n'
-    lines = f"""{read if has_file else ""}prompt = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "{_ASKED}"}}],
-    add_generation_prompt=True,
-    return_dict=True,
-    return_tensors="pt",
-)"""
-    return lines, _OTHER_HOW if has_file else _OWN_HOW
+    return (read if has_file else "") + CHAT_PROMPT, _OTHER_HOW if has_file else _OWN_HOW
 
 
 def set_section(card: str, title: str, text: str) -> str:

@@ -39,8 +39,8 @@ def check_start(
         raise AdapterError(
             f"The run cannot start from {adapter.folder}, which it does not fit:\n"
             f"{list_faults(faults)}\n"
-            "Give the run the adapter's base, rank, alpha, targets, layers, rslora and dora (they "
-            "stand in its run.toml or adapter_config.json), or merge it into the base."
+            "Give the run the adapter's base, rank, alpha, targets, layers, rslora, dora and bias "
+            "(they stand in its run.toml or adapter_config.json), or merge it into the base."
         )
 
 

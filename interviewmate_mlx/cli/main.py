@@ -14,7 +14,7 @@ import click
 from interviewmate_mlx import __version__
 from interviewmate_mlx.cli.options import harmless, prepared
 from interviewmate_mlx.errors import InterviewMateError
-from interviewmate_mlx.hosts.launch import is_first_rank, launched_rank
+from interviewmate_mlx.hosts.launch import is_first_rank, launched_rank, when_met
 
 INTERRUPTED = 130
 TRACEBACK_VARIABLE = "INTERVIEWMATE_TRACEBACK"
@@ -103,11 +103,11 @@ class _Commands(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
         except Exception as error:
-            if ctx.params["traceback"]:
+            if ctx.params["traceback"]:  # of any rank
                 text = "".join(traceback.format_exception(error))
+                click.echo(harmless(text), file=sys.__stderr__)
             else:
-                text = describe(error)
-            click.echo(harmless(text), err=True)
+                click.echo(harmless(describe(error)), err=True)
             ctx.exit(1)
 
 
@@ -168,8 +168,9 @@ def main(ctx: click.Context, version: bool, verbose: bool, traceback: bool) -> N
             f"{ctx.invoked_subcommand} runs in one process; several ranks share "
             f"{', '.join(_SHARED)}."
         )
-    if not is_first_rank():  # which speaks for all
-        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  until the end
+    if not is_first_rank():  # which speaks for all, once it knows of them
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  until the end
+        when_met(lambda: setattr(sys, "stderr", sys.stdout))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what it cannot encode is shown escaped
             stream.reconfigure(errors="backslashreplace")

@@ -14,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 from interviewmate_mlx.errors import redact_secrets
+from interviewmate_mlx.hosts.launch import is_first_rank
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -307,13 +308,14 @@ def prepared() -> Iterator[None]:
 
 
 def make_console(file: Any = None) -> "Console":
-    """A console on stderr, or on another file."""
+    """A console on stderr, or on another file; silent where another rank speaks."""
     from rich.console import Console
 
     file = file or sys.stderr
     # A pipe has no width; 80 columns would break lines that a program reads.
     width = None if file.isatty() else 160
-    return Console(file=file, width=width, highlight=False, markup=False)
+    quiet = not is_first_rank()
+    return Console(file=file, width=width, highlight=False, markup=False, quiet=quiet)
 
 
 def chosen_run(ctx: click.Context, folder: Path | None = None) -> "RunConfig":

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.command("train")
 @run_options
 @click.option(
-    "--out", type=UserPath(), help="By default adapters/NAME; models/NAME for all weights."
+    "--out", type=UserPath(), help="By default adapters/NAME; models/NAME-trained for all weights."
 )
 @click.option(
     "--resume",
@@ -125,12 +125,12 @@ def _train(
             if isinstance(event, Finished):
                 finished = event
     assert finished
+    if not run:
+        return  # the first rank says what it came to
     if finished.interrupted:
         console.print(f"interrupted after step {finished.step}; everything is saved.")
         console.print(f"Go on with: {_resume_command()}", soft_wrap=True)
         ctx.exit(INTERRUPTED)
-    if not run:
-        return  # the first rank says what it came to
     kind = "model" if run.train.weights == "all" else "adapter"
     if as_json:
         click.echo(json.dumps({**asdict(finished.summary), kind: str(out)}))

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from interviewmate_mlx import __version__, backend
 from interviewmate_mlx.adapter.card import CARD_FILE, set_section
@@ -18,7 +18,13 @@ from interviewmate_mlx.base.tokenizer import TokenizerWrapper
 from interviewmate_mlx.coach.generate import Answer, warn_of_other_weights
 from interviewmate_mlx.coach.sampling import Sampling
 from interviewmate_mlx.config import DataConfig, RunConfig
-from interviewmate_mlx.data.prompts import Example, encode_messages, encode_prompt, encode_records
+from interviewmate_mlx.data.prompts import (
+    Example,
+    encode_messages,
+    encode_prompt,
+    encode_records,
+    pack_texts,
+)
 from interviewmate_mlx.data.records import Record, load_splits
 from interviewmate_mlx.data.templates import VERBATIM, Template, end_ids, own_template
 from interviewmate_mlx.errors import ConfigError, DataError, list_faults
@@ -44,6 +50,13 @@ ANSWERS_FILE = "answers.jsonl"
 _SECTION = "Evaluation"
 _LABELS = ("category", "difficulty")
 _GREEDY = Sampling()
+
+
+class Cut(NamedTuple):
+    """How a run cuts its rows: see the keys of `[data]`."""
+
+    max_length: int
+    pack: bool
 
 
 @dataclass(frozen=True)
@@ -154,7 +167,7 @@ def evaluate(
                 harness.check_installed()
             own = [Adapter.open(folder) for folder in adapters] if ranks.is_first else []
             chosen = _choose(own, base, data) if ranks.is_first else None
-        name, data, max_length, titles = ranks.from_first(chosen)
+        name, data, cut, titles = ranks.from_first(chosen)
         opened = [
             stack.enter_context(_adapter_of_first(ranks, adapter))
             for _, adapter in zip_longest(titles, own)
@@ -167,10 +180,11 @@ def evaluate(
             template = common_template(opened, tokenizer)
             tokenizer.eos_token_ids = end_ids(template, tokenizer)
             asked = read_questions(
-                tokenizer, data, split, limit, max_length, has_answers, fetching, template
+                tokenizer, data, split, limit, Cut(*cut), has_answers, fetching, template
             )
             model = opened_base.load(backend.resolve_dtype(dtype))
-        ranks.check_same({"base": opened_base.fingerprint[:12], "data": asked.content_hash()[:12]})
+        facts = {"base": opened_base.fingerprint[:12], "data": asked.content_hash()[:12]}
+        ranks.check_same({**facts, "dtype": str(model.dtype)})
         work = Work(ranks, model, tokenizer, progress)
         found: list[Evaluation] = []
         base_losses: list[RowLoss] = []
@@ -202,12 +216,11 @@ def evaluate(
 
 def _choose(
     adapters: Sequence[Adapter], base: str | None, data: str | None
-) -> tuple[str, str, int, list[str]]:
-    """The base, the data, the most tokens of a row, and the adapters' names."""
+) -> tuple[str, str, Cut, list[str]]:
+    """The base, the data, how its rows are cut, and the adapters' names."""
     runs = [read_run(adapter.folder) for adapter in adapters if RUN_FILE in adapter.files]
-    max_length = max((run.data.max_length for run in runs), default=DataConfig().max_length)
     titles = [str(adapter.folder) for adapter in adapters]
-    return base or common_base(adapters), data or common_data(runs), max_length, titles
+    return base or common_base(adapters), data or common_data(runs), common_cut(runs), titles
 
 
 @contextmanager
@@ -224,7 +237,7 @@ def read_questions(
     data: str,
     split: str,
     limit: int,
-    max_length: int,
+    cut: Cut,
     has_answers: bool,
     fetching: Progress | None = None,
     template: Template | None = None,
@@ -243,10 +256,15 @@ def read_questions(
             "Choose another split, or deal the rows out: imate-mlx data split."
         )
     chosen = records[: limit or None]
-    examples, left_out = encode_records(tokenizer, chosen, max_length, "answer", template)
+    left_out: list[Example] = []
+    if cut.pack and not any(record.messages or record.prompt for record in chosen):
+        examples = pack_texts(tokenizer, chosen, cut.max_length)
+    else:
+        examples, left_out = encode_records(tokenizer, chosen, cut.max_length, "answer", template)
     if not examples:
         raise DataError(
-            f"{data}: of {len(chosen)} {split} rows none has an answer within {max_length} tokens."
+            f"{data}: of {len(chosen)} {split} rows none has an answer within {cut.max_length} "
+            "tokens."
         )
     prompts: list[list[int]] = []
     if has_answers:
@@ -318,6 +336,12 @@ def common_template(adapters: Sequence[Adapter], tokenizer: TokenizerWrapper) ->
             f"compared:\n{listed}\nEvaluate them apart."
         )
     return next(iter(found), None) or own_template(tokenizer)
+
+
+def common_cut(runs: Sequence[RunConfig]) -> Cut:
+    """How rows are cut that are learned in any of the runs: the longest way."""
+    length = max((run.data.max_length for run in runs), default=DataConfig().max_length)
+    return Cut(length, any(run.data.pack for run in runs))
 
 
 def common_data(runs: Sequence[RunConfig]) -> str:

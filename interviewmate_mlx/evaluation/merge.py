@@ -17,11 +17,11 @@ from interviewmate_mlx.base.merged import quantize_merged, write_merged
 from interviewmate_mlx.base.quantization import Quantization
 from interviewmate_mlx.base.record import origin_of
 from interviewmate_mlx.coach.generate import open_base, warn_of_other_weights
-from interviewmate_mlx.config import DataConfig
 from interviewmate_mlx.data.templates import own_template
 from interviewmate_mlx.errors import AdapterError
 from interviewmate_mlx.evaluation.evaluate import (
     common_base,
+    common_cut,
     common_data,
     common_template,
     read_questions,
@@ -103,13 +103,12 @@ def merge(
                 "measure on what quantising leaves of it.\nName the data.",
                 "data",
             )
-        length = max((run.data.max_length for run in runs), default=DataConfig().max_length)
         rows = read_questions(
             opened_base.tokenizer,
             data or common_data(runs),
             "valid",
             0,
-            length,
+            common_cut(runs),
             False,
             progress,
             template,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,20 @@ def launched_rank() -> int | None:
 def is_first_rank() -> bool:
     """Whether this process prints and writes."""
     return not launched_rank()
+
+
+_when_met: list[Callable[[], None]] = []
+
+
+def when_met(act: Callable[[], None]) -> None:
+    """Have something done once the ranks have found each other."""
+    _when_met.append(act)
+
+
+def tell_of_meeting() -> None:
+    """The ranks have found each other."""
+    for act in _when_met:
+        act()
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,10 @@ def launch(hosts: Sequence[Host], words: Sequence[str]) -> int:
         while ranks[0].poll() is None:
             time.sleep(0.1)
             if lost_s and time.monotonic() > lost_s + _GRACE_S:
+                ended = [host.ssh for host, rank in zip(hosts, ranks, strict=True) if rank.poll()]
+                print(f"ended on {', '.join(ended)}, so it is ended here too", file=sys.stderr)
                 ranks[0].kill()  # it is stopped, or still waits for the others
+                break
             if not lost_s and any(rank.poll() for rank in ranks[1:]):
                 lost_s = time.monotonic()
     return next((abs(rank.returncode) for rank in ranks if rank.returncode), 0)

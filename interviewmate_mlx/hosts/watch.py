@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from interviewmate_mlx.errors import BackendError
+from interviewmate_mlx.errors import BackendError, InterviewMateError
 
 LIMIT_VARIABLE = "INTERVIEWMATE_SILENCE"
 # A rank that has said nothing for so many seconds is lost. A machine that swaps, or loads
@@ -104,14 +104,21 @@ class Watch:
         self._num_sums = 0
         self._selector = selectors.DefaultSelector()
         self._peers = [Peer(rank, connection) for rank, connection in connections.items()]
+        self._failed: Peer | None = None  # one that has said so, and ended
+        self._hint = ""
         for peer in self._peers:
             peer.connection.setblocking(False)
             self._selector.register(peer.connection, selectors.EVENT_READ, peer)
         threading.Thread(target=self._run, name="watch of the ranks", daemon=True).start()
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """From here on this rank and the others need each other, until the end of the block."""
+    def working(self, hint: str) -> Iterator[None]:
+        """From here on this rank and the others need each other, until the end of the block.
+
+        Args:
+            hint: what to tell the user if a rank is lost.
+        """
+        self._hint = hint
         self._say(_BUSY)
         self._beat()  # who ends before the next one was not idle
         for peer in self._peers:
@@ -121,8 +128,11 @@ class Watch:
         except GeneratorExit:
             self._say(_IDLE)
             raise
+        except InterviewMateError as error:
+            self._say(_FAULT, str(error))
+            raise
         except BaseException as error:
-            self._say(_FAULT, str(error) or type(error).__name__)
+            self._say(_FAULT, f"{type(error).__name__}: {error}")
             raise
         self._say(_IDLE)
 
@@ -156,7 +166,7 @@ class Watch:
 
     def _run(self) -> None:
         beat_s = time.monotonic()
-        while self._peers:
+        while self._peers or self._failed:
             if time.monotonic() >= beat_s:
                 self._beat()
                 beat_s = time.monotonic() + _BEAT_S
@@ -170,7 +180,7 @@ class Watch:
         self._selector.unregister(peer.connection)
         self._peers.remove(peer)
         if peer.state == _FAULT:
-            self._fail(peer)
+            self._failed = peer
         elif self._is_busy() and peer.state != _IDLE:
             self._end(f"{self._name(peer.rank)} has ended.", peer.rank)
 
@@ -180,26 +190,28 @@ class Watch:
         for peer in list(self._peers):
             if peer.state == _LOST:
                 os._exit(1)  # the first rank has said why
-            if peer.state == _FAULT and now - peer.since_s > _GRACE_S:
-                self._fail(peer)
+            if peer.state == _FAULT:
+                self._failed = peer
             if self._is_busy() and now - peer.heard_s > self._limit_s:
                 silent = f"has not been heard of for {self._limit_s:g} seconds"
                 self._end(f"{self._name(peer.rank)} {silent}.", peer.rank)
-        if self._rank == 0 and self._state[0] == _SUM:
-            number, num_bytes = self._state[1]
-            limit_s = self._limit_s + num_bytes / SLOWEST_BYTES_PER_S
-            stuck = [p.state == _SUM and p.detail == [number, num_bytes] and
-                     now - p.since_s > limit_s for p in self._peers]  # fmt: skip
-            if stuck and all(stuck) and now - self._state_since_s > limit_s:
-                self._end(f"All ranks have waited for a sum for {limit_s:.0f} seconds.", -1)
+        if self._state[0] == _SUM:
+            self._judge_waiting(now)
 
-    def _fail(self, peer: Peer) -> None:
-        """A rank has failed. Who is at fault alike says so itself, within the grace."""
-        end_s = peer.since_s + _GRACE_S
-        while self._is_busy() and time.monotonic() < end_s:
-            time.sleep(_BEAT_S / 10)
-        if self._is_busy():
-            self._end(f"{self._name(peer.rank)} has failed: {peer.detail}", peer.rank)
+    def _judge_waiting(self, now: float) -> None:
+        """Whether a sum will never come. Who computes, or saves, is left to end by itself."""
+        failed = self._failed
+        if failed and now - failed.since_s > _GRACE_S and failed.state == _FAULT:
+            self._end(f"{self._name(failed.rank)} has failed: {failed.detail}", failed.rank)
+        waiting = [(self._state, self._state_since_s)]
+        waiting += [((p.state, p.detail), p.since_s) for p in self._peers]
+        most_bytes = max(detail[1] for (state, detail), _ in waiting if state == _SUM)
+        limit_s = self._limit_s + most_bytes / SLOWEST_BYTES_PER_S
+        # In one sum, whose network is at fault; or in several, or not at work: they have parted.
+        if all(state in (_SUM, _IDLE) and now - since_s > limit_s
+               for (state, _), since_s in waiting):  # fmt: skip
+            message = f"All ranks have waited for each other for {limit_s:.0f} seconds."
+            self._end(message, 0 if self._rank else -1)
 
     def _is_busy(self) -> bool:
         return self._state[0] in (_BUSY, _SUM)
@@ -213,8 +225,7 @@ class Watch:
         failed = any(peer.rank == 0 and peer.state == _FAULT for peer in self._peers)
         if self._rank == 0 or (self._rank == 1 and lost == 0 and not failed):
             show_cursor = "\x1b[?25h" if sys.__stderr__ and sys.__stderr__.isatty() else ""
-            hint = "The run stops here; its last checkpoint is whole. Resume it once all are back."
-            text = f"{show_cursor}\n{message}\n{hint}\n"
+            text = "\n".join([show_cursor, message, *([self._hint] if self._hint else []), ""])
             with contextlib.suppress(OSError):
                 os.write(2, text.encode())
         self._say(_LOST)
@@ -268,9 +279,9 @@ def _accept(listener: socket.socket, token: str, hosts: Sequence[str]) -> dict[i
         try:
             connection, _ = listener.accept()
             connection.settimeout(_BEAT_S)
-            said = connection.recv(100).decode("ascii", "replace").split()
+            said = connection.recv(100).split()
             # A stranger must not be able to end a run.
-            if len(said) == 2 and hmac.compare_digest(said[0], token):
+            if len(said) == 2 and hmac.compare_digest(said[0], token.encode()):
                 connection.sendall(token.encode())
                 found[int(said[1])] = connection
         except OSError:

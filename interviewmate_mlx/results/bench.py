@@ -13,10 +13,9 @@ from interviewmate_mlx.model.lora import LORA_NAMES, linear_paths, shape_of
 from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.events import Stepped
 from interviewmate_mlx.training.loop import agree, rows_of_steps, run_of_first, run_steps
-from interviewmate_mlx.training.optimizer import choose_optimizer
 from interviewmate_mlx.training.ranks import ALONE, join
 from interviewmate_mlx.training.step import Step
-from interviewmate_mlx.training.task import Task, prepare
+from interviewmate_mlx.training.task import Task, choose_objective, choose_optimizer, prepare
 
 # The project that this one comes from: PyTorch on Apple Silicon, float32, rows padded to 256.
 SEED_SAMPLES_PER_S = {"run_A": 0.664, "run_B": 0.657, "run_C": 0.653}
@@ -162,7 +161,11 @@ def warm_up(task: Task, step: Step, steps: int, warmup: int) -> None:
 
 def shares(task: Task, step: Step, steps: int, warmup: int, sums_s: float) -> list[RankShare]:
     """Each rank's part of the timed steps, and how fast it is alone."""
-    ranks, alone = task.ranks, replace(task, ranks=ALONE)
+    ranks = task.ranks
+    objective = choose_objective(
+        task.run, task.model, task.executor, task.memory.token_budget, ALONE
+    )
+    alone = replace(task, ranks=ALONE, objective=objective)
     mine = [
         row
         for _, rows in rows_of_steps(task, warmup, warmup + steps)

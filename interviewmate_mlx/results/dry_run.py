@@ -9,9 +9,8 @@ from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.files import Progress
 from interviewmate_mlx.training.events import Started, Stepped
 from interviewmate_mlx.training.loop import is_validation, opened, run_steps
-from interviewmate_mlx.training.optimizer import choose_optimizer
 from interviewmate_mlx.training.step import Step
-from interviewmate_mlx.training.task import Task
+from interviewmate_mlx.training.task import Task, choose_optimizer
 
 _TIMED_STEPS = 4
 _TIMED_SECONDS = 10.0  # after which no other step is begun

@@ -316,9 +316,11 @@ def _cost_table(runs: Sequence[FinishedRun]) -> Table:
 def _evaluation(runs: Sequence[FinishedRun]) -> Iterator[Part]:
     evaluated = [(run, run.evaluation) for run in runs if run.evaluation]
     if not evaluated:
-        folders = " ".join(str(run.folder) for run in runs)
         yield "Not evaluated yet. This adds it:"
-        yield Code([f"imate-mlx evaluate {folders}"])
+        adapters = [str(run.folder) for run in runs if run.run.train.weights == "lora"]
+        models = [str(run.folder) for run in runs if run.run.train.weights == "all"]
+        lines = [f"imate-mlx evaluate {' '.join(adapters)}"] if adapters else []
+        yield Code([*lines, *(f"imate-mlx evaluate --model {m} --out {m}" for m in models)])
         return
     asked = dict.fromkeys(f"{e['rows']} {e['split']} rows of {e['data']}" for _, e in evaluated)
     if len(asked) > 1:

@@ -26,6 +26,8 @@ from interviewmate_mlx.errors import TrainingError, WeightsError, list_faults
 from interviewmate_mlx.files import atomic_file
 from interviewmate_mlx.formats.safetensors_file import save_tensors
 from interviewmate_mlx.model.tree import named_arrays
+from interviewmate_mlx.model.zoo import Network
+from interviewmate_mlx.training.optimizer import num_single
 from interviewmate_mlx.training.ranks import Ranks
 
 FOLDER = "checkpoints"
@@ -73,7 +75,7 @@ def save_checkpoint(out: Path, state: State, tensors: Tensors, keep: int) -> Pat
     return path
 
 
-def disk_bytes(run: RunConfig, model: nn.Module) -> int:
+def disk_bytes(run: RunConfig, model: Network) -> int:
     """Bytes that a run takes on the disk.
 
     Each checkpoint holds what is trained and two moments in float32, and the best so far; weights
@@ -84,7 +86,8 @@ def disk_bytes(run: RunConfig, model: nn.Module) -> int:
     trained = named_arrays(model.trainable_parameters()).values()
     num_trained = sum(array.size for array in trained)
     written = 2 * sum(array.nbytes for array in trained) if run.train.weights == "all" else 0
-    return 4 * 4 * num_trained * (run.train.keep_checkpoints + 1) + written
+    numbers = 4 * num_trained - num_single(run.train.optimizer, model)
+    return 4 * numbers * (run.train.keep_checkpoints + 1) + written
 
 
 def prune(out: Path, keep: int) -> None:

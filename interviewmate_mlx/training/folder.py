@@ -251,7 +251,7 @@ def write_run_card(
         f"{summary.train_rows} {_rows_in_words(run, template)} ({run.data.path})."
     )
     if config is None:
-        whole.write_model_card(out, run.name, base, facts, trained_on, end_ids)
+        whole.write_model_card(out, run.name, base, facts, trained_on, template, end_ids)
         return
     is_shipped = shipped_base(base) is not None
     write_card(
@@ -271,7 +271,7 @@ def write_run_card(
 
 def _rows_in_words(run: RunConfig, template: Template) -> str:
     if run.train.method == "sft":
-        return rows_in_words(template)
+        return f"{'packed ' if run.data.pack else ''}{rows_in_words(template)}"
     kind = "answers with a label" if run.train.method == "kto" else "pairs of answers"
     return f"{kind}, by {run.train.method.upper()}"
 

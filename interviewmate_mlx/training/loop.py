@@ -57,11 +57,20 @@ from interviewmate_mlx.training.metrics import (
     sync_metrics,
     write_summary,
 )
-from interviewmate_mlx.training.optimizer import choose_optimizer, learning_rate_at
+from interviewmate_mlx.training.optimizer import learning_rate_at
 from interviewmate_mlx.training.ranks import Ranks, join
 from interviewmate_mlx.training.step import Step, total_of
-from interviewmate_mlx.training.task import Task, changed_versions, prepare, versions
+from interviewmate_mlx.training.task import (
+    Task,
+    changed_versions,
+    choose_optimizer,
+    prepare,
+    versions,
+)
 from interviewmate_mlx.training.whole import write_model
+
+# What to tell of a run that has lost a rank.
+_WHEN_LOST = "The run stops here. What it has saved is whole: resume it once all are back."
 
 Item = TypeVar("Item")
 Measured = TypeVar("Measured", Stepped, Validated)
@@ -84,8 +93,8 @@ def train(
 
     Args:
         run: what to train; the first rank's counts, and others may give None.
-        out: the folder, made here; by default `adapters/NAME` after the run, or `models/NAME` if
-            all weights are trained.
+        out: the folder, made here; by default `adapters/NAME` after the run, or
+            `models/NAME-trained` if all weights are trained.
         resume: go on from the newest whole checkpoint in the folder.
         replace: remove the run in the folder, once all that the new one needs is there.
         stop: asked after each step; true saves the state and ends. Leaving the loop saves
@@ -124,7 +133,7 @@ def opened(
     """
     ranks, saved = join(), None
     with ExitStack() as stack:
-        stack.enter_context(ranks.working())
+        stack.enter_context(ranks.working(_WHEN_LOST))
         with ranks.together():
             if run and ranks.is_first:
                 stack.enter_context(lock_run(out))
@@ -162,7 +171,7 @@ def agree(task: Task) -> None:
     facts = {name: value[:12] for name, value in task.fingerprint.items()}
     task.ranks.check_same({**facts, "model.dtype": str(task.model.dtype)})
     # The first values are random, and may be computed by other hardware.
-    first = task.ranks.tensors_from_first(trained_weights(task.model))
+    first = task.ranks.aligned(trained_weights(task.model))
     task.model.load_weights(list(first.items()), strict=False)
     if task.run.lora.init != "default" and not task.ranks.is_first:
         untouched = task.base.build(task.model.dtype)
@@ -227,8 +236,8 @@ def run_task(
         except DivergedError as error:
             # The last good state: what was not finite was not applied.
             save(task, out, state, optimizer, best)
-            where = f"The state after step {state.step} is saved in {out}."
-            raise DivergedError(f"{error}\n{where}") from error
+            where = f"\nThe state after step {state.step} is saved in {out}." if out else ""
+            raise DivergedError(f"{error}{where}") from error
         except GeneratorExit:
             # Whoever iterated has left. The device may be a step ahead of the last event.
             has_left = True
@@ -237,7 +246,8 @@ def run_task(
                     for event in steps:
                         state.step = event.step
                         record(out, event)
-                if task.rows.valid and is_validation(task, state.step):
+                is_due = task.rows.valid and is_validation(task, state.step)
+                if is_due and task.ranks.size == 1:  # others may not have left
                     record(out, judge(task, state, best, loss_of))
                 save(task, out, state, optimizer, best)
             raise

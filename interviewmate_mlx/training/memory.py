@@ -109,20 +109,20 @@ def widths_of(model: Network) -> Widths:
     )
 
 
-def weight_bytes(model: nn.Module, num_streams: int = 1) -> int:
+def weight_bytes(model: nn.Module, num_streams: int = 1, num_single: int = 0) -> int:
     """Bytes of the parameters and of what belongs to the trained ones, while rows go through.
 
     That is two moments, gradients of each stream and their sum, float32, and a master of what is
-    narrower.
+    narrower. So many parameters as `num_single` have a single moment.
     """
     parameters, trained, masters, _ = _parts(model)
-    return parameters + masters + (3 + num_streams) * trained
+    return parameters + masters + (3 + num_streams) * trained - 4 * num_single
 
 
-def update_bytes(model: nn.Module) -> int:
+def update_bytes(model: nn.Module, num_single: int = 0) -> int:
     """Bytes during an update: of all parameters, the gradients' sum, and old and new state."""
     parameters, trained, masters, narrow = _parts(model)
-    return parameters + narrow + 2 * masters + 5 * trained
+    return parameters + narrow + 2 * masters + 5 * trained - 2 * 4 * num_single
 
 
 def _parts(model: nn.Module) -> tuple[int, int, int, int]:
@@ -244,6 +244,7 @@ def plan_memory(
     executor: Executor,
     token_budget: int = 0,
     keeps_best: bool = False,
+    num_single: int = 0,
 ) -> MemoryPlan:
     """Plan a run: weights, and `bytes_per_token` for each padded token.
 
@@ -257,12 +258,14 @@ def plan_memory(
         executor: of the machine, before it is limited to the plan.
         token_budget: of the run that goes on, which keeps its own; 0 for a new run.
         keeps_best: whether there are validations, so that the best weights stay in memory.
+        num_single: parameters for which the optimizer keeps one moment in place of two.
 
     Raises:
         BackendError: not even the longest row fits.
     """
     best = _parts(model)[-1] if keeps_best else 0
-    weights, update = best + weight_bytes(model), best + update_bytes(model)
+    weights = best + weight_bytes(model, 1, num_single)
+    update = best + update_bytes(model, num_single)
     width, row_tokens = padded_width(max(map(len, rows)) - 1), max(map(padded_tokens, rows))
     per_token = bytes_per_token(width, 1)
     needed = max(update, weights + row_tokens * per_token)
@@ -272,7 +275,7 @@ def plan_memory(
             width,
             lambda w: max(update, weights + sides * w * bytes_per_token(w, 1)) <= memory_bytes,
         )
-        raise _too_large(model, needed, memory_bytes, fitting, gradient_checkpointing)
+        raise _too_large(model, needed, update, memory_bytes, fitting, gradient_checkpointing)
     budget = token_budget or (memory_bytes - weights) // per_token
     executor = executor.limited_to(budget // row_tokens)
     longest = sorted(rows, key=len)[-effective_batch:]
@@ -281,37 +284,46 @@ def plan_memory(
     side_by_side = min(executor.num_streams, len(sizes))
     step_tokens = sum(sizes[-side_by_side:])
     per_token = bytes_per_token(width, side_by_side)
-    side_by_side_bytes = best + weight_bytes(model, side_by_side) + step_tokens * per_token
+    side_by_side_bytes = best + weight_bytes(model, side_by_side, num_single)
+    side_by_side_bytes += step_tokens * per_token
     peak_bytes = max(update, side_by_side_bytes)
     return MemoryPlan(memory_bytes, row_tokens, budget, step_tokens, peak_bytes)
 
 
 def _too_large(
-    model: Network, needed: int, memory_bytes: int, fitting: int, gradient_checkpointing: bool
+    model: Network,
+    needed: int,
+    update: int,
+    memory_bytes: int,
+    fitting: int,
+    gradient_checkpointing: bool,
 ) -> BackendError:
     """The error of a run that does not fit, with what would.
 
     Args:
         model: with what is trained.
         needed: bytes, for the longest row.
+        update: bytes of them that no row changes.
         memory_bytes: that may be taken.
         fitting: padded width that would fit; 0 if none would.
         gradient_checkpointing: whether that is done already.
     """
-    weights, others = weight_bytes(model), "train a smaller or quantised base"
-    what = "weights"
-    if not any(True for _ in lora_layers(model)):
-        weights, others = (
-            update_bytes(model),
-            "train a smaller base, or a LoRA (train.weights lora)",
-        )
-        what = "all weights, their gradients and moments"
+    hints = ["lower data.max_length"]
+    if any(True for _ in lora_layers(model)):
+        fixed, what = weight_bytes(model), "weights"
+        hints += ["set model.dtype to bfloat16", "train a smaller or quantised base"]
+    else:
+        fixed, what = update, "all weights, their gradients and moments"
+        hints += ["train a smaller base, or a LoRA (train.weights lora)"]
+    if not gradient_checkpointing:
+        hints += ["or set train.gradient_checkpointing"]
+    if what != "weights" and update > memory_bytes:
+        hints = hints[1:2]
     would = f"Rows of up to {fitting + 1} tokens would fit" if fitting else "No row would fit"
     return BackendError(
-        f"Training needs about {needed / 1e9:.1f} GB ({weights / 1e9:.1f} of them {what}), "
+        f"Training needs about {needed / 1e9:.1f} GB ({fixed / 1e9:.1f} of them {what}), "
         f"but may take {memory_bytes / 1e9:.1f} here (train.memory_gb, or the machine's).\n"
-        f"{would}: lower data.max_length, set model.dtype to bfloat16, {others}"
-        f"{'' if gradient_checkpointing else ', or set train.gradient_checkpointing'}."
+        f"{would}: {', '.join(hints)}."
     )
 
 

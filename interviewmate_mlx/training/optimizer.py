@@ -8,17 +8,9 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_map_with_path
 
-from interviewmate_mlx.config import RunConfig
 from interviewmate_mlx.model.lora import base_linear_paths
+from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.model.zoo import Network
-
-
-def choose_optimizer(run: RunConfig, model: Network) -> "AdamW":
-    """A run's own. The learning rate is set before each step."""
-    if run.train.optimizer == "muon":
-        linear = (path for path in base_linear_paths(model) if path != "lm_head")
-        return Muon(run.train.weight_decay, [f"{path}.weight" for path in linear])
-    return adamw(run.train.weight_decay, run.lora.plus_ratio)
 
 
 def adamw(weight_decay: float = 0.0, plus_ratio: float = 1.0) -> "AdamW":
@@ -122,6 +114,18 @@ class Muon(AdamW):
         update = orthogonalise((1 - mix) * gradient + mix * state["momentum"])
         scale = 0.2 * max(parameter.shape) ** 0.5
         return parameter - self.learning_rate * scale * update
+
+
+def muon_paths(model: Network) -> list[str]:
+    """The parameter paths that are Muon's: the weights of the blocks' linear layers."""
+    return [f"{path}.weight" for path in base_linear_paths(model) if path != "lm_head"]
+
+
+def num_single(optimizer: str, model: Network) -> int:
+    """Parameters for which an optimizer keeps one moment in place of two: Muon's."""
+    paths = set(muon_paths(model)) if optimizer == "muon" else ()
+    own = named_arrays(model.trainable_parameters())
+    return sum(array.size for path, array in own.items() if path in paths)
 
 
 def orthogonalise(matrix: mx.array, iterations: int = 5) -> mx.array:

@@ -31,7 +31,7 @@ from mlx.utils import tree_map
 
 from interviewmate_mlx.data.batches import AnyRow, padded_tokens
 from interviewmate_mlx.errors import BackendError, InterviewMateError, TrainingError, list_faults
-from interviewmate_mlx.hosts.launch import launched_rank
+from interviewmate_mlx.hosts.launch import launched_rank, tell_of_meeting
 from interviewmate_mlx.hosts.watch import Watch, meet
 
 _MEETING_S = 60  # for all ranks to start
@@ -43,8 +43,10 @@ _LIMIT_WAITING = """
 import os, select, signal, sys
 limit, message, waiting = sys.argv[1:]
 if not select.select([0], [], [], float(limit))[0]:
-    os.write(2, message.encode())
-    os.kill(int(waiting), signal.SIGTERM)
+    try:
+        os.write(2, message.encode())
+    finally:
+        os.kill(int(waiting), signal.SIGTERM)
 """
 
 
@@ -97,9 +99,13 @@ class Ranks:
             return []
         return [f"{self.size} ranks share the work: {', '.join(map(self.name, range(self.size)))}"]
 
-    def working(self) -> contextlib.AbstractContextManager[None]:
-        """While the block runs, a rank that is lost ends all others within seconds."""
-        return self._watch.working() if self._watch else nullcontext()
+    def working(self, hint: str = "") -> contextlib.AbstractContextManager[None]:
+        """While the block runs, a rank that is lost ends all others within seconds.
+
+        Args:
+            hint: what to tell the user then.
+        """
+        return self._watch.working(hint) if self._watch else nullcontext()
 
     def agreed_stop(self, stop: Callable[[], bool]) -> Callable[[], bool]:
         """What to ask instead of `stop`: all ranks stop after the same step, whoever was asked."""
@@ -268,14 +274,12 @@ class Ranks:
         raise TrainingError(f"The ranks cannot go on:\n{list_faults(listed)}") from own
 
     def check_same(self, facts: dict[str, str]) -> None:
-        """Refuse to begin where ranks do not have the same, or not the same versions.
+        """Refuse to begin where ranks do not have the same.
 
         Raises:
             TrainingError: what differs from the first rank's, by rank.
         """
-        mlx_version = backend.machine().mlx_version
-        versions = {"interviewmate-mlx": __version__, "mlx": mlx_version}
-        first, *others = self.gather(versions | facts)
+        first, *others = self.gather(facts)
         faults = [
             f"{self.name(rank)}: {key} is {of_rank[key]}, and {of_first} on {self.name(0)}"
             for rank, of_rank in enumerate(others, start=1)
@@ -319,8 +323,11 @@ def _meet(group: Any, host: str) -> Ranks:
     machines = unwatched.gather([host, int(psutil.boot_time())])
     hosts, mine = [name for name, _ in machines], machines[unwatched.rank]
     backend.take_share(machines[: unwatched.rank].count(mine), machines.count(mine))
+    mlx_version = backend.machine().mlx_version
+    unwatched.check_same({"interviewmate-mlx": __version__, "mlx": mlx_version})
     with unwatched.together():
         connections = meet(unwatched.rank, hosts, unwatched.from_first)
+    tell_of_meeting()
     return Ranks(group, Watch(unwatched.rank, hosts, connections), hosts)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from interviewmate_mlx.data.batches import steps_per_epoch
 from interviewmate_mlx.data.pairs import Judged, encode_preferences
 from interviewmate_mlx.data.preferences import load_preferences
 from interviewmate_mlx.data.prompts import encode_records, pack_texts, template_of
-from interviewmate_mlx.data.records import load_splits, readings
+from interviewmate_mlx.data.records import Record, load_splits, readings
 from interviewmate_mlx.data.templates import AUTO, VERBATIM, Template, choose_template
 from interviewmate_mlx.errors import (
     AdapterError,
@@ -67,7 +68,14 @@ from interviewmate_mlx.training.memory import (
     plan_memory,
     widths_of,
 )
-from interviewmate_mlx.training.optimizer import learning_rate_at
+from interviewmate_mlx.training.optimizer import (
+    AdamW,
+    Muon,
+    adamw,
+    learning_rate_at,
+    muon_paths,
+    num_single,
+)
 from interviewmate_mlx.training.preference import (
     PAIRED,
     WITH_REFERENCE,
@@ -92,6 +100,7 @@ class Rows:
     valid: list[Any]
     num_dropped: int  # with nothing left to learn from
     template: Template  # how prompts are put to the model
+    renamed: list[str]  # what to tell the user of their keys
 
     @property
     def all(self) -> list[Any]:
@@ -187,7 +196,7 @@ class Task:
                 *notes,
                 *self.ranks.notes(),
                 *self.base.network.doubts,
-                *renamed_keys(self.rows),
+                *self.rows.renamed,
                 *idle_options(self.run, self.rows),
             ),
         )
@@ -322,7 +331,8 @@ def encode_rows(run: RunConfig, splits: dict[str, list[Any]], base: Base) -> Row
             f"{data.max_length} tokens.\nRaise data.max_length."
         )
     asked = template_of((row.record for row in train), template)
-    return Rows(train, valid, num_dropped + num_valid_dropped, asked)
+    renamed = renamed_keys(splits["train"] if data.pack else [row.record for row in train])
+    return Rows(train, valid, num_dropped + num_valid_dropped, asked, renamed)
 
 
 def build_model(run: RunConfig, base: Base) -> Network:
@@ -387,6 +397,13 @@ def memory_for(run: RunConfig) -> int:
     """Bytes that a run may plan with: what the machine can give, or less if the run says so."""
     given = backend.machine().memory_bytes
     return min(given, int(run.train.memory_gb * 1e9)) if run.train.memory_gb else given
+
+
+def choose_optimizer(run: RunConfig, model: Network) -> AdamW:
+    """A run's own; the learning rate is set before each step."""
+    if run.train.optimizer == "muon":
+        return Muon(run.train.weight_decay, muon_paths(model))
+    return adamw(run.train.weight_decay, run.lora.plus_ratio)
 
 
 def choose_kernels(model: Network, dtype: mx.Dtype) -> None:
@@ -494,10 +511,10 @@ def check_steps(run: RunConfig, rows: Rows, state: State | None) -> None:
         )
 
 
-def renamed_keys(rows: Rows) -> list[str]:
+def renamed_keys(records: Iterable[Record]) -> list[str]:
     """Say how rows were understood whose keys are not this package's own."""
-    lines = readings(example.record for example in rows.train)
-    return [f"training rows, as they were understood: {line}" for line in lines if " from " in line]
+    lines = [line for line in readings(records) if " from " in line]
+    return [f"training rows, as they were understood: {line}" for line in lines]
 
 
 def idle_options(run: RunConfig, rows: Rows) -> list[str]:
@@ -568,17 +585,25 @@ def plan(
         return gpu_bytes_per_token(widths, width, dtype.size, widened, scores, recomputes)
 
     others = [row.other for row in rows.all if isinstance(row, Judged)]
-    return plan_memory(
-        model,
-        rows.all + others,
-        math.ceil(run.train.effective_batch / num_ranks),
-        bytes_per_token,
-        gradient_checkpointing=recomputes,
-        memory_bytes=memory_for(run),
-        executor=choose_executor(),
-        token_budget=state.token_budget if state else 0,
-        keeps_best=bool(rows.valid),
-    )
+
+    def planned(token_budget: int) -> MemoryPlan:
+        return plan_memory(
+            model,
+            rows.all + others,
+            math.ceil(run.train.effective_batch / num_ranks),
+            bytes_per_token,
+            gradient_checkpointing=recomputes,
+            memory_bytes=memory_for(run),
+            executor=choose_executor(),
+            token_budget=token_budget,
+            keeps_best=bool(rows.valid),
+            num_single=num_single(run.train.optimizer, model),
+        )
+
+    kept = state.token_budget if state else 0
+    if kept and num_ranks > 1:  # it may be that of a larger machine
+        kept = min(kept, planned(0).token_budget)
+    return planned(kept)
 
 
 def changed_versions(began: dict[str, str]) -> list[str]:

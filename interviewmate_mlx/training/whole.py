@@ -5,9 +5,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from interviewmate_mlx.adapter.card import CARD_FILE, base_in_words
+from interviewmate_mlx.adapter.card import (
+    CARD_FILE,
+    CHAT_PROMPT,
+    VERBATIM_PROMPT,
+    base_in_words,
+)
 from interviewmate_mlx.base.base import Base, find_origin, public_name
 from interviewmate_mlx.base.converted import CHAT_TEMPLATE_FILE, MODEL_FILE, as_json
+from interviewmate_mlx.data.templates import VERBATIM, Template
 from interviewmate_mlx.errors import ModelError, list_faults
 from interviewmate_mlx.files import atomic_file
 from interviewmate_mlx.formats.json_file import read_file, read_json
@@ -95,6 +101,7 @@ def write_model_card(
     base: str,
     facts: dict[str, str],
     trained_on: str,
+    template: Template,
     end_ids: Collection[int] = (),
 ) -> None:
     """Write the card of a trained model.
@@ -105,6 +112,7 @@ def write_model_card(
         base: its name, as the user gave it.
         facts: rows of the card's table.
         trained_on: a sentence about the training data.
+        template: how the model is asked.
         end_ids: the tokens that end an answer, if the tokenizer's own is not the only one.
 
     Raises:
@@ -114,6 +122,8 @@ def write_model_card(
     header = f"license: {origin.licence}\n" if origin.licence else ""
     header += f"base_model: {called}\n" if is_hub_id(called) else ""
     ends = str(sorted(end_ids)) if end_ids else "tokenizer.eos_token_id"
+    # The folder's own tokenizer has the template.
+    prompt = VERBATIM_PROMPT if template == VERBATIM else CHAT_PROMPT
     text = f"""---
 {header}tags: [mlx, interviewmate]
 ---
@@ -133,12 +143,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_ID_OF_THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_HUB_ID_OF_THIS_FOLDER")
-prompt = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "What is overfitting?"}}],
-    add_generation_prompt=True,
-    return_dict=True,
-    return_tensors="pt",
-)
+{prompt}
 answer = model.generate(**prompt, max_new_tokens=200, eos_token_id={ends})
 print(tokenizer.decode(answer[0]))
 ```

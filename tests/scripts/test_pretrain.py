@@ -120,10 +120,9 @@ def test_second_stage_joins_in_and_is_repeated_by_a_resumed_run(script, text, tm
     assert sum(map(len, added)) == pytest.approx(sum(map(len, core_rows)), rel=0.3)
 
     rates = [
-        [line["learning_rate"] for line in read_metrics(work / f"stage_{n}/metrics.jsonl")
-         if "learning_rate" in line]
+        [line["learning_rate"] for line in read_metrics(work / f"stage_{n}/metrics.jsonl")]
         for n in (0, 1)
-    ]  # fmt: skip
+    ]
     assert rates[0] == [0.0] + [5e-3] * (STEPS - 1)  # level after the warmup
     assert rates[1] == pytest.approx([5e-3 * (1 - n / 6) for n in range(6)])
 
@@ -135,10 +134,31 @@ def test_second_stage_joins_in_and_is_repeated_by_a_resumed_run(script, text, tm
         assert whole == parts
 
 
-def test_second_text_without_tokens_is_refused(script, text, tmp_path, capsys):
-    words = [str(text), *SIZES, *TOKENS, "--out", str(tmp_path / "small"), "--then", str(text)]
-    assert script.main(words) == 1
-    assert "--then and --then-tokens go together" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--then", "{text}"], "--then and --then-tokens go together"),
+        (["--tokens", "0"], "--tokens 0 leaves nothing to train on"),
+        (["--blend", "0.5"], "--blend mixes with the weights of --from"),
+        (["--then-share", "0"], "--then-share: got 0, expected above 0, at most 1"),
+        (["--then-share", "1.5"], "--then-share: got 1.5, expected above 0, at most 1"),
+        (["--width", "100", "--unlikelihood", "1"], "--width: got 100, expected a multiple of 16"),
+        (["--vocab", "30000"], "expected 30000"),
+        (
+            ["--then", "{text}", "--then-tokens", "64", "--then-share", "0.1"],
+            "the first text is too short",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(script, text, tmp_path, capsys, options, said):
+    options = [word.format(text=text) for word in options]
+    words = [str(text), *SIZES, *TOKENS, "--out", str(tmp_path / "small")]
+    assert script.main([*words, *options]) == 1
+    assert said in capsys.readouterr().err
+    work = tmp_path / "small.work"
+    assert not list(work.glob("stage_*"))
+    if "--vocab" in options:  # and the next try begins afresh
+        assert script.main(words) == 0
 
 
 def test_run_goes_on_from_a_base(script, text, made, tmp_path):
@@ -187,12 +207,6 @@ def test_base_of_another_shape_or_kind_is_refused(script, text, made, tiny_base,
     assert f"{tiny_base} is no base of this script" in capsys.readouterr().err
 
 
-def test_blend_without_a_base_is_refused(script, text, tmp_path, capsys):
-    words = [str(text), *SIZES, *TOKENS, "--out", str(tmp_path / "small"), "--blend", "0.5"]
-    assert script.main(words) == 1
-    assert "--blend mixes with the weights of --from" in capsys.readouterr().err
-
-
 def test_unlikelihood_makes_repetition_less_likely(script, text, made, tmp_path):
     words = [str(text), "--from", str(made), "--width", "16", "--rows", "4", *TOKENS]
     records = load_splits(made.with_name("small.work") / "text_0")["train"]
@@ -212,9 +226,10 @@ def test_unlikelihood_makes_repetition_less_likely(script, text, made, tmp_path)
 
 def test_loss_of_the_tiny_text_falls(made):
     lines = read_metrics(made.with_name("small.work") / "stage_0/metrics.jsonl")
-    first, *_, last = [line["valid_loss"] for line in lines if "valid_loss" in line]
-    assert first == pytest.approx(math.log(320), rel=0.01)
-    assert last < first - 0.1
+    losses = [line["loss"] for line in lines]
+    assert len(losses) == STEPS
+    assert losses[0] == pytest.approx(math.log(320), rel=0.01)
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_transformers_loads_the_folder_and_agrees(made):
@@ -230,13 +245,14 @@ def test_transformers_loads_the_folder_and_agrees(made):
 
 def test_transformers_tokenizer_gives_the_ids_that_were_trained_on(made):
     tokenizer = AutoTokenizer.from_pretrained(made)
-    splits = load_splits(made.with_name("small.work") / "text_0")
     ids = [tokenizer.encode(text.strip("\n")) for text in CORPUS * 3]
     end = tokenizer.eos_token_id
     assert end == tokenizer.bos_token_id == 319
     assert tokenizer.encode("<|endoftext|>") == [end]
-    for split, documents in (("valid", ids[:1]), ("train", ids[1:])):
-        first, *rows = pack_texts(Base.open(made).tokenizer, splits[split], 17)
+    work = made.with_name("small.work")
+    for place, documents in (("held_out_0.jsonl", ids[:1]), ("text_0", ids[1:])):
+        records = load_splits(work / place)["train"]
+        first, *rows = pack_texts(Base.open(made).tokenizer, records, 17)
         trained = [*first.tokens, *(token for row in rows for token in row.tokens[1:])]
         assert trained == [token for document in documents for token in (*document, end)]
     for text in ("A mean\n\n  of 3 values — naïve, 模型", *CORPUS):
@@ -291,14 +307,8 @@ def test_existing_folder_is_not_replaced(script, text, made, capsys):
 def test_resume_refuses_another_recipe(script, text, made, capsys, tmp_path):
     out = tmp_path / "small"
     work = out.with_name("small.work")
-    work.mkdir()
+    (work / "stage_0").mkdir(parents=True)
     (work / "recipe.json").write_text((made.with_name("small.work") / "recipe.json").read_text())
     words = [str(text), "--out", str(out), *SIZES, *TOKENS, "--seed", "1", "--resume"]
     assert script.main(words) == 1
     assert "began with other values of: seed" in capsys.readouterr().err
-
-
-def test_text_that_is_too_small_for_the_vocabulary_is_refused(script, text, tmp_path, capsys):
-    words = [str(text), "--out", str(tmp_path / "small"), *SIZES, "--vocab", "30000"]
-    assert script.main(words) == 1
-    assert "expected 30000" in capsys.readouterr().err

@@ -22,6 +22,8 @@ echo "$@" >> {log}
 shift 3
 host=$1
 shift
+cat > {log}.stdin
+exec < {log}.stdin
 exec env -i PATH="$PATH" HOME="$HOME" ip netns exec {prefix}$host "$@"
 """
 
@@ -98,14 +100,20 @@ def start(prefix: str, settings: list[str], *words: str) -> subprocess.Popen[str
 def test_two_hosts_train_one_run(hosts, settings):
     list(train(load_run("A", settings), "alone"))
     started = start(hosts[0], settings, "--out", "together")
-    _, stderr = started.communicate(timeout=120)
+    try:
+        _, stderr = started.communicate(timeout=120)
+    finally:
+        started.kill()
     assert started.returncode == 0, stderr
     assert outcome("together")[0] == pytest.approx(outcome("alone")[0], rel=LOSS)
     words = Path("ssh.log").read_text(encoding="utf-8").split()
     assert words == ["-T", "-o", "BatchMode=yes", "second", "/bin/sh"]
+    script = Path("ssh.log.stdin").read_text(encoding="utf-8")
+    assert "INTERVIEWMATE_SILENCE=5" in script
+    assert "a-secret" not in script
 
 
-def test_a_cable_that_is_pulled_ends_both(hosts, settings):
+def test_a_cable_that_is_pulled_ends_the_run(hosts, settings):
     prefix, ends = hosts
     settings = [*settings, "train.epochs=2000", "train.save_every=1"]
     started = start(prefix, settings, "--out", "out")

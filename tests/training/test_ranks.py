@@ -12,6 +12,7 @@ from rank_processes import LOSS, MATRIX, finish, outcome, start
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.training.checkpoint import checkpoints, load_newest
 from interviewmate_mlx.training.loop import train
+from interviewmate_mlx.training.metrics import read_metrics
 
 
 @pytest.fixture
@@ -199,6 +200,57 @@ def test_what_differs_between_ranks_is_named(small, tmp_path, questions):
     assert not told[1][2]
 
 
+@pytest.mark.parametrize("asked", [0, 1])
+def test_ctrl_c_on_any_rank_stops_all_after_the_same_step(small, asked):
+    words = [*small, "--out", "out", "--set", "train.save_every=1", "--set", "train.epochs=2000"]
+    ranks = start(words, 2)
+    wait_for_checkpoints(Path("out"))
+    ranks[asked].send_signal(signal.SIGINT)
+    (first, _, said), (second, *others) = finish(ranks)
+    assert (first, second) == (130, 0)
+    assert "everything is saved" in said
+    assert others == ["", ""]
+    step = load_newest(Path("out")).state.step
+    assert f"interrupted after step {step};" in said
+    assert [line["step"] for line in read_metrics(Path("out/metrics.jsonl"))][-1] == step
+
+
+def test_a_run_that_diverges_is_saved_and_said_once(small):
+    told = finish(start([*small, "--out", "out", "--set", "train.learning_rate=1e30"], 2))
+    assert [status for status, *_ in told] == [1, 1]
+    assert "not finite" in told[0][2]
+    assert "is saved in out" in told[0][2]
+    assert "has failed" not in told[0][2]
+    assert not told[1][2]
+    assert load_newest(Path("out")) is not None
+
+
+def test_a_rank_that_fails_alone_ends_the_other_and_says_why(small):
+    """Before they have met it speaks for itself; afterwards the first rank speaks."""
+    told = finish(start(["train", "--no-such-option"], 2))
+    assert [status for status, *_ in told] == [2, 2]
+    assert all("No such option" in stderr for _, _, stderr in told)
+    broken = """
+import sys
+from interviewmate_mlx.training import loop
+from interviewmate_mlx.training.ranks import join
+def fail(*_): raise KeyError("a fault")
+if join().rank == 1: loop.validate = fail
+from interviewmate_mlx.cli.main import main
+main()
+"""
+    told = finish(start([*small, "--out", "out"], 2, program=("-c", broken)))
+    assert [status for status, *_ in told] == [1, 1]
+    assert "Rank 1 (" in told[0][2]
+    assert "has failed: KeyError: 'a fault'" in told[0][2]
+
+
+def wait_for_checkpoints(out: Path) -> None:
+    end = time.monotonic() + 60
+    while len(checkpoints(out)) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("number", "said"), [(signal.SIGKILL, "has ended"), (signal.SIGSTOP, "not been heard of")]
 )
@@ -208,9 +260,7 @@ def test_a_rank_that_is_lost_ends_all(small, monkeypatch, number, said, lost):
     words = [*small, "--out", "out", "--set", "train.save_every=1", "--set", "train.epochs=2000"]
     ranks = start(words, 2)
     try:
-        end = time.monotonic() + 60
-        while len(checkpoints(Path("out"))) < 2 and time.monotonic() < end:
-            time.sleep(0.05)
+        wait_for_checkpoints(Path("out"))
         ranks[lost].send_signal(number)
         other = ranks[1 - lost]
         _, stderr = other.communicate(timeout=60)

@@ -236,9 +236,12 @@ def test_resumed_it_ends_in_the_same_bytes(bases, questions, tmp_path, dtype, op
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_disk_is_planned(bases, questions, tmp_path, dtype):
-    run = run_on(bases["mini"], questions, f"model.dtype={dtype}", "train.max_steps=4")
+@pytest.mark.parametrize(
+    ("dtype", "optimizer"), [("float32", "adamw"), ("bfloat16", "adamw"), ("bfloat16", "muon")]
+)
+def test_disk_is_planned(bases, questions, tmp_path, dtype, optimizer):
+    settings = [f"model.dtype={dtype}", f"train.optimizer={optimizer}", "train.max_steps=4"]
+    run = run_on(bases["mini"], questions, *settings)
     started, *_ = train(run, tmp_path / "out")
     assert isinstance(started, Started)
     kept = [path.stat().st_size for path in (tmp_path / "out").glob("checkpoints/*")]
