@@ -223,6 +223,7 @@ def test_every_key_of_a_file_is_read(write_run):
     run_of_all = load_run("A", ["train.weights=all", "train.optimizer=muon", "data.pack=true"])
     assert (run_of_all.train.weights, run_of_all.train.optimizer) == ("all", "muon")
     assert run_of_all.data.pack
+    assert [str(r.folder) for r in (run, run_of_all)] == ["adapters/mine", "models/run_A-trained"]
     # A whole number is allowed where any number is.
     assert (type(run.lora.alpha), type(run.train.learning_rate)) == (float, float)
 

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 
 from interviewmate_mlx import backend
-from interviewmate_mlx.config import load_run
+from interviewmate_mlx.config import load_run, to_toml
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.model.lora import add_lora
 from interviewmate_mlx.training import loop
+from interviewmate_mlx.training.checkpoint import State
 from interviewmate_mlx.training.events import Started, Stepped
 from interviewmate_mlx.training.memory import (
     SCORES_FUSED,
@@ -33,6 +34,7 @@ from interviewmate_mlx.training.memory import (
     widths_of,
 )
 from interviewmate_mlx.training.step import OneStream
+from interviewmate_mlx.training.task import plan, prepare
 
 STEPS = 2000
 
@@ -100,6 +102,17 @@ def test_rows_that_would_fit_are_said(tmp_path):
                 next(loop.train(run, tmp_path / "does_not"))
     with pytest.raises(BackendError, match="No row would fit"):
         next(loop.train(load_run("A", [*settings, "train.memory_gb=0.02"]), tmp_path / "none"))
+
+
+def test_a_resumed_rank_plans_with_its_own_memory(questions):
+    """The first rank's machine may have more."""
+    run = load_run("A", ["model.base=mini", f"data.path={questions}", "train.memory_gb=0.3"])
+    task = prepare(run)
+    large = State(to_toml(run), token_budget=10 * task.memory.token_budget)
+    shared = plan(run, task.model, task.rows, large, num_ranks=2)
+    assert shared.token_budget <= task.memory.token_budget
+    alone = plan(run, task.model, task.rows, large, num_ranks=1)
+    assert alone.token_budget == large.token_budget  # so that its bytes stay the same
 
 
 def test_run_a_with_rows_of_512_tokens_fits_on_a_mac_of_8_gb():

@@ -245,6 +245,35 @@ main()
     assert "has failed: KeyError: 'a fault'" in told[0][2]
 
 
+PARTED = """
+import time
+import mlx.core as mx
+from interviewmate_mlx.training.ranks import join
+ranks = join()
+with ranks.working("A hint."):
+    ranks.sum(mx.zeros(3))
+    if ranks.rank == {waits}:
+        ranks.sum(mx.zeros({size}))
+if ranks.rank != {waits}:
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("waits", [0, 1])
+def test_a_rank_that_waits_for_one_that_has_left_ends(tmp_path, monkeypatch, waits):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INTERVIEWMATE_SILENCE", "2")
+    ranks = start([], 2, program=("-c", PARTED.format(waits=waits, size=9)))
+    try:
+        _, stderr = ranks[waits].communicate(timeout=50)
+        assert ranks[waits].returncode == 1
+        assert "All ranks have waited for each other for 2 seconds.\nA hint.\n" in stderr
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
 def wait_for_checkpoints(out: Path) -> None:
     end = time.monotonic() + 60
     while len(checkpoints(out)) < 2 and time.monotonic() < end:

@@ -28,6 +28,7 @@ from interviewmate_mlx.config import load_run
 from interviewmate_mlx.data.batches import collate, split_step
 from interviewmate_mlx.data.templates import CHAT_TEMPLATE
 from interviewmate_mlx.errors import AdapterError, BackendError, ConfigError, ModelError
+from interviewmate_mlx.evaluation.evaluate import evaluate
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
 from interviewmate_mlx.model.tree import named_arrays
@@ -205,7 +206,8 @@ def test_model_that_is_written_is_one_everywhere(bases, name, questions, tmp_pat
     report = build_report(read_runs([out]))
     said = json.dumps([[str(part) for part in s.parts] for s in report.sections])
     assert "all weights" in said
-    assert f"--model {out}" in said
+    assert f"imate-mlx evaluate --model {out} --out {out}" in said
+    assert f"evaluate {out}" not in said
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,27 @@ def test_disk_is_planned(bases, questions, tmp_path, dtype, optimizer):
     assert sum(kept) + kept[0] + 2 * model == pytest.approx(started.disk_bytes, rel=0.01)
 
 
+def test_packed_texts_are_learned_and_evaluated_as_such(bases, tmp_path):
+    texts = [{"text": f"Sentence {n} of a text. " * (3 * n + 1)} for n in range(6)]
+    for split, rows in (("train", texts), ("valid", texts[:3])):
+        write_rows(tmp_path / "rows" / f"{split}.jsonl", rows)
+    settings = ["data.pack=true", "data.max_length=16", "train.optimizer=muon"]
+    out = tmp_path / "out"
+    started, *events = train(run_on(bases["falcon"], tmp_path / "rows", *settings), out)
+    assert started.num_truncated_rows == 0
+    valid = [event for event in events if isinstance(event, Validated)]
+    assert min(event.loss for event in valid) < valid[0].loss - 0.1
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"on {started.num_train_rows} packed verbatim rows" in card
+    assert 'tokenizer("Overfitting is"' in card
+    assert "apply_chat_template" not in card
+
+    lora = load_run("A", [f"model.base={out}", f"data.path={tmp_path / 'rows'}", *settings[:2]])
+    *_, finished = train(lora.replace(train={"max_steps": 2}), tmp_path / "lora")
+    _, (_, own) = evaluate([tmp_path / "lora"], split="valid", sampling=None)
+    assert own.loss.loss == pytest.approx(finished.summary.best_valid_loss, rel=1e-5)
+
+
 def test_preferences_are_learned_with_all_weights(bases, tmp_path):
     rows = [{"prompt": f"{n}?", "chosen": "A b c.", "rejected": f"D e {n}."} for n in range(6)]
     for split in ("train", "valid"):
@@ -287,8 +310,9 @@ def test_a_base_that_cannot_be_trained_whole_is_refused(bases, questions, tmp_pa
         list(train(run_on(tmp_path / "packed", questions), tmp_path / "out"))
     with pytest.raises(BackendError, match="all weights, their gradients and moments") as refused:
         list(train(run_on("mini", questions, "train.memory_gb=0.2"), tmp_path / "out"))
-    assert "No row would fit" in str(refused.value)
-    assert "a LoRA (train.weights lora)" in str(refused.value)
+    # Shorter or narrower rows would not help: the update alone is too large.
+    advice = str(refused.value).splitlines()[1]
+    assert advice == "No row would fit: train a smaller base, or a LoRA (train.weights lora)."
     assert not (tmp_path / "out").exists()
 
 
