@@ -245,6 +245,20 @@ main()
     assert "has failed: KeyError: 'a fault'" in told[0][2]
 
 
+def test_bench_says_what_each_rank_did(small, preferences):
+    """KTO looks at all answers of a step, also where each rank is timed alone."""
+    settings = ["train.method=kto", f"data.path={preferences / 'judged'}"]
+    words = ["bench", *small[1:], *(word for one in settings for word in ("--set", one))]
+    told = finish(start([*words, "--steps", "2", "--warmup", "1", "--json"], 2))
+    assert [status for status, *_ in told] == [0, 0], told
+    found = json.loads(told[0][1])
+    ranks = found["ranks"]
+    assert [rank["name"].split()[:2] for rank in ranks] == [["rank", "0"], ["rank", "1"]]
+    assert sum(rank["rows"] for rank in ranks) == found["rows"]
+    assert sum(rank["tokens"] for rank in ranks) == found["tokens"]
+    assert all(rank["alone_samples_per_s"] > 0 and rank["sums_seconds"] > 0 for rank in ranks)
+
+
 PARTED = """
 import time
 import mlx.core as mx
