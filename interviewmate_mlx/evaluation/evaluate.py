@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -157,14 +157,64 @@ def evaluate(
     Raises:
         InterviewMateError: something is missing or does not fit.
     """
+    extras = [overlap.check_installed] if sampling else []
+    extras += [harness.check_installed] if tasks else []
+    asking = split, limit, sampling is not None
+    opened = _opened(adapters, base, data, asking, extras, dtype, fetching, progress)
+    found: list[Evaluation] = []
+    base_losses: list[RowLoss] = []
+    with opened as (work, asked, models):
+        for title, adapter in models:
+            if adapter:
+                adapter.apply(work.model)
+                work.model.eval()
+            losses = work.losses(title, asked.examples)
+            texts = work.answers(title, asked.prompts, sampling)
+            ran = work.tasks(title, tasks, tasks_from, limit)
+            if adapter:
+                remove_lora(work.model)
+            base_losses = base_losses or losses
+            written = [record.answer for record in asked.records]
+            found.append(
+                Evaluation(
+                    title,
+                    score(losses),
+                    _by_label(asked.records, losses),
+                    difference(base_losses, losses) if adapter else None,
+                    score_answers(texts, written, asked.learned) if sampling else None,
+                    ran,
+                    texts,
+                )
+            )
+    return asked, found
+
+
+@contextmanager
+def _opened(
+    adapters: Sequence[Path | str],
+    base: str | None,
+    data: str | None,
+    asking: tuple[str, int, bool],
+    extras: Sequence[Callable[[], None]],
+    dtype: str,
+    fetching: Progress | None,
+    progress: TaskProgress,
+) -> Iterator[tuple[Work, Questions, list[tuple[str, Adapter | None]]]]:
+    """Bring together what an evaluation needs, on all ranks; see `evaluate`.
+
+    `asking` is the split, the limit, and whether there will be answers; `extras` are checks of
+    what must be installed.
+
+    Yields:
+        The work; what is asked; and the models by name: the base, then the adapters.
+    """
     ranks = join()
+    split, limit, has_answers = asking
     with ExitStack() as stack:
         stack.enter_context(ranks.working())
         with ranks.together():
-            if sampling:
-                overlap.check_installed()
-            if tasks:
-                harness.check_installed()
+            for check in extras:
+                check()
             own = [Adapter.open(folder) for folder in adapters] if ranks.is_first else []
             chosen = _choose(own, base, data) if ranks.is_first else None
         name, data, cut, titles = ranks.from_first(chosen)
@@ -176,42 +226,17 @@ def evaluate(
             opened_base = Base.open(name, fetching)
             for adapter in opened:
                 warn_of_other_weights(adapter, opened_base)
-            tokenizer, has_answers = opened_base.tokenizer, sampling is not None
+            tokenizer = opened_base.tokenizer
             template = common_template(opened, tokenizer)
             tokenizer.eos_token_ids = end_ids(template, tokenizer)
             asked = read_questions(
-                tokenizer, data, split, limit, Cut(*cut), has_answers, fetching, template
+                tokenizer, str(data), split, limit, Cut(*cut), has_answers, fetching, template
             )
             model = opened_base.load(backend.resolve_dtype(dtype))
         facts = {"base": opened_base.fingerprint[:12], "data": asked.content_hash()[:12]}
         ranks.check_same({**facts, "dtype": str(model.dtype)})
-        work = Work(ranks, model, tokenizer, progress)
-        found: list[Evaluation] = []
-        base_losses: list[RowLoss] = []
-        contenders: list[Adapter | None] = [None, *opened]
-        for title, contender in zip([name, *titles], contenders, strict=True):
-            if contender:
-                contender.apply(model)
-                model.eval()
-            losses = work.losses(title, asked.examples)
-            texts = work.answers(title, asked.prompts, sampling)
-            ran = work.tasks(title, tasks, tasks_from, limit)
-            if contender:
-                remove_lora(model)
-            base_losses = base_losses or losses
-            written = [record.answer for record in asked.records]
-            found.append(
-                Evaluation(
-                    title,
-                    score(losses),
-                    _by_label(asked.records, losses),
-                    difference(base_losses, losses) if contender else None,
-                    score_answers(texts, written, asked.learned) if sampling else None,
-                    ran,
-                    texts,
-                )
-            )
-    return asked, found
+        models = [(name, None), *zip(titles, opened, strict=True)]
+        yield Work(ranks, model, tokenizer, progress), asked, models
 
 
 def _choose(
