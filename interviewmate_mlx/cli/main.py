@@ -105,7 +105,7 @@ class _Commands(click.Group):
         except Exception as error:
             if ctx.params["traceback"]:  # of any rank
                 text = "".join(traceback.format_exception(error))
-                click.echo(harmless(text), file=sys.__stderr__)
+                click.echo(harmless(text), sys.__stderr__ if launched_rank() else None, err=True)
             else:
                 click.echo(harmless(describe(error)), err=True)
             ctx.exit(1)

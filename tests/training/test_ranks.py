@@ -33,8 +33,7 @@ def small(tiny_base, questions, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_the_update_is_that_of_one_process(small, size):
-    alone = start([*small, "--out", "alone"], 1)
-    finish(alone)
+    list(train(load_run("A", small[2::2]), "alone"))
     told = finish(start([*small, "--out", "together"], size))
     assert [rank[0] for rank in told] == [0] * size, told
     assert f"{size} ranks share the work" in told[0][2] + told[0][1]
@@ -100,9 +99,9 @@ def test_a_rank_that_rounds_otherwise_gets_the_numbers_of_the_first(tmp_path, mo
     assert second == [f"1 {values} True", f"1 {values} False"]
 
 
-def test_an_evaluation_is_that_of_one_process(small, tiny_base, questions, tmp_path):
+def test_an_evaluation_is_that_of_one_process(small, tiny_base, tmp_path, imate):
     """Rows are dealt, more and fewer than there are ranks; only the first has the adapter."""
-    finish(start([*small, "--out", "adapter"], 1))
+    list(train(load_run("A", small[2::2]), "adapter"))
     places = [tmp_path, tmp_path / "second", tmp_path / "third"]
     for place in places[1:]:
         place.mkdir()
@@ -110,7 +109,7 @@ def test_an_evaluation_is_that_of_one_process(small, tiny_base, questions, tmp_p
         options = ["--split", "valid", "--limit", str(limit), "--max-tokens", "12"]
         options += ["--temperature", "1", "--seed", "7", "--json"]
         words = ["evaluate", "adapter", "--model", str(tiny_base), *options]
-        ((_, alone, _),) = finish(start(words, 1))
+        alone = imate(*words).stdout
         written = json.loads(Path("adapter", "evaluation.json").read_text(encoding="utf-8"))
         told = finish(start(words, 3, places))
         assert [status for status, *_ in told] == [0, 0, 0], told
@@ -122,8 +121,7 @@ def test_an_evaluation_is_that_of_one_process(small, tiny_base, questions, tmp_p
         assert_close(again, written)
 
 
-def test_tasks_are_dealt(tiny_base, questions, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_tasks_are_dealt(tiny_base, questions, tmp_path, imate):
     names = ["first", "second", "third"]
     for number, name in enumerate(names):
         rows = tmp_path / f"{name}.jsonl"
@@ -145,8 +143,8 @@ def test_tasks_are_dealt(tiny_base, questions, tmp_path, monkeypatch):
         ".",
         "--json",
     ]
-    found = [json.loads(finish(start(words, size))[0][1]) for size in (1, 2)]
-    alone, together = (one["evaluations"][0]["tasks"] for one in found)
+    told = (imate(*words).stdout, finish(start(words, 2))[0][1])
+    alone, together = (json.loads(text)["evaluations"][0]["tasks"] for text in told)
     assert together == alone
     assert list(together) == names
     assert alone["first"] != alone["second"]  # else what was dealt to whom would not show
