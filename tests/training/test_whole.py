@@ -238,9 +238,7 @@ def test_resumed_it_ends_in_the_same_bytes(bases, questions, tmp_path, dtype, op
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-@pytest.mark.parametrize(
-    ("dtype", "optimizer"), [("float32", "adamw"), ("bfloat16", "adamw"), ("bfloat16", "muon")]
-)
+@pytest.mark.parametrize(("dtype", "optimizer"), [("float32", "adamw"), ("bfloat16", "muon")])
 def test_disk_is_planned(bases, questions, tmp_path, dtype, optimizer):
     settings = [f"model.dtype={dtype}", f"train.optimizer={optimizer}", "train.max_steps=4"]
     run = run_on(bases["mini"], questions, *settings)
@@ -337,7 +335,7 @@ def test_every_network_that_can_be_trained_whole_is_known(tmp_path):
 
 @pytest.mark.parametrize("streams", [0, 2])
 @pytest.mark.parametrize("path", ["cpu", "gpu"])
-@pytest.mark.parametrize(("words", "optimizer"), [(4, "adamw"), (160, "adamw"), (4, "muon")])
+@pytest.mark.parametrize(("words", "optimizer"), [(4, "muon"), (160, "adamw")])
 def test_peak_is_what_was_planned(tmp_path, monkeypatch, path, words, optimizer, streams):
     if backend.machine().device != "cpu":
         pytest.skip("measured on MLX's CPU backend")
