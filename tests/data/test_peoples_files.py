@@ -169,7 +169,9 @@ def write(name: str, content: bytes) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("name", "content", "reading"), [(n, *each) for n, each in READ.items()])
+@pytest.mark.parametrize(
+    ("name", "content", "reading"), [(n, *each) for n, each in READ.items()], ids=READ
+)
 def test_file_of_a_person_is_read_by_every_command(imate, tiny_base, name, content, reading):
     path = write(name, content)
     checked = json.loads(imate("data", "check", path, "--json").stdout)
@@ -187,7 +189,9 @@ def test_file_of_a_person_is_read_by_every_command(imate, tiny_base, name, conte
     assert json.loads(imate("data", "check", "split", "--json").stdout)["rows"] == {"train": 2}
 
 
-@pytest.mark.parametrize(("name", "content", "says"), [(n, *each) for n, each in REFUSED.items()])
+@pytest.mark.parametrize(
+    ("name", "content", "says"), [(n, *each) for n, each in REFUSED.items()], ids=REFUSED
+)
 def test_file_of_a_person_that_cannot_be_read_says_why(imate, name, content, says):
     path = write(name, content)
     refusal = imate("data", "check", path, code=1).stderr
