@@ -99,12 +99,12 @@ class Watch:
             connections: by rank, to those that this one watches.
         """
         self._rank, self._hosts, self._limit_s = rank, hosts, limit_s()
-        self._state: tuple[str, Any] = (_IDLE, None)
-        self._state_since_s = time.monotonic()
+        # This rank's state, its detail, and since when: one value, for two threads.
+        self._own: tuple[str, Any, float] = (_IDLE, None, time.monotonic())
         self._num_sums = 0
         self._selector = selectors.DefaultSelector()
         self._peers = [Peer(rank, connection) for rank, connection in connections.items()]
-        self._failed: Peer | None = None  # one that has said so, and ended
+        self._failed: Peer | None = None  # the last that has said so; it may have ended
         self._hint = ""
         for peer in self._peers:
             peer.connection.setblocking(False)
@@ -154,12 +154,12 @@ class Watch:
         self._say(_BUSY)
 
     def _say(self, state: str, detail: object = None) -> None:
-        self._state, self._state_since_s = (state, detail), time.monotonic()
+        self._own = (state, detail, time.monotonic())
         if state in (_IDLE, _FAULT):  # the process may end before the next beat
             self._beat()
 
     def _beat(self) -> None:
-        line = json.dumps(self._state).encode() + b"\n"
+        line = json.dumps(self._own[:2]).encode() + b"\n"
         for peer in self._peers:
             with contextlib.suppress(OSError):  # who does not read is found by its silence
                 peer.connection.send(line)
@@ -195,26 +195,27 @@ class Watch:
             if self._is_busy() and now - peer.heard_s > self._limit_s:
                 silent = f"has not been heard of for {self._limit_s:g} seconds"
                 self._end(f"{self._name(peer.rank)} {silent}.", peer.rank)
-        if self._state[0] == _SUM:
-            self._judge_waiting(now)
+        # Read once: the main thread changes it meanwhile.
+        state, detail, since_s = self._own
+        if state == _SUM:
+            self._judge_waiting(now, since_s, detail[1])
 
-    def _judge_waiting(self, now: float) -> None:
+    def _judge_waiting(self, now: float, since_s: float, num_bytes: int) -> None:
         """Whether a sum will never come. Who computes, or saves, is left to end by itself."""
         failed = self._failed
-        if failed and now - failed.since_s > _GRACE_S and failed.state == _FAULT:
+        if failed and failed.state == _FAULT and now - failed.since_s > _GRACE_S:
             self._end(f"{self._name(failed.rank)} has failed: {failed.detail}", failed.rank)
-        waiting = [(self._state, self._state_since_s)]
-        waiting += [((p.state, p.detail), p.since_s) for p in self._peers]
-        most_bytes = max(detail[1] for (state, detail), _ in waiting if state == _SUM)
-        limit_s = self._limit_s + most_bytes / SLOWEST_BYTES_PER_S
-        # In one sum, whose network is at fault; or in several, or not at work: they have parted.
-        if all(state in (_SUM, _IDLE) and now - since_s > limit_s
-               for (state, _), since_s in waiting):  # fmt: skip
+        # All wait, in one sum or in several; or have left. Only the first rank knows of all: where
+        # it waits too, it may be for one that is slow.
+        waits = (_SUM, _IDLE) if self._rank == 0 else (_IDLE,)
+        limit_s = self._limit_s + num_bytes / SLOWEST_BYTES_PER_S
+        stuck = [peer.state in waits and now - peer.since_s > limit_s for peer in self._peers]
+        if all(stuck) and now - since_s > limit_s:
             message = f"All ranks have waited for each other for {limit_s:.0f} seconds."
             self._end(message, 0 if self._rank else -1)
 
     def _is_busy(self) -> bool:
-        return self._state[0] in (_BUSY, _SUM)
+        return self._own[0] in (_BUSY, _SUM)
 
     def _name(self, rank: int) -> str:
         return f"Rank {rank} ({self._hosts[rank]})"

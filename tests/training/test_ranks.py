@@ -278,6 +278,27 @@ def test_a_rank_that_waits_for_one_that_has_left_ends(tmp_path, monkeypatch, wai
             rank.communicate()
 
 
+SLOW = """
+import time
+import mlx.core as mx
+from interviewmate_mlx.training.ranks import join
+ranks = join()
+with ranks.working():
+    if ranks.rank == {slow}:
+        time.sleep(7)
+    print(ranks.sum(mx.ones(2)).tolist())
+"""
+
+
+@pytest.mark.parametrize("slow", [0, 2])
+def test_a_rank_that_is_slow_is_waited_for(tmp_path, monkeypatch, slow):
+    """For longer than the limit of silence: it says that it works."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INTERVIEWMATE_SILENCE", "2")
+    for status, stdout, stderr in finish(start([], 3, program=("-c", SLOW.format(slow=slow)))):
+        assert (status, stdout) == (0, "[3.0, 3.0]\n"), stderr
+
+
 def wait_for_checkpoints(out: Path) -> None:
     end = time.monotonic() + 60
     while len(checkpoints(out)) < 2 and time.monotonic() < end:
