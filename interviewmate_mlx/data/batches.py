@@ -2,8 +2,7 @@
 
 A *step* is one optimizer update over an effective batch of rows. A *microbatch*
 is what goes through the network at once: part of a step, or all of it. How a
-step is split changes speed and memory, but not the update, except for the random
-numbers of dropout.
+step is split changes speed and memory, but not the update.
 """
 
 from interviewmate_mlx import backend as backend  # its BLAS must be loaded before MLX
@@ -14,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
+from zlib import crc32
 
 import mlx.core as mx
 import numpy as np
@@ -65,13 +65,15 @@ class Microbatch:
         targets: (N,) int32, the tokens to predict.
         mask: (N,) bool, false on the surplus.
         of_rows: what else a method's loss asks for, by name.
-        seed: for dropout.
+        row_ids: (B,) uint32, on the host: what tells the rows apart.
+        seed: of the step's dropout.
     """
 
     inputs: mx.array
     positions: mx.array
     targets: mx.array
     mask: mx.array
+    row_ids: np.ndarray
     of_rows: dict[str, mx.array] = field(default_factory=dict)
     seed: int = 0
 
@@ -172,6 +174,7 @@ def collate(examples: Sequence[Example], width: int | None = None) -> Microbatch
         positions=mx.array(np.pad(np.concatenate(positions), (0, surplus)).astype(np.int32)),
         targets=mx.array(np.pad(np.concatenate(targets), (0, surplus)).astype(np.int32)),
         mask=mx.array(np.arange(num_predicted + surplus) < num_predicted),
+        row_ids=np.array([crc32(example.content()) for example in examples], np.uint32),
     )
 
 

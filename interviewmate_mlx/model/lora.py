@@ -6,7 +6,6 @@ model's own parameter paths behind the prefix `base_model.model.`.
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -15,6 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from interviewmate_mlx.errors import AdapterError, list_faults
+from interviewmate_mlx.model.dropout import Dropout
 from interviewmate_mlx.model.tree import named_arrays
 
 Projection: TypeAlias = nn.Linear | nn.QuantizedLinear
@@ -22,56 +22,30 @@ ATTENTION, ALL_LINEAR = "attention", "all-linear"  # words for layers that a net
 LORA_NAMES = ("lora_A", "lora_B")  # of the matrices' modules, as in PEFT
 
 
-class Dropout(nn.Module):
-    """While training, set each number to 0 with probability `p` and scale the rest by 1 / (1 - p).
-
-    Raises:
-        ValueError: p is not from 0 to below 1.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout: got {p}, expected from 0 to below 1")
-        self._keep = 1 - p
-        self._key: mx.array | None = None  # to draw from; None: MLX's random state
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """In float32: in bfloat16 1 / 0.95 would be rounded to 1.0547."""
-        x = x.astype(mx.float32)
-        if not self.draws:
-            return x
-        kept = mx.random.bernoulli(self._keep, x.shape, key=self._key)
-        return kept * x * (1 / self._keep)
-
-    @property
-    def draws(self) -> bool:
-        """Whether a call takes random numbers."""
-        return self.training and self._keep < 1
-
-    @contextmanager
-    def drawing_from(self, key: mx.array) -> Iterator[None]:
-        """Draw from a key within the block, so that the same can be drawn again."""
-        self._key = key
-        try:
-            yield
-        finally:
-            self._key = None
-
-
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its low-rank update: `y = Wx + b + B (scale * A dropout(x))`.
+    """A frozen linear layer and its low-rank update: `y = Wx + b + scale * B A dropout(x)`.
 
     A and B are float32, whatever the dtype of the base. The sum is cast back to that.
-    B starts at zero, so that the first forward is the base's own.
+    B starts at zero, so that the first forward is the base's own. A step computes with
+    `working_copies` of A and B, and then all of the update is in their dtype.
     """
 
-    def __init__(self, base_layer: Projection, rank: int, scale: float, dropout: float) -> None:
+    def __init__(
+        self, base_layer: Projection, rank: int, scale: float, dropout: float, number: int = 0
+    ) -> None:
+        """
+        Args:
+            base_layer: stays as it is.
+            rank: of the update.
+            scale: of the update.
+            dropout: probability of dropping an input of the update while training.
+            number: of the layer, see `Dropout`.
+        """
         super().__init__()
         out_features, in_features = shape_of(base_layer)
         self.base_layer = base_layer
         self.scale = scale
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(dropout, number)
         self.lora_A = nn.Linear(in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, out_features, bias=False)
         # Kaiming uniform with a = sqrt(5), as in PEFT: the bound is 1 / sqrt(fan in).
@@ -80,8 +54,11 @@ class LoRALinear(nn.Module):
         self.lora_B.weight = mx.zeros((out_features, rank))
 
     def __call__(self, x: mx.array) -> mx.array:
-        # Scaled where there are the fewest numbers.
-        inner = self.scale * self.lora_A(self.dropout(x))
+        dtype = self.lora_A.weight.dtype
+        if self.dropout.draws:  # it scales anyway
+            inner = self.lora_A(self.dropout(x, self.scale, dtype))
+        else:  # where there are the fewest numbers
+            inner = (self.lora_A(x.astype(dtype)).astype(mx.float32) * self.scale).astype(dtype)
         y: Any = add_product(self.base_layer(x), inner, self.lora_B.weight)
         return y
 
@@ -102,15 +79,15 @@ class LoRALinear(nn.Module):
 
 @mx.custom_function
 def add_product(y: mx.array, inner: mx.array, weight: mx.array) -> mx.array:
-    """`y + inner weight^T` in the dtype of y, as one kernel; its derivatives in float32.
+    """`y + inner weight^T` in the dtype of y, as one kernel; its derivatives in that of inner.
 
     The sum is rounded to y's dtype anyway, so the rounding of the small product before it
     is not seen in it.
 
     Args:
         y: (..., out), any float dtype.
-        inner: (..., r) float32.
-        weight: (out, r) float32.
+        inner: (..., r), float32 or as y.
+        weight: (out, r), as inner.
     """
     narrow, matrix = inner.astype(y.dtype), weight.astype(y.dtype)
     flat = mx.addmm(y.reshape(-1, y.shape[-1]), narrow.reshape(-1, inner.shape[-1]), matrix.T)
@@ -122,9 +99,37 @@ def _add_product_vjp(
     primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     _, inner, weight = primals
-    wide = cotangent.astype(mx.float32)
+    wide = cotangent.astype(inner.dtype)
     rows = wide.reshape(-1, wide.shape[-1])
     return cotangent, wide @ weight, rows.T @ inner.reshape(-1, inner.shape[-1])
+
+
+def working_copies(model: nn.Module) -> Any:
+    """What a step computes with in place of float32 matrices: bfloat16 ones, in a bfloat16 base.
+
+    An input that the base has rounded gains nothing from float32, which takes twice the memory
+    and, on many GPUs, a multiple of the time. What is learned stays in float32: a matrix, the sum
+    of its gradients, and its update (https://arxiv.org/abs/1710.03740).
+
+    Returns:
+        The part of the model's trainable parameters that is replaced.
+    """
+    copies = [
+        (f"{path}.{name}.weight", layer[name].weight.astype(dtype))
+        for path, layer in lora_layers(model)
+        if (dtype := working_dtype(layer, model.dtype)) != mx.float32
+        for name in LORA_NAMES
+    ]
+    return tree_unflatten(copies) if copies else {}
+
+
+def working_dtype(layer: LoRALinear, dtype: mx.Dtype) -> mx.Dtype:
+    """What a step computes a layer's update in, on a base of a dtype.
+
+    Float32 but for bfloat16, which has its range; and but for the kinds of LoRA that compute more
+    than two products.
+    """
+    return dtype if type(layer) is LoRALinear and dtype == mx.bfloat16 else mx.float32
 
 
 def plain_weight(linear: Projection) -> mx.array:
@@ -300,8 +305,8 @@ def place_lora(
         )
     model.freeze()
     layers = [
-        (path, LoRALinear(modules[path], rank, lora_scale(rank, alpha, rslora), dropout))
-        for path, (rank, alpha) in rank_and_alpha.items()
+        (path, LoRALinear(modules[path], rank, lora_scale(rank, alpha, rslora), dropout, number))
+        for number, (path, (rank, alpha)) in enumerate(rank_and_alpha.items())
     ]
     for _, layer in layers:
         layer.lora_A.unfreeze()

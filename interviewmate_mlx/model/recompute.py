@@ -4,14 +4,11 @@ Only the blocks' inputs are kept. So memory grows by C floats per token and laye
 of some 16 C, for one more forward pass (https://arxiv.org/abs/1604.06174).
 """
 
-from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-
-from interviewmate_mlx.model.lora import Dropout
 
 
 @cache
@@ -21,18 +18,9 @@ def _checkpointed(block: type[nn.Module]) -> type[nn.Module]:
     def call(self: Any, x: mx.array, *rest: Any, **settings: Any) -> Any:
         if not self.training or any(hasattr(a, "state") for a in (*rest, *settings.values())):
             return block.__call__(self, x, *rest, **settings)  # with a cache, there is no training
-        dropouts = [m for m in self.modules() if isinstance(m, Dropout) and m.draws]
-        # Dropout must draw the same the second time, so each draws from a key of its own. (Not
-        # from rows of one array: `mx.compile` loses track of those inside a checkpoint.)
-        keys = [mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) for _ in dropouts]
 
         def forward(x: mx.array) -> Any:
-            with ExitStack() as stack:
-                for dropout, key in zip(dropouts, keys, strict=True):
-                    # The second time x is another array: then masks are not kept, but drawn again.
-                    key = mx.stop_gradient(mx.depends([key], [x])[0])
-                    stack.enter_context(dropout.drawing_from(key))
-                return block.__call__(self, x, *rest, **settings)
+            return block.__call__(self, x, *rest, **settings)
 
         return nn.utils.checkpoint(self, forward)(x)
 

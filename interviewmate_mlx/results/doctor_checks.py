@@ -32,6 +32,7 @@ from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.formats.safetensors_file import load_tensors
 from interviewmate_mlx.model import falcon, lora
+from interviewmate_mlx.model.dropout import Dropout, token_seeds, tokens_seeded
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.events import Started
 from interviewmate_mlx.training.loop import train
@@ -282,23 +283,25 @@ def check_alibi(dtype: str) -> Finding:
 
 def check_dropout_share(_: str) -> Finding:
     """The share of numbers that dropout keeps: within five standard deviations of n draws."""
-    count, p = 1 << 20, 0.05
-    share = float(np.mean(_dropped_out(count, p) != 0))
-    return Finding(abs(share - (1 - p)), 5 * math.sqrt(p * (1 - p) / count))
+    p = 0.05
+    left = _left_by_dropout(p)
+    share = float(np.mean(left != 0))
+    return Finding(abs(share - (1 - p)), 5 * math.sqrt(p * (1 - p) / left.size))
 
 
 def check_dropout_scale(_: str) -> Finding:
     """What dropout multiplies them by: two roundings in float32, whatever the network's dtype."""
-    kept = _dropped_out(1 << 12, 0.05)
+    kept = _left_by_dropout(0.05)
     error = float(np.abs(kept[kept != 0] * 0.95 - 1).max())
     return Finding(error, 2 * 2.0**-24 + 2.0**-24)
 
 
-def _dropped_out(count: int, p: float) -> np.ndarray:
-    """Dropout of ones in the device's default dtype: (count,)."""
-    mx.random.seed(0)
-    ones = mx.ones(count, backend.resolve_dtype("auto"))
-    return in_float32(lora.Dropout(p).train()(ones)).astype(np.float64)
+def _left_by_dropout(p: float) -> np.ndarray:
+    """Dropout of ones in the device's default dtype."""
+    ones = mx.ones((16, 64, 1024), backend.resolve_dtype("auto"))
+    with tokens_seeded(token_seeds(np.arange(16, dtype=np.uint32), 64, 0)):
+        left = mx.compile(Dropout(p).train())(ones)
+    return in_float32(left).astype(np.float64)
 
 
 def check_optimizer(_: str) -> Finding:

@@ -19,7 +19,7 @@ from mlx.utils import tree_map
 from interviewmate_mlx import backend
 from interviewmate_mlx.data.batches import AnyRow, Microbatch, fill, padded_tokens
 from interviewmate_mlx.model.tree import named_arrays
-from interviewmate_mlx.training.step import Compute
+from interviewmate_mlx.training.step import Compute, add_up
 
 Item = TypeVar("Item")
 
@@ -79,8 +79,7 @@ class CpuStreams:
                     with mx.stream(streams[number]):
                         result, arrays = computes[number](microbatch)
                         mx.async_eval(arrays.pop(0))  # runs while the next one is traced
-                        before = sums[number]
-                        sums[number] = tree_map(mx.add, before, result) if before else result
+                        sums[number] = add_up(sums[number], result)
                     arrays += reversed(named_arrays(sums[number]).values())
                     results.append(arrays)
                 for array in in_turn(results):

@@ -428,9 +428,8 @@ def dispatch_steps(
         )
         share = task.ranks.share(rows)
         groups = task.executor.split(share.rows, task.memory.token_budget)
-        # Dropout follows from the seed, the step and the rank alone, so a resumed run repeats it.
-        entropy = [settings.seed, number, *([task.ranks.rank] if task.ranks.rank else [])]
-        step.accumulate(task.objective.collate(groups, rows), entropy)
+        # Dropout follows from the seed, the step and the row alone, so a resumed run repeats it.
+        step.accumulate(task.objective.collate(groups, rows), [settings.seed, number])
         numbers = step.update(learning_rate, share.sum)
         yield Dispatched(number + 1, rows, learning_rate, numbers)
         if stop():

@@ -10,7 +10,13 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from interviewmate_mlx.data.batches import WIDTH_STEP, Row, padded_tokens, padded_width
 from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.dora import DoRALinear
-from interviewmate_mlx.model.lora import LORA_NAMES, Projection, lora_layers, shape_of
+from interviewmate_mlx.model.lora import (
+    LORA_NAMES,
+    Projection,
+    lora_layers,
+    shape_of,
+    working_dtype,
+)
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.step import Executor
@@ -56,11 +62,11 @@ class Widths:
         layers: number of blocks.
         taken: by all linear layers of the blocks, summed.
         given: by them, summed.
-        kept: of that, what a GPU's path keeps for the backward pass. mlx-lm's networks, with
-            autodiff's derivatives, keep what their layers take, too; so does any network whose
-            own weights are trained.
-        lora: by the LoRA layers, summed.
-        dropped: by those of them that drop some of it.
+        kept: of that, what a GPU's path keeps for the backward pass, and C a block if it is not
+            only given. mlx-lm's networks, with autodiff's derivatives, keep what their layers
+            take, too; so does any network whose own weights are trained.
+        lora_bytes: a token, of what the LoRA layers take, summed, in the dtype they compute in.
+        dropped_bytes: of those of them that drop some of it.
         stretched: given by the DoRA layers, summed.
     """
 
@@ -72,8 +78,8 @@ class Widths:
     taken: int
     given: int
     kept: int
-    lora: int
-    dropped: int
+    lora_bytes: int
+    dropped_bytes: int
     stretched: int = 0
 
 
@@ -92,8 +98,15 @@ def widths_of(model: Network) -> Widths:
     heads = args.num_attention_heads
     head_dim = getattr(args, "head_dim", None) or args.hidden_size // heads
     layers = [layer for _, layer in lora_layers(model)]
-    loras = [(shape_of(layer.base_layer)[1], layer.dropout.draws) for layer in layers]
+    loras = [
+        (
+            shape_of(layer.base_layer)[1] * working_dtype(layer, model.dtype).size,
+            layer.dropout.draws,
+        )
+        for layer in layers
+    ]
     doras = [layer for layer in layers if isinstance(layer, DoRALinear)]
+    more = 0 if has_own_derivatives and layers else taken + args.hidden_size * len(model.layers)
     return Widths(
         hidden=args.hidden_size,
         vocab=args.vocab_size,
@@ -102,9 +115,9 @@ def widths_of(model: Network) -> Widths:
         layers=len(model.layers),
         taken=taken,
         given=given,
-        kept=given if has_own_derivatives and layers else given + taken,
-        lora=sum(width for width, _ in loras),
-        dropped=sum(width for width, draws in loras if draws),
+        kept=given + more,
+        lora_bytes=sum(size for size, _ in loras),
+        dropped_bytes=sum(size for size, draws in loras if draws),
         stretched=sum(shape_of(layer.base_layer)[0] for layer in doras),
     )
 
@@ -164,8 +177,7 @@ def cpu_bytes_per_token(
     channels = inputs * widths.hidden + layers * of_block
     num_scores = scores.planned / num_streams + scores.kept * layers
     floats = channels + num_scores * widths.heads * width
-    # What is left after dropout, float32, and a mask of bytes.
-    of_lora = layers * (widths.dropped * 5 + widths.stretched * _OF_DORA) / widths.layers
+    of_lora = layers * (widths.dropped_bytes + widths.stretched * _OF_DORA) / widths.layers
     logits = _PLANNED_LOGITS / num_streams * widths.vocab
     return int(floats * itemsize + of_lora + logits * 4)  # which are float32
 
@@ -180,12 +192,11 @@ def gpu_bytes_per_token(
 ) -> int:
     """Bytes that one padded token of a microbatch takes on a GPU: what is kept, and the logits.
 
-    A block keeps for its backward pass, in its own dtype: its input and that of its second norm,
-    the first norm's output and attention's; queries, keys and values, each as wide as attention
-    took them; and what its MLP's activation takes. That is C, the output of attention, and what
-    its linear layers give, since two of them give what is added to the residual. A LoRA keeps
-    its input in float32 and, with dropout, what is left of that and a mask of bytes. What is not
-    trained keeps nothing.
+    A block keeps for its backward pass, in its own dtype: its input, that of its second norm and
+    attention's output; queries, keys and values, each as wide as attention took them; and what
+    its MLP's activation takes. That is the output of attention, and what its linear layers give,
+    since two of them give what is added to the residual. A LoRA keeps its input, or what dropout
+    left of it. What is not trained keeps nothing.
 
     Measured in bfloat16 on a CPU, 128 and 384 tokens a row: within 10 % of a block's share.
 
@@ -198,9 +209,9 @@ def gpu_bytes_per_token(
         gradient_checkpointing: all blocks but one keep their input alone.
     """
     layers, heads = widths.layers, widths.heads
-    of_lora = 4 * widths.lora + 5 * widths.dropped + _OF_DORA * widths.stretched
+    of_lora = widths.lora_bytes + _OF_DORA * widths.stretched
     attended = heads * (widths.head_dim + 3 * (widened - widths.head_dim))
-    block = (widths.hidden + attended + widths.kept / layers) * itemsize + of_lora / layers
+    block = (attended + widths.kept / layers) * itemsize + of_lora / layers
     of_scores = heads * width * itemsize
     block += scores.kept * of_scores
     inputs = widths.hidden * itemsize

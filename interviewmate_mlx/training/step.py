@@ -5,7 +5,7 @@
 The count is that of what the loss is a sum over: predicted tokens, or the rows of preferences.
 
 So any split of a step into microbatches gives the same update, and padding
-never matters. (With dropout, each split draws other masks.)
+never matters: what dropout drops of a row depends on the row alone.
 """
 
 import math
@@ -18,11 +18,12 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_map
 from numpy.random import SeedSequence  # loaded here: a Ctrl-C is lost while it loads
 
 from interviewmate_mlx.data.batches import AnyRow, Microbatch, split_step
+from interviewmate_mlx.model.dropout import token_seeds, tokens_seeded
+from interviewmate_mlx.model.lora import working_copies
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.loss import (
     CHUNK_ELEMENTS,
@@ -83,11 +84,18 @@ class OneStream:
             sums: Any = None
             for microbatch in microbatches:
                 result, _ = compute(microbatch)
-                sums = tree_map(mx.add, sums, result) if sums else result
+                sums = add_up(sums, result)
                 mx.async_eval(sums)
             return sums
 
         return total
+
+
+def add_up(sums: Any, result: Any) -> Any:
+    """Add what a computation gave to sums, if there are some, in float32 where that is narrower."""
+    narrow = (mx.bfloat16, mx.float16)
+    wide = tree_map(lambda a: a.astype(mx.float32) if a.dtype in narrow else a, result)
+    return tree_map(mx.add, sums, wide) if sums else wide
 
 
 class Step:
@@ -122,7 +130,10 @@ class Step:
         optimizer.init(model.trainable_parameters())
         self._model, self._optimizer = model, optimizer
         self._max_grad_norm = max_grad_norm or math.inf
-        self._total = (executor or OneStream()).sum_of(partial(_compile_gradients, model, loss))
+        self._total = (executor or OneStream()).sum_of(
+            partial(_compile_gradients, model, loss, lambda: self._working)
+        )
+        self._working: Any = {}
         self.sums: Any = None
         self.num_updates = 0
         self._is_healthy = mx.array(True)
@@ -134,13 +145,13 @@ class Step:
 
         Args:
             microbatches: of the step, some or all.
-            entropy: numbers that dropout follows from.
+            entropy: numbers that the dropout of the step follows from.
         """
-        seeds = SeedSequence(entropy).generate_state(len(microbatches), np.uint64).tolist()
-        sums = self._total(
-            [replace(m, seed=seed) for m, seed in zip(microbatches, seeds, strict=True)]
-        )
-        self.sums = tree_map(mx.add, self.sums, sums) if self.sums else sums
+        if not self.sums:
+            self._working = working_copies(self._model)
+        (seed,) = SeedSequence(entropy).generate_state(1).tolist()
+        sums = self._total([replace(microbatch, seed=seed) for microbatch in microbatches])
+        self.sums = add_up(self.sums, sums)
 
     def update(
         self, learning_rate: float, across: Callable[[Any], Any] = lambda sums: sums
@@ -258,28 +269,34 @@ def _has_trainable_head(model: nn.Module) -> bool:
     return bool(model.head_layer.trainable_parameters())
 
 
-def _compile_gradients(model: nn.Module, loss: Loss) -> Compute:
-    """Compile the loss sum, count, measures and gradients of a microbatch."""
+def _compile_gradients(model: nn.Module, loss: Loss, working: Callable[[], Any]) -> Compute:
+    """Compile the loss sum, count, measures and gradients of a microbatch.
+
+    Args:
+        model: a `Network`.
+        loss: of the predicted tokens.
+        working: what takes the place of some parameters, see `working_copies`.
+    """
 
     def loss_and_rest(*arrays: Any) -> Any:
         return microbatch_loss(model, *arrays, loss=loss)
 
     differentiate = nn.value_and_grad(model, loss_and_rest)
-    random = mx.random.state
 
-    @partial(mx.compile, inputs=[model.state, random], outputs=[random])
-    def gradients_of(*arrays: Any) -> Any:
+    @partial(mx.compile, inputs=[model.state])
+    def gradients_of(working: Any, seeds: mx.array, *arrays: Any) -> Any:
         parameters = model.trainable_parameters()
-        (loss_sum, count, measures, on_the_way), gradients = differentiate(*arrays)
-        # Summed in float32, also those of weights that are narrower.
-        gradients = tree_map(lambda gradient: gradient.astype(mx.float32), gradients)
+        model.update(working)
+        with tokens_seeded(seeds):
+            (loss_sum, count, measures, on_the_way), gradients = differentiate(*arrays)
         # Put the parameters back: tracing leaves placeholders in the model, which is not an output.
         model.update(parameters)
         return (loss_sum, count, measures, gradients), on_the_way
 
     def compute(microbatch: Microbatch) -> Computed:
-        mx.random.seed(microbatch.seed)
-        return gradients_of(*microbatch.arrays())
+        length = microbatch.inputs.shape[1]
+        seeds = token_seeds(microbatch.row_ids, length, microbatch.seed)
+        return gradients_of(working(), seeds, *microbatch.arrays())
 
     return compute
 

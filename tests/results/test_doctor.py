@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors.numpy import load_file
 
 from interviewmate_mlx.model import cpu_kernels, falcon, lora
+from interviewmate_mlx.model.dropout import Dropout
 from interviewmate_mlx.results import doctor, doctor_checks
 from interviewmate_mlx.results.doctor import Check, Report, Speed, report_json, report_text
 from interviewmate_mlx.results.doctor_checks import CHECKS, FOLDER, ONCE
@@ -114,21 +115,24 @@ def break_left_padding(monkeypatch):
 def break_dropout(monkeypatch):
     """1 / 0.95 rounded to bfloat16, which is 1.0547."""
 
-    def call(self, x):
-        kept = mx.random.bernoulli(self._keep, x.shape)
-        return kept * x.astype(mx.float32) * mx.array(1 / self._keep).astype(mx.bfloat16)
+    original = Dropout.__call__
 
-    monkeypatch.setattr(lora.Dropout, "__call__", call)
+    def call(self, x, scale=1.0):
+        rounded = mx.array(1 / self._keep).astype(mx.bfloat16).item()
+        return original(self, x, scale * rounded * self._keep)
+
+    monkeypatch.setattr(Dropout, "__call__", call)
 
 
 def break_dropout_share(monkeypatch):
     """One percent too many are dropped, and the scale is as it was."""
-    original = mx.random.bernoulli
+    original = Dropout.__call__
 
-    def fewer(p, *args, **options):
-        return original(p - 0.01, *args, **options)
+    def fewer(self, x, scale=1.0):
+        keep = self._keep - 0.01
+        return original(Dropout(1 - keep).train(), x, scale * keep / self._keep)
 
-    monkeypatch.setattr(mx.random, "bernoulli", fewer)
+    monkeypatch.setattr(Dropout, "__call__", fewer)
 
 
 def break_optimizer(monkeypatch):

@@ -6,23 +6,25 @@ Counts hold on every machine, times on none.
 import gc
 import re
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 from interviewmate_mlx import backend
 from interviewmate_mlx.config import load_run
+from interviewmate_mlx.data.batches import Microbatch
 from interviewmate_mlx.model import falcon, gpu_kernels
 from interviewmate_mlx.model.falcon import Model, ModelArgs
-from interviewmate_mlx.model.lora import add_lora
+from interviewmate_mlx.model.lora import add_lora, working_copies
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.loop import run_steps
+from interviewmate_mlx.training.loss import token_loss
 from interviewmate_mlx.training.optimizer import adamw
-from interviewmate_mlx.training.step import Step, microbatch_loss
+from interviewmate_mlx.training.step import Step, _compile_gradients
 from interviewmate_mlx.training.task import choose_kernels, prepare
 
 HIDDEN, VOCAB = 256, 384
@@ -50,18 +52,14 @@ def trained_model(layers: int, hidden: int = HIDDEN) -> Model:
 
 def gradients(model: Model, rows: int, length: int) -> tuple[mx.array, ...]:
     """The loss of some rows, and all gradients: compiled, not computed."""
-    differentiate = nn.value_and_grad(model, lambda *arrays: microbatch_loss(model, *arrays))
-    state = [model.state, mx.random.state]
-
-    @partial(mx.compile, inputs=state, outputs=[mx.random.state])
-    def step(*arrays):
-        parameters = model.trainable_parameters()
-        (loss, *_), slopes = differentiate(*arrays)
-        model.update(parameters)
-        return loss, *(array for _, array in tree_flatten(slopes))
-
-    targets = mx.zeros(8, mx.int32)
-    return step(mx.zeros((rows, length), mx.int32), mx.arange(8), targets, mx.ones(8, mx.bool_), {})
+    working = working_copies(model)
+    mx.eval(working)
+    compute = _compile_gradients(model, token_loss, lambda: working)
+    targets, is_predicted = mx.zeros(8, mx.int32), mx.ones(8, mx.bool_)
+    inputs, row_ids = mx.zeros((rows, length), mx.int32), np.arange(rows, dtype=np.uint32)
+    batch = Microbatch(inputs, mx.arange(8), targets, is_predicted, row_ids)
+    (loss, *_, slopes), _ = compute(batch)
+    return loss, *(array for _, array in tree_flatten(slopes))
 
 
 def operations(layers: int, folder: Path) -> Counter[str]:

@@ -26,7 +26,7 @@ def small(tiny_base, questions, tmp_path, monkeypatch):
         "train.learning_rate": 1e-2,
         "train.grad_accumulation": 5,
         "train.epochs": 1,
-        "lora.dropout": 0.0,
+        "lora.dropout": 0.2,
     }
     return ["train", *(word for k, v in keys.items() for word in ("--set", f"{k}={v}"))]
 

@@ -28,7 +28,7 @@ from interviewmate_mlx.training.step import OneStream, Step, microbatch_loss, to
 def tiny_model(seed: int = 0, fast: bool = False) -> Model:
     model = our_model()
     mx.random.seed(seed)
-    add_lora(model, ["query_key_value", "dense"], rank=4, alpha=8)
+    add_lora(model, ["query_key_value", "dense"], rank=4, alpha=8, dropout=0.2)
     if fast:
         use_cpu_kernels(model)
     return model.train()
