@@ -23,10 +23,11 @@ _WIDENED = {64: 72}
 
 
 class AlibiTerms(NamedTuple):
-    """What is added to padded queries and keys, (1, H, L, D) each. 0 but for two dimensions."""
+    """The dimensions that each gets beside its own, (1, H, L, D' - D)."""
 
     queries: mx.array
     keys: mx.array
+    values: mx.array
 
 
 def alibi_terms(
@@ -54,10 +55,11 @@ def alibi_terms(
     positions = mx.arange(length).astype(mx.bfloat16)
     terms = (slopes[:, None] * positions)[None, :, :, None].astype(dtype)
     ones = mx.ones_like(terms)
-    left, right = [(0, 0)] * 3, _WIDENED[head_dim] - head_dim - 2
-    pad = partial(mx.pad, pad_width=[*left, (head_dim, right)])
+    nothing = mx.zeros((*terms.shape[:-1], _WIDENED[head_dim] - head_dim), dtype)
     return AlibiTerms(
-        pad(mx.concatenate([ones, -terms], axis=-1)), pad(mx.concatenate([terms, ones], axis=-1))
+        mx.concatenate([ones, -terms, nothing[..., 2:]], axis=-1),
+        mx.concatenate([terms, ones, nothing[..., 2:]], axis=-1),
+        nothing,
     )
 
 
@@ -86,13 +88,15 @@ def attention(
             queries, keys, values, cache=cache, scale=scale, mask=mask
         )
     length, head_dim = queries.shape[-2:]
-    longest, width = mask.queries.shape[-2:]
-    # Keys beyond the row come after all of its queries, which do not see them.
-    ends = [(0, 0), (0, 0), (0, longest - length), (0, width - head_dim)]
-    queries, keys, values = (mx.pad(part, ends) for part in (queries, keys, values))
-    out = mx.fast.scaled_dot_product_attention(
-        queries + mask.queries, keys + mask.keys, values, scale=scale, mask="causal"
+    parts = [queries, keys, values]
+    if longer := mask.queries.shape[-2] - length:
+        # Keys beyond the row come after all of its queries, which do not see them.
+        parts = [mx.pad(part, [(0, 0), (0, 0), (0, longer), (0, 0)]) for part in parts]
+    queries, keys, values = (
+        mx.concatenate([part, mx.broadcast_to(m, (*part.shape[:-1], m.shape[-1]))], axis=-1)
+        for part, m in zip(parts, mask, strict=True)
     )
+    out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
     return out[..., :length, :head_dim]
 
 
