@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,7 @@ from interviewmate_mlx import backend  # noqa: F401
 # isort: split
 import mlx.core as mx
 from checkpoints import tiny_falcon, write_checkpoint
+from kernel_header import precompiled
 
 from interviewmate_mlx.adapter.config import AdapterConfig
 from interviewmate_mlx.adapter.folder import adapter_weights, save_adapter
@@ -66,6 +67,13 @@ _QUESTIONS = {
     "What is a score?": "A number that says how good something is.",
     "What is structure?": "What remains the same when the examples change.",
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # once, and not by each worker
+        stack = ExitStack()
+        stack.enter_context(precompiled())
+        config.add_cleanup(stack.close)
 
 
 def question_rows() -> list[dict[str, str]]:
