@@ -443,3 +443,16 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal(imate, tiny_b
     )
     said = imate("generate", "What is a mean?", "--model", tiny_base).stdout
     assert said == "[31mred\né\t.\n"
+
+
+def test_only_options_that_a_command_has_are_named(imate, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    missing = "Give the folder of an adapter that was trained here or with PEFT.\n"
+    asked = imate("generate", "Why?", "--adapter", "none", code=1).stderr
+    assert asked.endswith(missing + "Options for that: --adapter.\n")
+    assert imate("evaluate", "none", code=1).stderr.endswith(missing)  # it takes them as they are
+    # Those of a command below another.
+    Path("rows.jsonl").write_text('{"question": "Why?", "answer": "So."}\n')
+    Path("mine.jsonl").write_text("mine")
+    refused = imate("data", "convert", "rows.jsonl", "--out", "mine.jsonl", code=1).stderr
+    assert refused.endswith("Options for that: --force, --out.\n")

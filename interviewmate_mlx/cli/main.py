@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +108,32 @@ class _Commands(click.Group):
                 text = "".join(traceback.format_exception(error))
                 click.echo(harmless(text), sys.__stderr__ if launched_rank() else None, err=True)
             else:
-                click.echo(harmless(describe(error)), err=True)
+                command = self.get_command(ctx, ctx.invoked_subcommand or "")
+                click.echo(harmless(describe(error, _options_of(command))), err=True)
             ctx.exit(1)
 
 
-def describe(error: Exception) -> str:
+def _options_of(command: click.Command | None) -> set[str]:
+    """All options of a command, those of the commands below it included."""
+    if command is None:
+        return set()
+    found = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    below = command.commands.values() if isinstance(command, click.Group) else ()
+    return found.union(*map(_options_of, below))
+
+
+def describe(error: Exception, known: Container[str]) -> str:
     """What an error means to a user.
 
     An OSError that names a file of theirs is theirs to solve. Anything else that is not
     an InterviewMateError is a fault of this program.
+
+    Args:
+        error: what ended the command.
+        known: the options that it has; no others are named.
     """
     if isinstance(error, InterviewMateError):
-        options = [_OPTIONS[name] for name in error.arguments]
+        options = [option for name in error.arguments if (option := _OPTIONS[name]) in known]
         hint = f"\nOptions for that: {', '.join(options)}." if options else ""
         return f"{type(error).__name__}: {error}{hint}"
     if isinstance(error, OSError) and _is_users(error.filename):
