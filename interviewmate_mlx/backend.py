@@ -36,6 +36,8 @@ KERNEL_VARIABLE = "OPENBLAS_CORETYPE"  # OpenBLAS's own: it forces the kernels o
 
 # Metal: a wired limit of the whole recommended working set is unstable.
 _WIRED_SHARE = 0.85
+# What the results of products may take that are timed at once.
+_TIMED_BYTES = 256 << 20
 # Microbatches side by side on a CPU: at most as many as a usual step has rows.
 _MAX_STREAMS = 4
 # Share of the memory that training may plan with; the rest is the system's and the user's.
@@ -206,6 +208,7 @@ class Machine:
 
     device: str  # cpu, metal or cuda
     path: str  # cpu or gpu: the way of computing that suits it
+    device_bytes: int  # of memory that the device may have
     device_name: str
     dtype: str  # the default for weights and activations
     blas: str | None  # where the CPU's matrix products come from
@@ -228,6 +231,7 @@ def machine() -> Machine:
     return Machine(
         device=device,
         path=path,
+        device_bytes=total,
         device_name=str(info.get("device_name", platform.machine())),
         dtype="float32" if path == "cpu" else "bfloat16",
         blas="Accelerate" if sys.platform == "darwin" else BLAS.path if BLAS else None,
@@ -304,14 +308,16 @@ def _sum_of_attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx
 
 
 @contextmanager
-def memory_limits(memory_bytes: int, peak_bytes: int) -> Iterator[None]:
+def memory_limits(memory_bytes: int, weight_bytes: int, peak_bytes: int) -> Iterator[None]:
     """Keep MLX within a plan while training on a GPU, and restore its limits after.
 
-    Allocations wait when they would exceed the plan, buffers that were freed are kept for what
-    the peak leaves of it, and on a Mac what is expected stays in memory, weights included.
+    Allocations wait when they would exceed the plan, freed buffers included. Of these no more
+    are kept than a step can use again: none of them holds a weight. On a Mac what is expected
+    stays in memory, weights included.
 
     Args:
         memory_bytes: that may be taken.
+        weight_bytes: of them, those that are never freed.
         peak_bytes: that are expected at the most.
     """
     if _device() == "cpu":
@@ -319,7 +325,7 @@ def memory_limits(memory_bytes: int, peak_bytes: int) -> Iterator[None]:
         return
     with ExitStack() as stack:
         stack.callback(mx.set_memory_limit, mx.set_memory_limit(memory_bytes))
-        cache = max(0, memory_bytes - peak_bytes)
+        cache = max(0, memory_bytes - weight_bytes)
         stack.callback(mx.set_cache_limit, mx.set_cache_limit(cache))
         if _device() == "metal":
             most = int(mx.device_info()["max_recommended_working_set_size"])
@@ -418,7 +424,9 @@ def matmul_gflops(
     dtype = dtype or resolve_dtype("auto")
     a = mx.random.uniform(-1, 1, (rows, inner)).astype(dtype)
     b = mx.random.uniform(-1, 1, (columns, inner)).astype(dtype).T  # as a layer's weight lies
-    count = 1 if _device() == "cpu" else 10  # or a GPU's time would be that of the launch
+    # On a GPU several, or the time would be that of the launch; as many as fit beside a model.
+    count = max(1, min(10, _TIMED_BYTES // (rows * columns * dtype.size)))
+    count = 1 if _device() == "cpu" else count
     mx.eval(a, b)
     mx.eval(a @ b)
     times: list[float] = []
@@ -446,6 +454,13 @@ def slowdowns() -> list[str]:
     if _saves_power():
         found.append("a mode that saves power is on: turn it off in the system's settings")
     return found
+
+
+def nvidia_driver() -> str | None:
+    """The version of the NVIDIA driver, if there is one."""
+    path = Path("/proc/driver/nvidia/version")
+    found = re.search(r"  (\d+\.[\d.]+)  ", path.read_text()) if path.exists() else None
+    return found and found[1]
 
 
 def _saves_power() -> bool:
@@ -493,5 +508,6 @@ def describe() -> dict[str, str | float | int | None]:
         "blas": here.blas,
         "blas_reason": BLAS.reason if BLAS else _why_no_blas(),
         "matmul_gflops": round(matmul_gflops(), 1),
+        "device_memory_gb": round(here.device_bytes / 1e9, 1),
         "planned_memory_gb": round(here.memory_bytes / 1e9, 1),
     }

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,14 @@ _QUESTIONS = {
     "What is a score?": "A number that says how good something is.",
     "What is structure?": "What remains the same when the examples change.",
 }
+
+
+@pytest.fixture(autouse=True)
+def float32_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU `auto` is bfloat16, which would hide what tests compare."""
+    here = backend.machine
+    if here().path == "gpu":
+        monkeypatch.setattr(backend, "machine", lambda: replace(here(), dtype="float32"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

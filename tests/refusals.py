@@ -12,10 +12,12 @@ from click.testing import CliRunner
 
 from interviewmate_mlx.cli import main
 
-# For a process of its own, with an address space of 8 GB: the libraries map half of that.
+# For a process of its own, with an address space of 8 GB: the libraries map half of that. macOS
+# knows no such limit.
 LIMITED = """
-import resource
-resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+import resource, sys
+if sys.platform == "linux":
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 from interviewmate_mlx.cli import main
 main()
 """

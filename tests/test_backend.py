@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import mlx.core as mx
 import pytest
 
 from interviewmate_mlx import backend
@@ -206,3 +207,32 @@ Swapouts:                                   250.
 """
     assert backend._mac_swapped_bytes(said) == 350 * 16384
     assert backend._mac_swapped_bytes("") == 0
+
+
+def test_limits_of_a_gpu_s_memory_are_set_from_the_plan_and_restored(monkeypatch):
+    monkeypatch.setattr(backend, "_device", lambda: "cuda")
+    limits = {"memory": mx.set_memory_limit, "cache": mx.set_cache_limit}
+    before = {name: limit(1) for name, limit in limits.items()}
+    for name, limit in limits.items():
+        limit(before[name])
+
+    def now() -> dict[str, int]:
+        found = {name: limit(1) for name, limit in limits.items()}
+        for name, limit in limits.items():
+            limit(found[name])
+        return found
+
+    with backend.memory_limits(8_000_000_000, 3_000_000_000, 7_900_000_000):
+        assert now() == {"memory": 8_000_000_000, "cache": 5_000_000_000}
+    assert now() == before
+
+
+@pytest.mark.parametrize(("columns", "count"), [(100, 10), (1 << 26, 1), (1 << 23, 8)])
+def test_no_more_products_are_timed_at_once_than_fit(monkeypatch, columns, count):
+    """The logits of a long row are hundreds of megabytes."""
+    timed = []
+    monkeypatch.setattr(backend, "_device", lambda: "metal")
+    monkeypatch.setattr(mx.random, "uniform", lambda *_: mx.zeros((1, 1)))
+    monkeypatch.setattr(mx, "eval", lambda *arrays: timed.append(arrays[0]))
+    backend.matmul_gflops(1, 1, columns, dtype=mx.float32)
+    assert {len(batch) for batch in timed if isinstance(batch, list)} == {count}

@@ -21,7 +21,13 @@ from interviewmate_mlx import backend
 from interviewmate_mlx.base.base import Base
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.results.bench import bench
-from interviewmate_mlx.results.doctor_checks import CHECKS, ONCE, generate_step, significant_bits
+from interviewmate_mlx.results.doctor_checks import (
+    CHECKS,
+    FIRST,
+    ONCE,
+    generate_step,
+    significant_bits,
+)
 
 Facts = dict[str, str | float | int | None]
 # Called with what is done next, how many tasks are done, and how many there are.
@@ -120,7 +126,7 @@ def examine(dtypes: Sequence[str] = (), progress: Progress = lambda *_: None) ->
     dtypes = dtypes or default_dtypes()
     tasks = [("reading what this machine is", partial(_read, report))]
     for name in CHECKS:
-        for dtype in [""] if name in ONCE else dtypes:
+        for dtype in [""] if name in ONCE else dtypes[:1] if name in FIRST else dtypes:
             title = f"checking {name}{dtype and ', '}{dtype}"
             tasks.append((title, partial(_check, report, name, dtype)))
     for name, measure in SPEEDS.items():
@@ -167,6 +173,7 @@ def read_facts() -> Facts:
     """`backend.describe()`, and memory and disks as they are now."""
     memory = psutil.virtual_memory()
     return backend.describe() | {
+        "driver": backend.nvidia_driver(),
         "memory_gb": round(memory.total / 1e9, 1),
         "free_memory_gb": round(memory.available / 1e9, 1),
         "free_disk_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
@@ -239,7 +246,8 @@ _SHOWN = {
     "system": "{system}",
     "device": "{device}, {device_name}; by default {dtype}",
     "BLAS": "{blas}: {blas_reason}",
-    "memory": "{memory_gb} GB, {free_memory_gb} free, {planned_memory_gb} to plan with",
+    "memory": "{memory_gb} GB, {free_memory_gb} free; {device_memory_gb} for the device, "
+    "{planned_memory_gb} to plan with",
     "free disk": "{free_disk_gb} GB here, {free_temporary_gb} GB in the temporary folder",
 }
 _LEFT_OUT = {"matmul_gflops"}  # the products below say it better

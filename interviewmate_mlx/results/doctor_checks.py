@@ -600,3 +600,5 @@ CHECKS: dict[str, Callable[[str], Finding]] = {
 }
 # These compute in float32, or not at all, whatever the dtype: done once.
 ONCE = {"AdamW", "dropout's share", "dropout's scale", "end of text"}
+# In the first dtype alone: it compiles what a step takes, and shows nothing else in another.
+FIRST = {"resumed run"}

@@ -49,6 +49,7 @@ from interviewmate_mlx.model.lora import (
 )
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
 from interviewmate_mlx.model.starts import start_from_weights
+from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.checkpoint import State, disk_bytes
 from interviewmate_mlx.training.cpu_streams import CpuStreams
@@ -173,7 +174,8 @@ class Task:
 
     def memory_limits(self) -> AbstractContextManager[None]:
         """Keep MLX within the plan."""
-        return backend.memory_limits(self.memory.memory_bytes, self.memory.peak_bytes)
+        own = sum(array.nbytes for array in named_arrays(self.model.parameters()).values())
+        return backend.memory_limits(self.memory.memory_bytes, own, self.memory.peak_bytes)
 
     def describe(self, step: int, notes: list[str]) -> Started:
         """What is known before the first step, or before going on after `step`."""

@@ -11,6 +11,7 @@ renamed, removed, ...; with the lines of metrics.jsonl the steps are moments too
 
 import ctypes
 import errno
+import fcntl
 import importlib
 import json
 import os
@@ -41,9 +42,11 @@ class Watch:
         self.folder, self.at, self.act = folder, at, act
         self.count, self.is_busy = 0, False
         self.trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        self.fsync = os.fsync
+        self.fsync, self.fcntl = os.fsync, fcntl.fcntl
         sys.addaudithook(self.hear)
         os.fsync = self.synced
+        if sys.platform == "darwin":  # there a file is brought to the disk by another call
+            fcntl.fcntl = self.controlled
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in CHANGES or self.is_busy:
@@ -52,7 +55,7 @@ class Watch:
             return
         path = arguments[0]
         if isinstance(path, int):
-            path = os.readlink(f"/proc/self/fd/{path}") if sys.platform == "linux" else self.folder
+            path = self.path_of(path)
         # A name alone is relative to a folder that is being emptied.
         path = os.fspath(path)
         if os.path.isabs(path) and not path.startswith(self.folder):
@@ -60,9 +63,21 @@ class Watch:
         self.moment(event, path)
 
     def synced(self, descriptor: int) -> None:
-        name = f"/proc/self/fd/{descriptor}"
-        self.moment("fsync", os.readlink(name) if os.path.exists(name) else "", descriptor)
+        self.moment("fsync", self.path_of(descriptor), descriptor)
         self.fsync(descriptor)
+
+    def controlled(self, descriptor: int, command: int, *rest: Any) -> Any:
+        if sys.platform == "darwin" and command == fcntl.F_FULLFSYNC:
+            self.moment("fsync", self.path_of(descriptor), descriptor)
+        return self.fcntl(descriptor, command, *rest)
+
+    def path_of(self, descriptor: int) -> str:
+        if sys.platform == "darwin":
+            found = self.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(bytes(1))
+            # Without links, which /tmp and /var are there.
+            return os.fsdecode(found).replace(os.path.realpath(self.folder), self.folder, 1)
+        name = f"/proc/self/fd/{descriptor}"
+        return os.readlink(name) if os.path.exists(name) else ""
 
     def moment(self, event: str, path: str, descriptor: int = -1) -> None:
         self.is_busy = True

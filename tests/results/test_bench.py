@@ -154,6 +154,7 @@ def test_stolen_time_is_a_core_s(monkeypatch, times, expected):
 
 def test_swap_counts_both_ways(monkeypatch):
     assert backend.swapped_bytes() >= 0
+    monkeypatch.setattr(backend.sys, "platform", "linux")
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(sin=3, sout=4))
     assert backend.swapped_bytes() == 7
 

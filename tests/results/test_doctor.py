@@ -15,7 +15,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors.numpy import load_file
 
-from interviewmate_mlx.model import cpu_kernels, falcon, lora
+from interviewmate_mlx.model import cpu_kernels, falcon, gpu_kernels, lora
 from interviewmate_mlx.model.dropout import Dropout
 from interviewmate_mlx.results import doctor, doctor_checks
 from interviewmate_mlx.results.doctor import Check, Report, Speed, report_json, report_text
@@ -229,6 +229,75 @@ def test_what_is_broken_is_seen_through_the_rounding_of_bfloat16(monkeypatch, da
     assert failed("bfloat16", unsure, monkeypatch) == lines - unsure
 
 
+def break_fused_alibi(monkeypatch):
+    """The terms that make ALiBi of a product have the wrong sign."""
+    original = gpu_kernels.alibi_terms
+
+    def turned(*args, **options):
+        terms = original(*args, **options)
+        return terms._replace(keys=-terms.keys)
+
+    monkeypatch.setattr(gpu_kernels, "alibi_terms", turned)
+
+
+def break_fused_mask(monkeypatch):
+    """Each token sees all of its row."""
+    original = gpu_kernels.attention
+
+    def blind(queries, keys, values, *, scale, mask, cache=None):
+        if isinstance(mask, mx.array):
+            return original(queries, keys, values, cache=cache, scale=scale, mask=mask)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale)
+
+    monkeypatch.setattr(gpu_kernels, "attention", blind)
+
+
+def break_update(monkeypatch):
+    """The product of B is not added."""
+    monkeypatch.setattr(lora, "add_product", lambda y, inner, weight: y + 0 * inner @ weight.T)
+
+
+def break_update_s_derivative(monkeypatch):
+    """B's gradient is that of a mean."""
+
+    @mx.custom_function
+    def add(y, inner, weight):
+        return (y + inner @ weight.T).astype(y.dtype)
+
+    @add.vjp
+    def _(primals, cotangent, _):
+        _, inner, weight = primals
+        rows = cotangent.astype(mx.float32).reshape(-1, cotangent.shape[-1])
+        slope = rows.T @ inner.astype(mx.float32).reshape(-1, inner.shape[-1]) / len(rows)
+        return cotangent, (cotangent @ weight).astype(inner.dtype), slope.astype(weight.dtype)
+
+    monkeypatch.setattr(lora, "add_product", add)
+
+
+# On a GPU's path, where what is trained goes through other functions: with heads of 64 dimensions,
+# which four heads do not have here.
+AS_TRAINED = {"logits, 3 heads", "right padding", "forty updates"}
+BREAKS_ON_A_GPU = [
+    (break_fused_alibi, AS_TRAINED),
+    (break_fused_mask, AS_TRAINED),
+    (break_update, {"adapter of PEFT", "forty updates"}),
+    (break_update_s_derivative, {"forty updates"}),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("damage", "lines"), [pytest.param(b, ls, id=b.__name__) for b, ls in BREAKS_ON_A_GPU]
+)
+def test_what_is_broken_on_a_gpu_s_path_fails_in_its_own_lines(monkeypatch, damage, lines, dtype):
+    monkeypatch.setenv("INTERVIEWMATE_PATH", "gpu")
+    damage(monkeypatch)
+    # In bfloat16 forty updates take half a minute on a CPU, and see less.
+    without = {"resumed run", "greedy text"} | (SLOW if dtype == "bfloat16" else set())
+    if lines - without:
+        assert failed(dtype, without, monkeypatch) == lines - without
+
+
 @pytest.fixture
 def report() -> Report:
     """All that a line of the report can be."""
@@ -236,7 +305,12 @@ def report() -> Report:
         facts={"mlx": "0.32.4", "device": "cpu", "device_name": "chip", "dtype": "bfloat16"}
         | {"blas": "/home/someone/lib/libblas.so", "blas_reason": "the one here", "system": "Linux"}
         | {"interviewmate-mlx": "0.1.0", "python": "3.11", "memory_gb": 8.0, "free_memory_gb": 4.0}
-        | {"planned_memory_gb": 4.3, "free_disk_gb": 10.0, "free_temporary_gb": 9.0},
+        | {
+            "planned_memory_gb": 4.3,
+            "device_memory_gb": 5.7,
+            "free_disk_gb": 10.0,
+            "free_temporary_gb": 9.0,
+        },
         slowdowns=["other work: a load of 9 on 2 cores in the last minute"],
         checks=[
             Check("GELU", "bfloat16", 1e-7, 2e-6),
