@@ -24,7 +24,7 @@ for _name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 # Some GPUs multiply float32 with 11 significant bits, unless they are told not to.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
-from interviewmate_mlx import backend  # noqa: F401
+from interviewmate_mlx import backend
 
 # isort: split
 import mlx.core as mx
