@@ -20,7 +20,7 @@ def test_disk_that_fills_at_any_moment_costs_nothing_that_was_saved(launchers, w
         resumed = launchers.go_on(work)
         return whole.compare(work, what) if resumed.code == 0 else f"{what}: {resumed.stderr}"
 
-    launchers.each(check, fsyncs[1::4])
+    launchers.each(check, fsyncs[1::6])
 
 
 @pytest.mark.parametrize("largest_file", [2_000, 20_000])

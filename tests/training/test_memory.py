@@ -64,7 +64,7 @@ def test_peak_is_what_was_planned(tmp_path, monkeypatch, words, checkpointing, n
     messages = [{"role": "user", "content": "Why?"}]
     messages.append({"role": "assistant", "content": "because it is learned " * (words // 4)})
     row = json.dumps({"messages": messages})
-    (tmp_path / "train.jsonl").write_text(f"{row}\n" * 12)
+    (tmp_path / "train.jsonl").write_text(f"{row}\n" * 8)
     settings = ["model.base=mini", f"data.path={tmp_path}", "train.epochs=1"]
     settings.append(f"train.gradient_checkpointing={str(checkpointing).lower()}")
     run = load_run("A", settings)

@@ -120,7 +120,7 @@ def test_peak_is_what_was_planned(run_of, tmp_path, monkeypatch, method):
     monkeypatch.setattr(backend, "_num_streams", lambda: 0)
     text = "because it is learned " * 40
     row = {"prompt": "Why?", "chosen": text, "rejected": f"{text} not"}
-    rows = [row] * 12
+    rows = [row] * 8
     if method == "kto":
         rows = [{"prompt": "Why?", "completion": text, "label": bool(n % 2)} for n in range(12)]
     write_rows(tmp_path / "train.jsonl", rows)

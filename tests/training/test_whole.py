@@ -343,7 +343,7 @@ def test_peak_is_what_was_planned(tmp_path, monkeypatch, path, words, optimizer,
         pytest.skip("streams need two cores and a known BLAS, and are a CPU's")
     monkeypatch.setenv("INTERVIEWMATE_PATH", "gpu" if path == "gpu" else "")
     monkeypatch.setattr(backend, "_num_streams", lambda: streams)
-    rows = [{"question": "Why?", "answer": "because it is learned " * (words // 4)}] * 12
+    rows = [{"question": "Why?", "answer": "because it is learned " * (words // 4)}] * 8
     data = write_rows(tmp_path / "rows" / "train.jsonl", rows)
     write_rows(tmp_path / "rows" / "valid.jsonl", rows[:2])
     run = run_on("mini", data.parent, "train.epochs=1", f"train.optimizer={optimizer}")
