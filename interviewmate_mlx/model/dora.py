@@ -30,6 +30,9 @@ class DoRALinear(LoRALinear):
         added = (stretch - 1) * seen + stretch * turned
         return (y + added).astype(y.dtype)
 
+    def dtype_for(self, dtype: mx.Dtype) -> mx.Dtype:
+        return mx.float32
+
     def stretch(self) -> mx.array:
         """The magnitude of each row by its norm, (out,) float32."""
         return self.lora_magnitude_vector / mx.stop_gradient(self.row_norms())

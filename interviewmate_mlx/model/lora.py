@@ -25,9 +25,8 @@ LORA_NAMES = ("lora_A", "lora_B")  # of the matrices' modules, as in PEFT
 class LoRALinear(nn.Module):
     """A frozen linear layer and its low-rank update: `y = Wx + b + scale * B A dropout(x)`.
 
-    A and B are float32, whatever the dtype of the base. The sum is cast back to that.
-    B starts at zero, so that the first forward is the base's own. A step computes with
-    `working_copies` of A and B, and then all of the update is in their dtype.
+    A and B are float32, whatever the dtype of the base; what they are multiplied in, `dtype_for`
+    says. B starts at zero, so that the first forward is the base's own.
     """
 
     def __init__(
@@ -54,13 +53,23 @@ class LoRALinear(nn.Module):
         self.lora_B.weight = mx.zeros((out_features, rank))
 
     def __call__(self, x: mx.array) -> mx.array:
-        dtype = self.lora_A.weight.dtype
+        dtype = self.dtype_for(x.dtype)
+        a, b = (matrix.weight.astype(dtype) for matrix in (self.lora_A, self.lora_B))
         if self.dropout.draws:  # it scales anyway
-            inner = self.lora_A(self.dropout(x, self.scale, dtype))
+            inner = self.dropout(x, self.scale, dtype) @ a.T
         else:  # where there are the fewest numbers
-            inner = (self.lora_A(x.astype(dtype)).astype(mx.float32) * self.scale).astype(dtype)
-        y: Any = add_product(self.base_layer(x), inner, self.lora_B.weight)
+            inner = ((x.astype(dtype) @ a.T).astype(mx.float32) * self.scale).astype(dtype)
+        y: Any = add_product(self.base_layer(x), inner, b)
         return y
+
+    def dtype_for(self, dtype: mx.Dtype) -> mx.Dtype:
+        """What the update is computed in, for an input of a dtype.
+
+        In bfloat16, an input that is rounded to it already: then LoRA adds a quarter of the error
+        that the base makes (`benchmarks/gradient_error.py`). Float16 has not its range. A LoRA
+        that begins as a part of the weight is taken out of it in float32 (`starts.py`).
+        """
+        return dtype if dtype == mx.bfloat16 and not hasattr(self, "first") else mx.float32
 
     def merged(self) -> nn.Linear:
         """A plain layer whose weight is `W + scale * B A`, in the base's dtype.
@@ -105,11 +114,10 @@ def _add_product_vjp(
 
 
 def working_copies(model: nn.Module) -> Any:
-    """What a step computes with in place of float32 matrices: bfloat16 ones, in a bfloat16 base.
+    """The matrices of a model's LoRA layers as they compute, where that is not as they are.
 
-    An input that the base has rounded gains nothing from float32, which takes twice the memory
-    and, on many GPUs, a multiple of the time. What is learned stays in float32: a matrix, the sum
-    of its gradients, and its update (https://arxiv.org/abs/1710.03740).
+    Made once a step, each microbatch finds them. What is learned stays in float32: a matrix, the
+    sum of its gradients, and its update (https://arxiv.org/abs/1710.03740).
 
     Returns:
         The part of the model's trainable parameters that is replaced.
@@ -117,19 +125,10 @@ def working_copies(model: nn.Module) -> Any:
     copies = [
         (f"{path}.{name}.weight", layer[name].weight.astype(dtype))
         for path, layer in lora_layers(model)
-        if (dtype := working_dtype(layer, model.dtype)) != mx.float32
+        if (dtype := layer.dtype_for(model.dtype)) != mx.float32
         for name in LORA_NAMES
     ]
     return tree_unflatten(copies) if copies else {}
-
-
-def working_dtype(layer: LoRALinear, dtype: mx.Dtype) -> mx.Dtype:
-    """What a step computes a layer's update in, on a base of a dtype.
-
-    Float32 but for bfloat16, which has its range; and but for the kinds of LoRA that compute more
-    than two products.
-    """
-    return dtype if type(layer) is LoRALinear and dtype == mx.bfloat16 else mx.float32
 
 
 def plain_weight(linear: Projection) -> mx.array:

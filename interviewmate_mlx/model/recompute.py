@@ -10,6 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from interviewmate_mlx.model.dropout import seeds_for, tokens_seeded
+
 
 @cache
 def _checkpointed(block: type[nn.Module]) -> type[nn.Module]:
@@ -19,8 +21,12 @@ def _checkpointed(block: type[nn.Module]) -> type[nn.Module]:
         if not self.training or any(hasattr(a, "state") for a in (*rest, *settings.values())):
             return block.__call__(self, x, *rest, **settings)  # with a cache, there is no training
 
+        # Once for both times, or dropout outside of a step would draw anew.
+        seeds = seeds_for(x.shape[:-1])
+
         def forward(x: mx.array) -> Any:
-            return block.__call__(self, x, *rest, **settings)
+            with tokens_seeded(seeds):
+                return block.__call__(self, x, *rest, **settings)
 
         return nn.utils.checkpoint(self, forward)(x)
 

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -284,23 +284,23 @@ def check_alibi(dtype: str) -> Finding:
 def check_dropout_share(_: str) -> Finding:
     """The share of numbers that dropout keeps: within five standard deviations of n draws."""
     p = 0.05
-    left = _left_by_dropout(p)
+    left = _left_by_dropout(p, backend.resolve_dtype("auto"))
     share = float(np.mean(left != 0))
     return Finding(abs(share - (1 - p)), 5 * math.sqrt(p * (1 - p) / left.size))
 
 
 def check_dropout_scale(_: str) -> Finding:
     """What dropout multiplies them by: two roundings in float32, whatever the network's dtype."""
-    kept = _left_by_dropout(0.05)
+    kept = _left_by_dropout(0.05, mx.float32)
     error = float(np.abs(kept[kept != 0] * 0.95 - 1).max())
     return Finding(error, 2 * 2.0**-24 + 2.0**-24)
 
 
-def _left_by_dropout(p: float) -> np.ndarray:
-    """Dropout of ones in the device's default dtype."""
+def _left_by_dropout(p: float, dtype: mx.Dtype) -> np.ndarray:
+    """Dropout of ones in the device's default dtype, into another."""
     ones = mx.ones((16, 64, 1024), backend.resolve_dtype("auto"))
     with tokens_seeded(token_seeds(np.arange(16, dtype=np.uint32), 64, 0)):
-        left = mx.compile(Dropout(p).train())(ones)
+        left = mx.compile(partial(Dropout(p).train(), dtype=dtype))(ones)
     return in_float32(left).astype(np.float64)
 
 

@@ -5,8 +5,8 @@ trained), the optimizer's moments and the best adapter so far as tensors. The re
 the file's metadata, with a hash over everything. A save is one file, so it exists whole or
 not at all.
 
-No random state is saved: the order of an epoch and the dropout of a step follow
-from the seed and the step alone.
+No random state is saved: the order of an epoch and the dropout of a row follow
+from the seed, the step and its tokens alone.
 """
 
 import hashlib

@@ -4,19 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from interviewmate_mlx.data.batches import WIDTH_STEP, Row, padded_tokens, padded_width
 from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.dora import DoRALinear
-from interviewmate_mlx.model.lora import (
-    LORA_NAMES,
-    Projection,
-    lora_layers,
-    shape_of,
-    working_dtype,
-)
+from interviewmate_mlx.model.lora import LORA_NAMES, Projection, lora_layers, shape_of
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.model.zoo import Network
 from interviewmate_mlx.training.step import Executor
@@ -26,9 +21,9 @@ from interviewmate_mlx.training.step import Executor
 # ahead, V each: of the logits.
 _KEPT_SHARE = 0.9
 _PLANNED_LOGITS = 7
-# On a GPU, at the same peak: logits in the base's dtype, and in float32 they, their softmax and
-# their gradient, which is cast back.
-_GPU_LOGITS = 2, 3
+# On a GPU's path, at the same peak: logits in the base's dtype and their gradient, and what MLX's
+# loss takes in float32. Measured on a CPU; a GPU's fused loss takes less.
+_GPU_LOGITS = 2, 5
 
 # Bytes that a DoRA layer keeps for its magnitude, by what the layer gives: measured, with mini.
 _OF_DORA = 9
@@ -100,7 +95,7 @@ def widths_of(model: Network) -> Widths:
     layers = [layer for _, layer in lora_layers(model)]
     loras = [
         (
-            shape_of(layer.base_layer)[1] * working_dtype(layer, model.dtype).size,
+            shape_of(layer.base_layer)[1] * layer.dtype_for(model.dtype).size,
             layer.dropout.draws,
         )
         for layer in layers
@@ -126,10 +121,17 @@ def weight_bytes(model: nn.Module, num_streams: int = 1, num_single: int = 0) ->
     """Bytes of the parameters and of what belongs to the trained ones, while rows go through.
 
     That is two moments, gradients of each stream and their sum, float32, and a master of what is
-    narrower. So many parameters as `num_single` have a single moment.
+    narrower; and of a LoRA that computes in bfloat16 its copies, and each stream's gradients in
+    it. So many parameters as `num_single` have a single moment.
     """
     parameters, trained, masters, _ = _parts(model)
-    return parameters + masters + (3 + num_streams) * trained - 4 * num_single
+    copies = sum(
+        2 * (layer.lora_A.weight.size + layer.lora_B.weight.size)
+        for _, layer in lora_layers(model)
+        if layer.dtype_for(model.dtype) != mx.float32
+    )
+    own = parameters + masters + (3 + num_streams) * trained - 4 * num_single
+    return own + (1 + num_streams) * copies
 
 
 def update_bytes(model: nn.Module, num_single: int = 0) -> int:

@@ -22,7 +22,7 @@ from mlx.utils import tree_map
 from numpy.random import SeedSequence  # loaded here: a Ctrl-C is lost while it loads
 
 from interviewmate_mlx.data.batches import AnyRow, Microbatch, split_step
-from interviewmate_mlx.model.dropout import token_seeds, tokens_seeded
+from interviewmate_mlx.model.dropout import seeds_for, token_seeds, tokens_seeded
 from interviewmate_mlx.model.lora import working_copies
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.loss import (
@@ -131,9 +131,9 @@ class Step:
         self._model, self._optimizer = model, optimizer
         self._max_grad_norm = max_grad_norm or math.inf
         self._total = (executor or OneStream()).sum_of(
-            partial(_compile_gradients, model, loss, lambda: self._working)
+            partial(_compile_gradients, model, loss, lambda: self._copies)
         )
-        self._working: Any = {}
+        self._copies: Any = {}
         self.sums: Any = None
         self.num_updates = 0
         self._is_healthy = mx.array(True)
@@ -147,8 +147,10 @@ class Step:
             microbatches: of the step, some or all.
             entropy: numbers that the dropout of the step follows from.
         """
+        if not microbatches:
+            return
         if not self.sums:
-            self._working = working_copies(self._model)
+            self._copies = working_copies(self._model)
         (seed,) = SeedSequence(entropy).generate_state(1).tolist()
         sums = self._total([replace(microbatch, seed=seed) for microbatch in microbatches])
         self.sums = add_up(self.sums, sums)
@@ -168,7 +170,7 @@ class Step:
         """
         sums = across(self.sums)
         numbers = self._update(sums, mx.array(learning_rate), self._is_healthy)
-        self.sums, self._is_healthy = None, numbers["is_finite"]
+        self.sums, self._copies, self._is_healthy = None, {}, numbers["is_finite"]
         self.num_updates += 1
         mx.async_eval(numbers, self._model.trainable_parameters())
         return numbers
@@ -261,7 +263,11 @@ def _token_losses(
             model.head, predicting, targets, chunk, model.cross_entropy
         )
         return losses, [*states, gradient]
-    return model.cross_entropy(model.head(predicting), targets), states
+    if not model.training:
+        return model.cross_entropy(model.head(predicting), targets), states
+    with tokens_seeded(seeds_for(inputs.shape).reshape(-1)[positions]):  # of those tokens alone
+        logits = model.head(predicting)
+    return model.cross_entropy(logits, targets), states
 
 
 def _has_trainable_head(model: nn.Module) -> bool:
@@ -269,13 +275,13 @@ def _has_trainable_head(model: nn.Module) -> bool:
     return bool(model.head_layer.trainable_parameters())
 
 
-def _compile_gradients(model: nn.Module, loss: Loss, working: Callable[[], Any]) -> Compute:
+def _compile_gradients(model: nn.Module, loss: Loss, copies_of: Callable[[], Any]) -> Compute:
     """Compile the loss sum, count, measures and gradients of a microbatch.
 
     Args:
         model: a `Network`.
         loss: of the predicted tokens.
-        working: what takes the place of some parameters, see `working_copies`.
+        copies_of: gives what takes the place of some parameters, see `working_copies`.
     """
 
     def loss_and_rest(*arrays: Any) -> Any:
@@ -284,9 +290,9 @@ def _compile_gradients(model: nn.Module, loss: Loss, working: Callable[[], Any])
     differentiate = nn.value_and_grad(model, loss_and_rest)
 
     @partial(mx.compile, inputs=[model.state])
-    def gradients_of(working: Any, seeds: mx.array, *arrays: Any) -> Any:
+    def gradients_of(copies: Any, seeds: mx.array, *arrays: Any) -> Any:
         parameters = model.trainable_parameters()
-        model.update(working)
+        model.update(copies)
         with tokens_seeded(seeds):
             (loss_sum, count, measures, on_the_way), gradients = differentiate(*arrays)
         # Put the parameters back: tracing leaves placeholders in the model, which is not an output.
@@ -296,7 +302,7 @@ def _compile_gradients(model: nn.Module, loss: Loss, working: Callable[[], Any])
     def compute(microbatch: Microbatch) -> Computed:
         length = microbatch.inputs.shape[1]
         seeds = token_seeds(microbatch.row_ids, length, microbatch.seed)
-        return gradients_of(working(), seeds, *microbatch.arrays())
+        return gradients_of(copies_of(), seeds, *microbatch.arrays())
 
     return compute
 

@@ -7,6 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from interviewmate_mlx.errors import ModelError
 from interviewmate_mlx.model.dropout import Dropout, token_seeds, tokens_seeded
 
 ROWS, LENGTH, CHANNELS = 4, 96, 320
@@ -44,7 +45,7 @@ def test_masks_are_those_of_a_naive_hash():
             (hash_in_python(int(ids[row]) ^ seed) + position * 0x85EBCA6B) % 2**32
         )
         place = hash_in_python((number * 0x9E3779B9 + channel * 0xC2B2AE35) % 2**32)
-        x = (token + place) * 0x7FEB352D % 2**32
+        x = (token | 1) * (place | 1) % 2**32
         x = (x ^ x >> 15) * 0x846CA68B % 2**32
         assert found[row, position, channel] == (x < round((1 - p) * 2**32))
 
@@ -77,6 +78,23 @@ def test_layers_steps_rows_positions_and_channels_drop_others(p):
         assert abs(correlation) < 5 * sqrt(first.size), name
 
 
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_no_two_channels_or_tokens_are_correlated(p):
+    """Of two layers: of two million pairs of random numbers none is beyond seven deviations."""
+    ids = np.random.default_rng(4).integers(0, 2**32, 16, dtype=np.uint32)
+    masks = []
+    with tokens_seeded(token_seeds(ids, 256, 7)):
+        for number in (0, 1):
+            left = Dropout(p, number).train()(mx.ones((16, 256, 1024)))
+            masks.append(np.array(left != 0).reshape(-1, 1024))
+    z = standardised(np.concatenate(masks, axis=1), p).astype(np.float32)
+    for kind in (z, z.T):
+        gram = kind.T @ kind / sqrt(len(kind))
+        np.fill_diagonal(gram, 0)
+        # Products of skewed numbers have longer tails than a normal distribution.
+        assert np.abs(gram).max() < (7 if p == 0.5 else 12)
+
+
 def test_no_pattern_of_rows_by_channels():
     """Each number is a hash of a sum of two; a poor one would show in the singular values.
 
@@ -96,6 +114,18 @@ def test_a_row_s_mask_is_its_own_whatever_is_beside_it():
     with tokens_seeded(token_seeds(ids, 16, 1)):
         shorter = Dropout(p).train()(mx.ones((ROWS, 16, CHANNELS)))
     np.testing.assert_array_equal(np.array(shorter) != 0, together[:, :16])
+
+
+def test_probabilities_near_the_ends():
+    x = mx.ones((64, 1024))
+    assert np.array(Dropout(1e-12).train()(x) != 0).all()
+    assert not np.array(Dropout(1 - 1e-12).train()(x) != 0).any()
+
+
+def test_input_that_is_not_all_tokens_is_refused():
+    said = pytest.raises(ModelError, match=r"takes \(4, 1, 8\), where the microbatch has 384")
+    with tokens_seeded(token_seeds(row_ids(), LENGTH, 1)), said:
+        Dropout(0.1).train()(mx.ones((ROWS, 1, 8)))
 
 
 def test_tokens_laid_end_to_end_are_those_of_their_rows():

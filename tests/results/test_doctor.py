@@ -117,9 +117,9 @@ def break_dropout(monkeypatch):
 
     original = Dropout.__call__
 
-    def call(self, x, scale=1.0):
+    def call(self, x, scale=1.0, dtype=mx.float32):
         rounded = mx.array(1 / self._keep).astype(mx.bfloat16).item()
-        return original(self, x, scale * rounded * self._keep)
+        return original(self, x, scale * rounded * self._keep, dtype)
 
     monkeypatch.setattr(Dropout, "__call__", call)
 
@@ -128,9 +128,9 @@ def break_dropout_share(monkeypatch):
     """One percent too many are dropped, and the scale is as it was."""
     original = Dropout.__call__
 
-    def fewer(self, x, scale=1.0):
+    def fewer(self, x, scale=1.0, dtype=mx.float32):
         keep = self._keep - 0.01
-        return original(Dropout(1 - keep).train(), x, scale * keep / self._keep)
+        return original(Dropout(1 - keep).train(), x, scale * keep / self._keep, dtype)
 
     monkeypatch.setattr(Dropout, "__call__", fewer)
 

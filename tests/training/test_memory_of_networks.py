@@ -63,7 +63,7 @@ def test_peak_on_a_quantised_base_is_planned(bits, tmp_path, monkeypatch):
     if backend.machine().device != "cpu":
         pytest.skip("measured on MLX's CPU backend")
     monkeypatch.setenv("INTERVIEWMATE_PATH", "gpu")
-    small = {**SHAPE, **NETWORKS["llama"], "num_hidden_layers": 6, "vocab_size": 2000}
+    small = {**SHAPE, **NETWORKS["llama"], "num_hidden_layers": 2, "vocab_size": 2000}
     write_network(tmp_path / "plain", "llama", **small)
     quantization = Quantization.of(bits, 32) if bits else None
     convert(tmp_path / "plain", tmp_path / "base", dtype="bfloat16", quantization=quantization)
