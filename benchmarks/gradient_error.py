@@ -8,8 +8,6 @@ the matrices of Run A on `mini`, three steps' rows, two starts with a B that is 
 
 import argparse
 import os
-from collections.abc import Callable
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -20,9 +18,8 @@ from interviewmate_mlx import backend as backend  # its BLAS must be loaded befo
 import mlx.core as mx
 
 from interviewmate_mlx.config import load_run
-from interviewmate_mlx.model.lora import lora_layers, working_copies
+from interviewmate_mlx.model.lora import LoRALinear, lora_layers
 from interviewmate_mlx.model.tree import named_arrays
-from interviewmate_mlx.training import step as step_module
 from interviewmate_mlx.training.loop import rows_of_steps
 from interviewmate_mlx.training.optimizer import adamw
 from interviewmate_mlx.training.step import Step
@@ -44,8 +41,8 @@ def errors(seeds: list[int]) -> tuple[float, float]:
     with mock.patch.dict(os.environ, {"INTERVIEWMATE_PATH": "gpu"}):
         for seed in seeds:
             truth = gradients("float32", seed)
-            for name, copies in (("wide", lambda model: {}), ("narrow", working_copies)):
-                ours = gradients("bfloat16", seed, copies)
+            for name, dtype in (("wide", mx.float32), ("narrow", mx.bfloat16)):
+                ours = gradients("bfloat16", seed, dtype)
                 found[name] += [
                     float(np.linalg.norm(ours[path] - array) / np.linalg.norm(array))
                     for path, array in truth.items()
@@ -53,21 +50,19 @@ def errors(seeds: list[int]) -> tuple[float, float]:
     return float(np.mean(found["wide"])), float(np.mean(found["narrow"]))
 
 
-def gradients(
-    dtype: str, seed: int, copies: Callable[[Any], Any] = working_copies
-) -> dict[str, np.ndarray]:
+def gradients(dtype: str, seed: int, of_lora: mx.Dtype = mx.float32) -> dict[str, np.ndarray]:
     """The sums over three steps' rows, by parameter path.
 
     Args:
         dtype: of the base.
         seed: of LoRA's B.
-        copies: what a step computes with; by default what training does.
+        of_lora: what LoRA's products are computed in.
     """
     task = prepare(load_run("A", [f"model.dtype={dtype}", "model.base=mini"]))
     mx.random.seed(seed)
     for _, layer in lora_layers(task.model):
         layer.lora_B.weight = 0.02 * mx.random.normal(layer.lora_B.weight.shape)
-    with mock.patch.object(step_module, "working_copies", copies):
+    with mock.patch.object(LoRALinear, "dtype_for", return_value=of_lora):
         step = Step(task.model, adamw(), 1.0, task.executor)
         for number, rows in rows_of_steps(task, 0, STEPS):
             groups = task.executor.split(rows, task.memory.token_budget)

@@ -65,9 +65,9 @@ class LoRALinear(nn.Module):
     def dtype_for(self, dtype: mx.Dtype) -> mx.Dtype:
         """What the update is computed in, for an input of a dtype.
 
-        In bfloat16, an input that is rounded to it already: then LoRA adds a quarter of the error
-        that the base makes (`benchmarks/gradient_error.py`). Float16 has not its range. A LoRA
-        that begins as a part of the weight is taken out of it in float32 (`starts.py`).
+        In bfloat16 where the input is: beside the base's own rounding that adds no error that can
+        be measured (`benchmarks/gradient_error.py`). Float16 has not its range. A LoRA that begins
+        as a part of the weight is taken out of it in float32 (`starts.py`).
         """
         return dtype if dtype == mx.bfloat16 and not hasattr(self, "first") else mx.float32
 
