@@ -132,7 +132,7 @@ def test_run_a_with_rows_of_512_tokens_fits_on_a_mac_of_8_gb():
 
     plan = plan_memory(model, rows, 4, bytes_per_token, False, int(0.75 * 5.7e9), OneStream())
     assert plan.max_rows == 1
-    assert 3.7e9 < plan.peak_bytes < 4.0e9
+    assert 3.6e9 < plan.peak_bytes < 3.9e9
 
 
 def test_memory_that_was_kept_goes_back_in_the_end():
