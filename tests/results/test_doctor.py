@@ -48,8 +48,11 @@ def failed(dtype: str, without: set[str], monkeypatch: pytest.MonkeyPatch) -> se
     return {line.name for line in doctor.examine([dtype]).failed}
 
 
+@pytest.mark.parametrize("path", ["cpu", "gpu"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_is_well_here(dtype):
+def test_all_is_well_here(monkeypatch, dtype, path):
+    """Also on a GPU's path: its functions, and its copies of LoRA's matrices, against PEFT."""
+    monkeypatch.setenv("INTERVIEWMATE_PATH", "gpu" if path == "gpu" else "")
     report = doctor.examine([dtype])
     assert [check for check in report.checks if not check.passed] == []
     assert [check.name for check in report.checks] == list(CHECKS)
