@@ -31,6 +31,7 @@ class DoRALinear(LoRALinear):
         return (y + added).astype(y.dtype)
 
     def dtype_for(self, dtype: mx.Dtype) -> mx.Dtype:
+        """Float32 for any input; see `LoRALinear`."""
         return mx.float32
 
     def stretch(self) -> mx.array:

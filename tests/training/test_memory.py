@@ -24,7 +24,7 @@ from interviewmate_mlx.data.records import Record
 from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.falcon import Model, ModelArgs
 from interviewmate_mlx.model.lora import add_lora
-from interviewmate_mlx.training import loop
+from interviewmate_mlx.training import loop, preference
 from interviewmate_mlx.training.checkpoint import State
 from interviewmate_mlx.training.events import Started, Stepped
 from interviewmate_mlx.training.memory import (
@@ -152,14 +152,14 @@ def test_memory_at_the_end_is_that_of_step_100(tiny_base, questions, tmp_path, m
     base = os.environ.get("INTERVIEWMATE_SLOW_BASE", str(tiny_base))
     data = os.environ.get("INTERVIEWMATE_SLOW_DATA", str(questions))
     shapes = set()
-    original = loop.collate
+    original = preference.collate
 
     def collate(rows):
         microbatch = original(rows)
         shapes.add(tuple(array.shape for array in microbatch.arrays()))
         return microbatch
 
-    monkeypatch.setattr(loop, "collate", collate)
+    monkeypatch.setattr(preference, "collate", collate)
 
     def train(epochs: int) -> Iterator[object]:
         settings = [f"model.base={base}", f"data.path={data}", f"train.epochs={epochs}"]
