@@ -3,7 +3,8 @@
 import gradient_error
 
 
-def test_gradients_err_by_what_the_base_errs():
+def test_gradients_err_by_what_the_base_errs(monkeypatch):
+    monkeypatch.setattr(gradient_error, "STEPS", 1)
     wide, narrow = gradient_error.errors([0])
     # A rounding is 2**-9 of a number; some twenty of them in a row are 1 to 3 percent.
     assert 0.005 < wide < 0.05
