@@ -311,9 +311,9 @@ def _sum_of_attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx
 def memory_limits(memory_bytes: int, weight_bytes: int, peak_bytes: int) -> Iterator[None]:
     """Keep MLX within a plan while training on a GPU, and restore its limits after.
 
-    Allocations wait when they would exceed the plan, freed buffers included. Of these no more
-    are kept than a step can use again: none of them holds a weight. On a Mac what is expected
-    stays in memory, weights included.
+    Allocations wait when they would exceed the plan, with freed buffers counted. Freed buffers
+    are kept for the next step, as many as the plan has beside the weights. On a Mac what is
+    expected stays in memory, weights included.
 
     Args:
         memory_bytes: that may be taken.
