@@ -105,6 +105,8 @@ class Watch:
         self._selector = selectors.DefaultSelector()
         self._peers = [Peer(rank, connection) for rank, connection in connections.items()]
         self._failed: Peer | None = None  # the last that has said so; it may have ended
+        self._left: Peer | None = None  # the last that has ended while it was not needed
+        self._sending = threading.Lock()  # so that no older state is sent after a newer one
         self._hint = ""
         for peer in self._peers:
             peer.connection.setblocking(False)
@@ -148,7 +150,8 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
-            # MLX knows that a connection is gone; the watch will know whose.
+            # MLX knows that a connection is gone, and the watch will know whose.
+            self._say(_SUM, [self._num_sums, 0])
             time.sleep(self._limit_s + _GRACE_S)
             raise BackendError(f"The ranks have lost each other: {error}") from error
         self._say(_BUSY)
@@ -159,14 +162,15 @@ class Watch:
             self._beat()
 
     def _beat(self) -> None:
-        line = json.dumps(self._own[:2]).encode() + b"\n"
-        for peer in self._peers:
-            with contextlib.suppress(OSError):  # who does not read is found by its silence
-                peer.connection.send(line)
+        with self._sending:
+            line = json.dumps(self._own[:2]).encode() + b"\n"
+            for peer in self._peers:
+                with contextlib.suppress(OSError):  # who does not read is found by its silence
+                    peer.connection.send(line)
 
     def _run(self) -> None:
         beat_s = time.monotonic()
-        while self._peers or self._failed:
+        while True:
             if time.monotonic() >= beat_s:
                 self._beat()
                 beat_s = time.monotonic() + _BEAT_S
@@ -183,6 +187,8 @@ class Watch:
             self._failed = peer
         elif self._is_busy() and peer.state != _IDLE:
             self._end(f"{self._name(peer.rank)} has ended.", peer.rank)
+        else:
+            self._left = peer
 
     def _judge(self) -> None:
         """Whether what was heard, and what was not, means that a rank is lost."""
@@ -211,6 +217,8 @@ class Watch:
         limit_s = self._limit_s + num_bytes / SLOWEST_BYTES_PER_S
         stuck = [peer.state in waits and now - peer.since_s > limit_s for peer in self._peers]
         if all(stuck) and now - since_s > limit_s:
+            if self._left:
+                self._end(f"{self._name(self._left.rank)} has ended.", self._left.rank)
             message = f"All ranks have waited for each other for {limit_s:.0f} seconds."
             self._end(message, 0 if self._rank else -1)
 

@@ -102,7 +102,7 @@ class Job:
 class Engine:
     """A thread that answers jobs in batches, each from the token on at which it comes.
 
-    A context manager: the thread ends with the block, when all jobs are done.
+    A context manager: when the block has ended, all jobs are done.
     """
 
     def __init__(self, panel: Panel, max_waiting: int) -> None:
@@ -120,15 +120,15 @@ class Engine:
         self._lock = threading.Lock()
         self._num_jobs = 0
         self._jobs: dict[int, Job] = {}  # by the generator's number
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._has_ended = threading.Event()
 
     def __enter__(self) -> "Engine":
-        self._thread.start()
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._inbox.put(("close", None))
-        self._thread.join()
+        self._has_ended.wait()
 
     @property
     def num_jobs(self) -> int:
@@ -158,6 +158,15 @@ class Engine:
         self._inbox.put(("cancel", job))
 
     def _run(self) -> None:
+        try:
+            self._answer_all()
+        finally:
+            self._has_ended.set()
+        # What MLX has compiled for this thread is freed at the thread's end. If the interpreter
+        # ends at the same time, that aborts the process: so the thread stays until then.
+        threading.Event().wait()
+
+    def _answer_all(self) -> None:
         generator = self._new_generator()
         while self._is_open or self._num_jobs:
             self._take(generator)

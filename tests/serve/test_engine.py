@@ -2,6 +2,8 @@
 
 import logging
 import queue
+import subprocess
+import sys
 import time
 
 import pytest
@@ -93,3 +95,26 @@ def test_what_runs_is_finished_before_the_engine_closes(panel):
         job, events = make_job(panel)
         engine.submit([job])
     assert result(events)[1] in ("stop", "length")
+
+
+# What the engine's thread has compiled belongs to it, and ends with it.
+LAST_WORDS = """
+import sys, time
+from interviewmate_mlx.coach.panel import Panel
+from interviewmate_mlx.coach.sampling import Sampling
+from interviewmate_mlx.serve.engine import Engine, Job
+import mlx.core as mx
+
+panel = Panel.load(sys.argv[1], {})
+(voice,) = panel.voices.values()
+compiled = [mx.compile(lambda x: mx.sin(x) * x) for _ in range(5)]
+deliver = lambda event: mx.eval([function(mx.ones(4)) for function in compiled])
+with Engine(panel, 4) as engine:
+    engine.submit([Job(voice, [1, 2], Sampling(2), deliver, time.monotonic() + 60)])
+"""
+
+
+def test_process_that_ends_with_the_engine_ends_well(tiny_base):
+    words = [sys.executable, "-c", LAST_WORDS, tiny_base]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")

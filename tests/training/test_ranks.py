@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -259,19 +260,29 @@ with ranks.working("A hint."):
     if ranks.rank == {waits}:
         ranks.sum(mx.zeros({size}))
 if ranks.rank != {waits}:
-    time.sleep(60)
+    time.sleep({stays})
 """
 
 
 @pytest.mark.parametrize("waits", [0, 1])
-def test_a_rank_that_waits_for_one_that_has_left_ends(tmp_path, monkeypatch, waits):
+@pytest.mark.parametrize(
+    ("stays", "said"),
+    [
+        (60, "All ranks have waited for each other for 2 seconds."),
+        (0, "Rank {left} ({host}) has ended."),
+    ],
+)
+def test_a_rank_that_waits_for_one_that_has_left_ends(tmp_path, monkeypatch, waits, stays, said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("INTERVIEWMATE_SILENCE", "2")
-    ranks = start([], 2, program=("-c", PARTED.format(waits=waits, size=9)))
+    # The second sum is 64 MB, for which a slow network would be given a minute.
+    program = PARTED.format(waits=waits, size=1 << 24 if stays == 0 else 9, stays=stays)
+    ranks = start([], 2, program=("-c", program))
     try:
         _, stderr = ranks[waits].communicate(timeout=50)
         assert ranks[waits].returncode == 1
-        assert "All ranks have waited for each other for 2 seconds.\nA hint.\n" in stderr
+        named = said.format(left=1 - waits, host=socket.gethostname())
+        assert f"{named}\nA hint.\n" in stderr
     finally:
         for rank in ranks:
             rank.kill()
