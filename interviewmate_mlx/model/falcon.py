@@ -14,6 +14,7 @@ Shape letters, here and in the rest of the package:
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -168,6 +169,12 @@ class Attention(nn.Module):
         return self.dense(out.swapaxes(1, 2).reshape(B, L, C))
 
 
+@partial(mx.compile, shapeless=True)  # one kernel, also where nothing else is compiled
+def _gelu(x: mx.array) -> mx.array:
+    wide = x.astype(mx.float32)
+    return (0.5 * wide * (1 + mx.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
 @mx.custom_function
 def exact_gelu(x: mx.array) -> mx.array:
     """GELU with erf, in float32: half precision rounds erf to less than the tanh form gives.
@@ -175,8 +182,8 @@ def exact_gelu(x: mx.array) -> mx.array:
     With a derivative of its own, so that nothing but `x` is kept for the backward pass;
     autodiff would keep three float32 arrays.
     """
-    wide = x.astype(mx.float32)
-    return (0.5 * wide * (1 + mx.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+    gelu: mx.array = _gelu(x)
+    return gelu
 
 
 @exact_gelu.vjp

@@ -3,6 +3,7 @@
 Those of a CPU's kernels are in `test_cpu_kernels.py`, dropout's in `test_dropout.py`.
 """
 
+import re
 from math import sqrt
 
 import mlx.core as mx
@@ -95,3 +96,12 @@ def test_product_that_is_added_and_its_derivatives(dtype, compiled, narrow):
     for array, truth, other, size in zip(found, exact, naive, terms, strict=True):
         assert (np.abs(wide(array) - truth.grad.numpy()) <= many * size).all()
         assert (np.abs(wide(array) - wide(other)) <= many * size).all()
+
+
+def test_gelu_is_one_kernel_where_nothing_else_is_compiled(tmp_path):
+    """As in generation."""
+    mx.export_to_dot(str(tmp_path / "graph.dot"), exact_gelu(mx.zeros(8, mx.bfloat16)))
+    labels = re.findall(r'label ?="(\w+)"', (tmp_path / "graph.dot").read_text())
+    (kernel,) = (label for label in labels if label.startswith("Compiled"))
+    assert "Erf" in kernel
+    assert not {"AsType", "Multiply", "Erf", "Add"} & set(labels)
