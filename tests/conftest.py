@@ -70,6 +70,21 @@ _QUESTIONS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def without_torch() -> Iterator[None]:
+    """The processes that tests start find no torch, which takes seconds to import."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(Path(__file__).with_name("without_torch"))
+        patch.setenv("PYTHONPATH", folder, prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture
+def with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of this test find torch."""
+    monkeypatch.delenv("PYTHONPATH")
+
+
 @pytest.fixture(autouse=True)
 def float32_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU `auto` is bfloat16, which would hide what tests compare."""

@@ -108,6 +108,7 @@ def test_products_streams_and_threads_work_with_each_library(name):
 
 @LINUX
 @pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.usefixtures("with_torch")
 def test_library_serves_mlx_and_nobody_else(name):
     """The system's loader says who found what where. OpenBLAS crashed torch's small products."""
     if not LIBRARIES[name]:

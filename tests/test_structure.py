@@ -245,6 +245,7 @@ def test_names_at_the_root_are_those_of_their_files():
         _ = interviewmate_mlx.nonsense
 
 
+@pytest.mark.usefixtures("with_torch")
 @pytest.mark.parametrize("statement", ["import interviewmate_mlx", "import interviewmate_mlx.cli"])
 def test_importing_the_package_prints_nothing_and_loads_no_mlx(statement):
     script = f"""

@@ -74,10 +74,9 @@ def run_tasks(
     """
     # Here, because it takes seconds to load, and it is an extra.
     from lm_eval import simple_evaluate  # noqa: PLC0415
-    from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=str(include) if include else None)
+    manager = _manager(tasks, include)
     if unknown := [name for name in tasks if not manager.match_tasks([name])]:
         raise ConfigError(
             f"lm-eval has no task {', '.join(unknown)}.\nIts list: lm-eval ls tasks. For tasks of "
@@ -106,6 +105,19 @@ def run_tasks(
         }
         for task, metrics in found["results"].items()
     }
+
+
+def _manager(tasks: Sequence[str], include: Path | None) -> Any:
+    """What finds the tasks. lm-eval's own are thousands of files, read only if they are needed."""
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415
+
+    if not include:
+        return TaskManager()
+    alone = TaskManager(include_path=str(include), include_defaults=False)
+    # A group may be one of lm-eval's own tasks.
+    if set(tasks) <= set(alone.all_subtasks):
+        return alone
+    return TaskManager(include_path=str(include))
 
 
 def as_lm(model: Network, tokenizer: TokenizerWrapper, progress: Progress = lambda *_: None) -> Any:

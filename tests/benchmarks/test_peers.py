@@ -33,6 +33,7 @@ def result(losses, dtype="float32", seconds=1.0) -> Result:
     )
 
 
+@pytest.mark.usefixtures("with_torch")
 def test_contenders_do_the_same_work(tiny_base, questions, capsys, tmp_path):
     # 4 is what 5 is, in float32.
     words = ["--model", str(tiny_base), "--data", str(questions), "--only", "1,2,3,5"]

@@ -73,6 +73,7 @@ def test_own_loop_stops_at_its_condition_and_goes_on_to_the_end(tmp_path):
     assert [path.name for path in (tmp_path / "tmp").iterdir()] == ["mlx"]
 
 
+@pytest.mark.usefixtures("with_torch")
 def test_peft_round_trip_finds_the_same_logits(tmp_path):
     done = run("peft_round_trip", tmp_path)
     (changed,) = re.findall(r"changes logits by up to ([\d.e+-]+)", done.stdout)

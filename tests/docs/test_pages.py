@@ -176,6 +176,16 @@ def falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("hub") / "falcon", tiny_falcon())
 
 
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first of the shipped preferences."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for name, count in (("train.jsonl", 12), ("valid.jsonl", 3)):
+        lines = (names.shipped_data("interview-preferences") / name).read_text(encoding="utf-8")
+        (folder / name).write_text("".join(lines.splitlines(True)[:count]), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def runner(
     imate: Callable[..., Result],
@@ -184,10 +194,11 @@ def runner(
     tmp_path: Path,
     falcon: Path,
     questions: Path,
+    pairs: Path,
 ) -> Iterator[Runner]:
-    """An empty folder, a Hub, and few questions under the name of the shipped ones."""
+    """An empty folder, a Hub, and few rows under the names of the shipped ones."""
     shipped = names.shipped_data
-    few = {"interview": questions}
+    few = {"interview": questions, "interview-preferences": pairs}
     monkeypatch.setattr(names, "shipped_data", lambda name: few.get(name) or shipped(name))
     with HubServer({FALCON: falcon}) as hub:
         hub.isolate(monkeypatch, tmp_path.parent / f"{tmp_path.name}-home")

@@ -112,7 +112,7 @@ def test_greedy_texts_are_theirs(theirs, coach):
 
 
 def test_tasks_give_what_they_give_there(theirs, coach, tasks):
-    manager = TaskManager(include_path=str(tasks))
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
     names = ["choices", "texts"]
     wanted = simple_evaluate(theirs, tasks=names, task_manager=manager, bootstrap_iters=0)
     got = run_tasks(*coach, names, include=tasks)
@@ -130,9 +130,11 @@ def test_settings_that_would_be_ignored_are_refused(coach):
         as_lm(*coach).generate_until(asked)
 
 
-def test_unknown_task_is_named(coach):
+def test_unknown_task_is_named(coach, tmp_path):
+    """Beside a group of the folder, and a task of lm-eval's own."""
+    (tmp_path / "both.yaml").write_text(json.dumps({"group": "both", "task": ["arc_easy"]}))
     with pytest.raises(ConfigError, match=r"lm-eval has no task nonsense\."):
-        run_tasks(*coach, ["nonsense"])
+        run_tasks(*coach, ["both", "arc_easy", "nonsense"], include=tmp_path)
 
 
 def test_task_without_its_data_is_named(coach, tmp_path):

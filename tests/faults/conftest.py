@@ -54,10 +54,15 @@ class Process:
 
 
 class Launchers:
-    """Starts `imate-mlx`, as many processes at once as the machine has cores."""
+    """Starts `imate-mlx`, as many processes at once as the machine has cores.
 
-    def __init__(self, base: Path, data: Path, folder: Path) -> None:
-        self.folder, self.count = folder, 0
+    Attributes:
+        stride: of the moments to try. What is saved, and when, is the same for all networks, so
+            it is larger for all but one.
+    """
+
+    def __init__(self, base: Path, data: Path, folder: Path, stride: int = 1) -> None:
+        self.folder, self.count, self.stride = folder, 0, stride
         # 12 rows, two epochs of three steps; saved after 2, 3, 4 and 6. Rows of one length: a
         # single variant to compile.
         self.words = ["--model", str(base), "--out", "run"]
@@ -146,11 +151,12 @@ def launchers(
     questions: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Launchers]:
-    base = tiny_base
+    base, stride = tiny_base, 1
     if request.param == "llama":
+        stride = 3
         base = tmp_path_factory.mktemp("networks") / "llama"
         write_network(base, "llama", num_hidden_layers=1)
-    started = Launchers(base, questions, tmp_path_factory.mktemp("said"))
+    started = Launchers(base, questions, tmp_path_factory.mktemp("said"), stride)
     yield started
     for launcher in started.all:
         launcher.communicate()  # closes its stdin, and so it ends

@@ -13,11 +13,11 @@ def first(moments: list[str], beginning: str, after: int = 0) -> int:
 
 
 def killed_moments(moments: list[str]) -> list[int]:
-    """All moments of the first save, every eighth of the others, and the end."""
+    """All moments of the first save, every twelfth of the others, and the end."""
     save = first(moments, "os.mkdir /run/checkpoints")
     end_of_save = first(moments, "open run/metrics.jsonl", after=save)
     last = len(moments) - 1
-    return sorted({*range(0, last, 8), *range(save - 5, end_of_save + 1), last})
+    return sorted({*range(0, last, 12), *range(save - 5, end_of_save + 1), last})
 
 
 def torn_moments(moments: list[str]) -> list[int]:
@@ -33,6 +33,7 @@ def torn_moments(moments: list[str]) -> list[int]:
 def test_run_killed_at_any_moment_ends_as_if_it_was_not(launchers, whole, tmp_path):
     chosen = killed_moments(whole.moments)
     assert len(chosen) >= 30
+    chosen = chosen[:: launchers.stride]
 
     def check(moment: int) -> str:
         work, what = tmp_path / str(moment), f"{moment} {whole.moments[moment]}"
@@ -48,6 +49,7 @@ def test_run_killed_at_any_moment_ends_as_if_it_was_not(launchers, whole, tmp_pa
 def test_run_killed_with_half_a_file_written_ends_as_if_it_was_not(launchers, whole, tmp_path):
     chosen = torn_moments(whole.moments)
     assert len(chosen) >= 4 + 6 + 2
+    chosen = chosen[:: launchers.stride]
 
     def check(moment: int) -> str:
         work, what = tmp_path / str(moment), f"{moment} {whole.moments[moment]}"
@@ -72,7 +74,7 @@ def test_run_killed_again_and_again_ends_as_if_it_was_not(launchers, whole, tmp_
             times += 1
         return whole.compare(work, f"{times} kills") if times >= 2 else "killed once alone"
 
-    launchers.each(check, (45, 60))
+    launchers.each(check, (45, 60)[:: launchers.stride])
 
 
 def test_kill_while_a_run_is_replaced_leaves_one_that_can_be(launchers, whole, tmp_path):
@@ -94,7 +96,7 @@ def test_kill_while_a_run_is_replaced_leaves_one_that_can_be(launchers, whole, t
         ended = launchers.train(work, *force)
         return whole.compare(work, what) if ended.code == 0 else f"{what}: {ended.stderr}"
 
-    launchers.each(check, range(begin, end, 2))
+    launchers.each(check, range(begin, end, 2 * launchers.stride))
 
 
 def test_preferences_killed_at_any_moment_end_as_if_they_were_not(launchers, tmp_path):
@@ -115,7 +117,8 @@ def test_preferences_killed_at_any_moment_end_as_if_they_were_not(launchers, tmp
         ended = launchers.train(work, *options, *began)
         return whole.compare(work, what) if ended.code == 0 else f"{what}: {ended.stderr}"
 
-    launchers.each(check, sorted({*written, *range(0, len(whole.moments), 15)}))
+    chosen = sorted({*written, *range(0, len(whole.moments), 15)})
+    launchers.each(check, chosen[:: launchers.stride])
 
 
 METHODS = {
@@ -159,4 +162,4 @@ def test_each_way_to_learn_killed_ends_as_if_it_was_not(launchers, tmp_path, met
         ended = launchers.train(work, *options, *began)
         return whole.compare(work, what) if ended.code == 0 else f"{what}: {ended.stderr}"
 
-    launchers.each(check, sorted(chosen))
+    launchers.each(check, sorted(chosen)[:: launchers.stride])

@@ -213,7 +213,7 @@ def test_peak_is_what_was_planned(tmp_path, monkeypatch, path):
         pytest.skip("measured on MLX's CPU backend")
     monkeypatch.setenv("INTERVIEWMATE_PATH", "gpu" if path == "gpu" else "")
     monkeypatch.setattr(backend, "_num_streams", lambda: 0)
-    rows = [{"question": "Why?", "answer": "because it is learned " * 40}] * 8
+    rows = [{"question": "Why?", "answer": "because it is learned " * 24}] * 8
     data = write_rows(tmp_path / "train.jsonl", rows)
     settings = ["model.base=mini", f"data.path={data}", "train.epochs=1", "lora.dora=true"]
     run = load_run("A", [*settings, "lora.targets=all-linear"])

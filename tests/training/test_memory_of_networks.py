@@ -41,13 +41,21 @@ NETWORKS["qwen3"] |= {"vocab_size": 16000}
 NETWORKS["gemma3_text"] |= {"vocab_size": 24000, "head_dim": 32, "num_hidden_layers": 6}
 
 
-@pytest.mark.parametrize("model_type", NETWORKS)
-@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+@pytest.mark.parametrize(
+    ("model_type", "targets"),
+    [
+        ("llama", "attention"),
+        ("llama", "all-linear"),
+        ("qwen3", "attention"),
+        ("gemma3_text", "all-linear"),
+        ("phi3", "attention"),
+        ("starcoder2", "all-linear"),
+        ("mixtral", "attention"),  # experts are no linear layers
+    ],
+)
 def test_peak_is_within_a_fifth_of_the_plan(model_type, targets, tmp_path):
     if backend.machine().device != "cpu":
         pytest.skip("measured on MLX's CPU backend")
-    if (model_type, targets) == ("mixtral", "all-linear"):
-        pytest.skip("experts are no linear layers")
     write_network(tmp_path, model_type, **{**SHAPE, **NETWORKS[model_type]})
     for checkpointing, rows, width in ((False, 6, 64), (False, 1, 256), (True, 2, 128)):
         taken, planned = measure(tmp_path, targets, mx.float32, checkpointing, rows, width)

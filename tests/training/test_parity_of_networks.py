@@ -47,8 +47,12 @@ NETWORKS = {  # and what gets a LoRA: attention, or each linear layer
 }
 
 
-@pytest.mark.parametrize("model_type", NETWORKS)
-def test_twenty_updates_and_the_adapters_equal_peft_s(model_type, tmp_path):
+@pytest.mark.parametrize(
+    ("model_type", "path"),
+    [*((name, "cpu") for name in NETWORKS), ("gemma2", "gpu"), ("llama", "gpu")],
+)
+def test_twenty_updates_and_the_adapters_equal_peft_s(model_type, path, tmp_path, monkeypatch):
+    monkeypatch.setenv("INTERVIEWMATE_PATH", "gpu" if path == "gpu" else "")
     reference = write_network(tmp_path / "base", model_type)
     base = Base.open(tmp_path / "base")
     model = base.load(mx.float32)

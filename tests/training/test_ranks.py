@@ -104,17 +104,16 @@ def test_a_rank_that_rounds_otherwise_gets_the_numbers_of_the_first(tmp_path, mo
 def test_an_evaluation_is_that_of_one_process(small, tiny_base, tmp_path, imate):
     """Rows are dealt, more and fewer than there are ranks; only the first has the adapter."""
     list(train(load_run("A", small[2::2]), "adapter"))
-    places = [tmp_path, tmp_path / "second", tmp_path / "third"]
-    for place in places[1:]:
-        place.mkdir()
-    for limit in (2, 5):
+    places = [tmp_path, tmp_path / "second"]
+    places[1].mkdir()
+    for limit in (1, 4):
         options = ["--split", "valid", "--limit", str(limit), "--max-tokens", "12"]
         options += ["--temperature", "1", "--seed", "7", "--json"]
         words = ["evaluate", "adapter", "--model", str(tiny_base), *options]
         alone = imate(*words).stdout
         written = json.loads(Path("adapter", "evaluation.json").read_text(encoding="utf-8"))
-        told = finish(start(words, 3, places))
-        assert [status for status, *_ in told] == [0, 0, 0], told
+        told = finish(start(words, 2, places))
+        assert [status for status, *_ in told] == [0, 0], told
         assert all(not stdout and not stderr for _, stdout, stderr in told[1:])
         expected, got = json.loads(alone), json.loads(told[0][1])
         # Other rows beside them: only the order of float32 sums differs.
@@ -266,17 +265,19 @@ if ranks.rank != {waits}:
 
 @pytest.mark.parametrize("waits", [0, 1])
 @pytest.mark.parametrize(
-    ("stays", "said"),
+    ("stays", "size", "said"),
     [
-        (60, "All ranks have waited for each other for 2 seconds."),
-        (0, "Rank {left} ({host}) has ended."),
+        (60, 9, "All ranks have waited for each other for 5 seconds."),
+        # 64 MB, for which a slow network would be given a minute.
+        (0, 1 << 24, "Rank {left} ({host}) has ended."),
     ],
 )
-def test_a_rank_that_waits_for_one_that_has_left_ends(tmp_path, monkeypatch, waits, stays, said):
+def test_a_rank_that_waits_for_one_that_has_left_ends(
+    tmp_path, monkeypatch, waits, stays, size, said
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("INTERVIEWMATE_SILENCE", "2")
-    # The second sum is 64 MB, for which a slow network would be given a minute.
-    program = PARTED.format(waits=waits, size=1 << 24 if stays == 0 else 9, stays=stays)
+    monkeypatch.setenv("INTERVIEWMATE_SILENCE", "5")
+    program = PARTED.format(waits=waits, size=size, stays=stays)
     ranks = start([], 2, program=("-c", program))
     try:
         _, stderr = ranks[waits].communicate(timeout=50)
