@@ -106,7 +106,7 @@ def test_an_evaluation_is_that_of_one_process(small, tiny_base, tmp_path, imate)
     list(train(load_run("A", small[2::2]), "adapter"))
     places = [tmp_path, tmp_path / "second"]
     places[1].mkdir()
-    for limit in (1, 4):
+    for limit in (1, 3):
         options = ["--split", "valid", "--limit", str(limit), "--max-tokens", "12"]
         options += ["--temperature", "1", "--seed", "7", "--json"]
         words = ["evaluate", "adapter", "--model", str(tiny_base), *options]
