@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -266,45 +267,54 @@ def _device() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def fused_attention_multiple(head_dim: int, dtype: mx.Dtype) -> int:
-    """The row lengths for which MLX's causal attention trains without keeping its scores.
+def has_causal_kernel(head_dim: int, dtype: mx.Dtype) -> bool:
+    """Whether MLX's causal attention trains without keeping its scores, as it does on Metal.
 
     Args:
         head_dim: of queries, keys and values.
         dtype: of theirs.
-
-    Returns:
-        Lengths must be a multiple of this; 0 if there are none.
     """
     if _device() == "cpu":
-        return int(machine().path == "gpu")  # computed by parts, to the same result
-    return _probe_fused_attention(head_dim, dtype)
+        return machine().path == "gpu"  # computed by parts, to the same result
+    return not _keeps_scores(head_dim, dtype, 4095, "causal")
+
+
+def masked_kernel_multiple(head_dim: int, dtype: mx.Dtype) -> int:
+    """The numbers of queries for which attention with a mask trains so, as it does with cuDNN.
+
+    Returns:
+        They must be a multiple of this; 0 if there are none.
+    """
+    multiple = 128
+    is_lean = _device() != "cpu" and not _keeps_scores(head_dim, dtype, 32 * multiple, "scores")
+    return multiple if is_lean else 0
 
 
 @cache
-def _probe_fused_attention(head_dim: int, dtype: mx.Dtype) -> int:
-    """Ask the device: with its scores kept, a small example takes more memory than they have."""
-    heads, longest = 4, 4096
-    for multiple in (1, 128):  # Metal, cuDNN
-        length = longest - (multiple == 1)
-        shape = (1, heads, length, head_dim)
-        inputs = [mx.random.normal(shape).astype(dtype) for _ in range(3)]
-        slopes = mx.grad(_sum_of_attention, argnums=(0, 1, 2))
-        mx.eval(inputs)
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(slopes(*inputs))
-        taken = mx.get_peak_memory() - before
-        mx.reset_peak_memory()
-        if taken < heads * length * length * dtype.size:
-            return multiple
-    return 0
+def _keeps_scores(head_dim: int, dtype: mx.Dtype, length: int, kind: str) -> bool:
+    """Ask the device: with its scores kept, a small example takes more memory than they have.
 
+    Args:
+        head_dim, dtype, length: of queries, keys and values.
+        kind: of the mask: `causal`, or `scores` for one that is added to them.
+    """
+    heads = 4
+    inputs = [mx.random.normal((1, heads, length, head_dim)).astype(dtype) for _ in range(3)]
+    mask: Any = kind if kind == "causal" else mx.zeros((1, heads, length, length), dtype)
 
-def _sum_of_attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-    return mx.fast.scaled_dot_product_attention(
-        queries, keys, values, scale=1.0, mask="causal"
-    ).sum()
+    def sum_of_attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=1.0, mask=mask
+        ).sum()
+
+    slopes = mx.grad(sum_of_attention, argnums=(0, 1, 2))
+    mx.eval(inputs, mask)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(slopes(*inputs))
+    taken = mx.get_peak_memory() - before
+    mx.reset_peak_memory()
+    return taken >= heads * length * length * dtype.size
 
 
 @contextmanager

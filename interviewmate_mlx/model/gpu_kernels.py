@@ -1,24 +1,29 @@
-"""Attention and cross-entropy through the fused kernels that MLX has for a GPU.
+"""Attention, norms and cross-entropy through the fused kernels that MLX has for a GPU.
 
-Fused attention with a backward pass takes no mask but the causal one, and ALiBi adds
+Otherwise attention's scores, H * L numbers a token and layer, would be kept for the backward pass.
+
+Metal's attention with a backward pass takes no mask but the causal one, and ALiBi adds
 slope * (j - i) to the score of query i and key j. That is a product of two vectors of
 length two, so two more dimensions of each head carry it:
 
     query  [q, 1, -a_i]     key  [k, a_j, 1]     value  [v, 0, 0]     a = slope * position
 
-Their product is q . k + a_j - a_i, summed in float32. Without it the scores, H * L numbers a
-token and layer, would be kept for the backward pass.
+Their product is q . k + a_j - a_i, summed in float32. On CUDA cuDNN's attention takes a mask
+too, where the number of queries is a multiple of its tiles: there are some more of them.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from interviewmate_mlx import backend
+from interviewmate_mlx.model.falcon import alibi_mask
 from interviewmate_mlx.model.zoo import Network
 
-# The head sizes that this works for, and the next one that MLX's kernels know.
+# The head sizes that spare dimensions work for, and the next one that MLX's kernels know.
 _WIDENED = {64: 72}
 
 
@@ -38,7 +43,6 @@ def alibi_terms(
     dtype: mx.Dtype,
     *,
     head_dim: int,
-    multiple: int,
 ) -> AlibiTerms:
     """ALiBi for `attention`, in place of `falcon.alibi_mask`, whose rounding it has.
 
@@ -49,10 +53,8 @@ def alibi_terms(
         scale: unused; attention scales these terms as it does the scores.
         dtype: of the queries.
         head_dim: of the queries.
-        multiple: that the length of a row is padded to.
     """
-    length = -(-query_positions.shape[1] // multiple) * multiple
-    positions = mx.arange(length).astype(mx.bfloat16)
+    positions = query_positions[0].astype(mx.bfloat16)
     terms = (slopes[:, None] * positions)[None, :, :, None].astype(dtype)
     ones = mx.ones_like(terms)
     nothing = mx.zeros((*terms.shape[:-1], _WIDENED[head_dim] - head_dim), dtype)
@@ -87,17 +89,52 @@ def attention(
         return scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=scale, mask=mask
         )
-    length, head_dim = queries.shape[-2:]
-    parts = [queries, keys, values]
-    if longer := mask.queries.shape[-2] - length:
-        # Keys beyond the row come after all of its queries, which do not see them.
-        parts = [mx.pad(part, [(0, 0), (0, 0), (0, longer), (0, 0)]) for part in parts]
+    head_dim = queries.shape[-1]
     queries, keys, values = (
         mx.concatenate([part, mx.broadcast_to(m, (*part.shape[:-1], m.shape[-1]))], axis=-1)
-        for part, m in zip(parts, mask, strict=True)
+        for part, m in zip((queries, keys, values), mask, strict=True)
     )
     out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
-    return out[..., :length, :head_dim]
+    return out[..., :head_dim]
+
+
+def padded_mask(
+    slopes: mx.array,
+    query_positions: mx.array,
+    key_positions: mx.array,
+    scale: float,
+    dtype: mx.Dtype,
+    *,
+    multiple: int,
+) -> mx.array:
+    """`falcon.alibi_mask` for `padded_attention`.
+
+    Args:
+        slopes, query_positions, key_positions, scale, dtype: see there; (1, L) from 0 to L - 1.
+        multiple: that the number of queries is padded to.
+    """
+    length = -(-query_positions.shape[1] // multiple) * multiple
+    return alibi_mask(slopes, mx.arange(length)[None], key_positions, scale, dtype)
+
+
+def padded_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    cache: Any = None,
+    scale: float,
+    mask: mx.array,
+) -> mx.array:
+    """Attention with a mask of scores, (1 or B, H, at least L, K); see `attention`."""
+    length = queries.shape[2]
+    if more := mask.shape[2] - length:
+        # Along the axis that rows lie in. What the additional ones give is dropped.
+        queries = mx.pad(queries.swapaxes(1, 2), [(0, 0), (0, more), (0, 0), (0, 0)]).swapaxes(1, 2)
+    out: mx.array = scaled_dot_product_attention(
+        queries, keys, values, cache=cache, scale=scale, mask=mask
+    )
+    return out.swapaxes(1, 2)[:, :length].swapaxes(1, 2) if more else out
 
 
 def fused_width(model: Network) -> int:
@@ -106,25 +143,111 @@ def fused_width(model: Network) -> int:
     return _WIDENED.get(attentions[0].head_dim, 0) if attentions else 0
 
 
+def _padded_multiple(model: Network, dtype: mx.Dtype) -> int:
+    """What `padded_attention` pads a model's queries to on this machine; 0 if it is not for it."""
+    attentions = _attentions(model)
+    return backend.masked_kernel_multiple(attentions[0].head_dim, dtype) if attentions else 0
+
+
 def _attentions(model: Network) -> list[Any]:
     """The modules that let their attention with ALiBi be replaced."""
     return [module for module in model.modules() if hasattr(module, "attend")]
 
 
-def use_fused_attention(model: Network, multiple: int = 1) -> None:
+def use_gpu_kernels(model: Network, dtype: mx.Dtype) -> None:
+    """Let a model train with the kernels that this machine's GPU has for it, in place.
+
+    Args:
+        model: with what is trained.
+        dtype: of its activations.
+    """
+    if (width := fused_width(model)) and backend.has_causal_kernel(width, dtype):
+        use_fused_attention(model)
+    elif multiple := _padded_multiple(model, dtype):
+        use_padded_attention(model, multiple)
+    use_frozen_norms(model)
+    if backend.machine().device != "cpu":  # there MLX would add up in the dtype of the logits
+        use_fused_cross_entropy(model)
+
+
+def use_fused_attention(model: Network) -> None:
     """Let a model's attention without a cache go through `attention`, in place.
 
     Args:
         model: with a `fused_width`.
-        multiple: of the row lengths that the kernels take.
     """
-    attentions = _attentions(model)
-    head_dim = attentions[0].head_dim
-    model.transformer.make_mask = partial(alibi_terms, head_dim=head_dim, multiple=multiple)
-    for module in attentions:
-        module.attend = attention
+    head_dim = _attentions(model)[0].head_dim
+    _replace_attention(model, attention, partial(alibi_terms, head_dim=head_dim))
+
+
+def use_padded_attention(model: Network, multiple: int) -> None:
+    """Let a model's attention without a cache go through `padded_attention`, in place.
+
+    Args:
+        model: with attention that lets itself be replaced.
+        multiple: of the queries that the kernels take.
+    """
+    _replace_attention(model, padded_attention, partial(padded_mask, multiple=multiple))
+
+
+def _replace_attention(model: Network, attend: Any, make_mask: Any) -> None:
+    model.transformer.make_mask = make_mask
+    for module in _attentions(model):
+        module.attend = attend
 
 
 def use_fused_cross_entropy(model: Network) -> None:
     """Let a model's loss be taken from logits in its own dtype; summed in float32, in place."""
     model.cross_entropy = mx.fast.cross_entropy
+
+
+def use_frozen_norms(model: Network) -> None:
+    """Let norms that are not trained leave the gradient of their own weights out, in place.
+
+    MLX's kernels would compute it, and add it up over all tokens.
+    """
+    for module in model.modules():
+        if module.trainable_parameters():
+            continue
+        if type(module) is nn.LayerNorm and "weight" in module:
+            module.__class__ = _FrozenLayerNorm
+        elif type(module) is nn.RMSNorm:
+            module.__class__ = _FrozenRMSNorm
+
+
+class _FrozenLayerNorm(nn.LayerNorm):
+    def __call__(self, x: mx.array) -> mx.array:
+        bias = [self.bias] if "bias" in self else []
+        return _frozen_norm(mx.fast.layer_norm, self.eps)(x, self.weight, *bias)
+
+
+class _FrozenRMSNorm(nn.RMSNorm):
+    def __call__(self, x: mx.array) -> mx.array:
+        return _frozen_norm(mx.fast.rms_norm, self.eps)(x, self.weight)
+
+
+@cache  # one for all layers
+def _frozen_norm(norm: Any, eps: float) -> Any:
+    """A norm of x (..., C), its weight and perhaps its bias, (C,), with the gradient of x alone.
+
+    Args:
+        norm: `layer_norm` or `rms_norm` of `mx.fast`.
+        eps: for it.
+    """
+    num_parameters = 2 if norm is mx.fast.layer_norm else 1
+
+    def normalise(x: mx.array, *parameters: mx.array) -> mx.array:
+        missing = [None] * (num_parameters - len(parameters))
+        normal: mx.array = norm(x, *parameters, *missing, eps)
+        return normal
+
+    frozen = mx.custom_function(normalise)
+
+    @frozen.vjp
+    def _(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+        x, weight = primals[:2]
+        slope = (cotangent * weight).astype(x.dtype)
+        gradients: Any = mx.vjp(normalise, [x], [slope])[1]
+        return *gradients, *map(mx.zeros_like, primals[1:])
+
+    return frozen

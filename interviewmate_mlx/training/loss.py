@@ -1,14 +1,18 @@
 """The loss is a sum and a count, and its logits exist a chunk at a time."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
+from interviewmate_mlx import backend
 from interviewmate_mlx.model.falcon import cross_entropy as falcon_cross_entropy
 
-# Logits that exist at once, in float32: 50,304 classes take 103 MB of them for 512 tokens.
+# Logits that exist at once: 50,304 classes take 103 MB of them for 512 tokens, in float32.
 CHUNK_ELEMENTS = 512 * 50_304
+# So few rows occupy a quarter of a large NVIDIA GPU, whose kernels compute 128 or more at a time.
+_CHUNKS_ON_CUDA = 4
 
 CrossEntropy = Callable[[mx.array, mx.array], mx.array]
 Head = Callable[[mx.array], mx.array]
@@ -41,6 +45,12 @@ def token_loss(losses: mx.array, mask: mx.array, of_rows: dict[str, mx.array]) -
     return mx.where(mask, losses, 0).sum(), mask.sum(), {}
 
 
+def tokens_at_once(vocab_size: int) -> int:
+    """How many tokens' logits exist at once."""
+    count = _CHUNKS_ON_CUDA if backend.machine().device == "cuda" else 1
+    return count * CHUNK_ELEMENTS // vocab_size
+
+
 def chunked_cross_entropy(
     head: Head,
     hidden: mx.array,
@@ -58,7 +68,7 @@ def chunked_cross_entropy(
         head: hidden states (N, C) -> logits (N, V).
         hidden: (N, C).
         targets: (N,) int32 token ids.
-        chunk: tokens.
+        chunk: tokens, at the most: all have about as many.
         cross_entropy: (..., V) and (...) int32 -> (...) float32, summed in float32.
 
     Returns:
@@ -67,11 +77,14 @@ def chunked_cross_entropy(
             differentiated through it.
     """
 
+    count = hidden.shape[0]
+    chunk = math.ceil(count / math.ceil(count / chunk))
+
     @mx.custom_function
     def token_losses(hidden: mx.array) -> tuple[mx.array, mx.array]:
         losses: list[mx.array] = []
         gradients: list[mx.array] = []
-        for start in range(0, hidden.shape[0], chunk):
+        for start in range(0, count, chunk):
             part = slice(start, start + chunk)
 
             def loss_of_part(states: mx.array, part: slice = part) -> tuple[mx.array, mx.array]:

@@ -37,12 +37,14 @@ class Scores(NamedTuple):
 
 
 # By how attention is computed: again in the backward pass; with a mask that is added, on a CPU and
-# on a GPU's path; causal, as MLX has it without a kernel; and fused, by a GPU's kernel.
+# on a GPU's path; causal, as MLX has it without a kernel; and fused, by a GPU's kernel, which may
+# take a mask: one for all rows, as large as the scores of one.
 SCORES_AGAIN = Scores(0, 11)
 SCORES_MASKED = Scores(3, 11)
 SCORES_MASKED_ON_GPU = Scores(1, 11)
 SCORES_CAUSAL = Scores(1, 3)
 SCORES_FUSED = Scores(0, 0)
+SCORES_FUSED_MASKED = Scores(0, 1)
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from interviewmate_mlx.model.dropout import seeds_for, token_seeds, tokens_seede
 from interviewmate_mlx.model.lora import working_copies
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.training.loss import (
-    CHUNK_ELEMENTS,
     Loss,
     Measures,
     chunked_cross_entropy,
     token_loss,
+    tokens_at_once,
 )
 
 # A result to be added up, and the arrays that are computed on the way to it, in order.
@@ -258,7 +258,7 @@ def _token_losses(
     hidden = states[-1]
     predicting = hidden.reshape(-1, hidden.shape[-1])[positions]
     if model.training and not _has_trainable_head(model):
-        chunk = CHUNK_ELEMENTS // model.args.vocab_size
+        chunk = tokens_at_once(model.args.vocab_size)
         losses, gradient = chunked_cross_entropy(
             model.head, predicting, targets, chunk, model.cross_entropy
         )

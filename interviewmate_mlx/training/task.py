@@ -37,11 +37,7 @@ from interviewmate_mlx.hub.names import fetch_data, local_path
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
 from interviewmate_mlx.model.dora import start_magnitudes
 from interviewmate_mlx.model.falcon import scaled_dot_product_attention
-from interviewmate_mlx.model.gpu_kernels import (
-    fused_width,
-    use_fused_attention,
-    use_fused_cross_entropy,
-)
+from interviewmate_mlx.model.gpu_kernels import fused_width, padded_attention, use_gpu_kernels
 from interviewmate_mlx.model.lora import (
     block_numbers,
     count_parameters,
@@ -60,6 +56,7 @@ from interviewmate_mlx.training.memory import (
     SCORES_AGAIN,
     SCORES_CAUSAL,
     SCORES_FUSED,
+    SCORES_FUSED_MASKED,
     SCORES_MASKED,
     SCORES_MASKED_ON_GPU,
     MemoryPlan,
@@ -415,11 +412,7 @@ def choose_kernels(model: Network, dtype: mx.Dtype) -> None:
         if dtype == mx.float32:
             use_cpu_kernels(model)
         return
-    width = fused_width(model)
-    if width and (multiple := backend.fused_attention_multiple(width, dtype)):
-        use_fused_attention(model, multiple)
-    if here.device != "cpu":  # there MLX would add up in the dtype of the logits
-        use_fused_cross_entropy(model)
+    use_gpu_kernels(model, dtype)
 
 
 def attention_of(model: Network, dtype: mx.Dtype) -> tuple[Scores, int]:
@@ -427,12 +420,14 @@ def attention_of(model: Network, dtype: mx.Dtype) -> tuple[Scores, int]:
     here, head_dim = backend.machine(), widths_of(model).head_dim
     found = [module.attend for module in model.modules() if hasattr(module, "attend")]
     if not found:  # the others ask MLX for causal attention, at the lengths that their rows have
-        has_kernel = here.device != "cpu" and backend.fused_attention_multiple(head_dim, dtype) == 1
+        has_kernel = here.device != "cpu" and backend.has_causal_kernel(head_dim, dtype)
         return SCORES_FUSED if has_kernel else SCORES_CAUSAL, head_dim
     if found[0] is scaled_dot_product_attention:
         return SCORES_MASKED if here.path == "cpu" else SCORES_MASKED_ON_GPU, head_dim
     if here.path == "cpu":
         return SCORES_AGAIN, head_dim
+    if found[0] is padded_attention:
+        return SCORES_FUSED_MASKED, head_dim
     # MLX's CPU backend computes fused attention by parts.
     scores = SCORES_MASKED_ON_GPU if here.device == "cpu" else SCORES_FUSED
     return scores, fused_width(model)

@@ -1,6 +1,7 @@
 """A training run against PEFT and torch: same start, same rows, same order, dropout 0, fp32."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,7 +21,11 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from interviewmate_mlx.adapter.folder import adapter_weights
 from interviewmate_mlx.data.batches import collate, split_step
 from interviewmate_mlx.model.cpu_kernels import use_cpu_kernels
-from interviewmate_mlx.model.gpu_kernels import use_fused_attention
+from interviewmate_mlx.model.gpu_kernels import (
+    use_frozen_norms,
+    use_fused_attention,
+    use_padded_attention,
+)
 from interviewmate_mlx.model.lora import add_lora
 from interviewmate_mlx.model.recompute import use_gradient_checkpointing
 from interviewmate_mlx.training.optimizer import adamw, learning_rate_at
@@ -43,10 +48,11 @@ STEPS = 50
         [use_cpu_kernels],
         [use_gradient_checkpointing],
         [use_cpu_kernels, use_gradient_checkpointing],
-        [use_fused_attention],
-        [use_fused_attention, use_gradient_checkpointing],
+        [use_fused_attention, use_frozen_norms],
+        [use_fused_attention, use_frozen_norms, use_gradient_checkpointing],
+        [partial(use_padded_attention, multiple=128), use_frozen_norms],
     ],
-    ids=["mlx", "cpu", "recompute", "cpu_recompute", "gpu", "gpu_recompute"],
+    ids=["mlx", "cpu", "recompute", "cpu_recompute", "gpu", "gpu_recompute", "cuda"],
 )
 def test_fifty_updates_equal_peft_s(schedule, reference_schedule, targets, paths):
     heads, head_dim = (2, 64) if use_fused_attention in paths else (6, 8)

@@ -96,7 +96,7 @@ def test_logits_in_chunks_give_the_same_update(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(step_module, "_has_trainable_head", lambda model: True)
         expected, numbers = one_update([[0, 1, 2, 3]])  # all logits at once, and autodiff
-    monkeypatch.setattr(step_module, "CHUNK_ELEMENTS", 7 * 384)
+    monkeypatch.setattr(step_module, "tokens_at_once", lambda vocab_size: 7)
     weights, chunked = one_update([[0, 1, 2, 3]])
     assert_same_updates(weights, expected)
     for name in ("loss", "grad_norm"):
@@ -105,7 +105,7 @@ def test_logits_in_chunks_give_the_same_update(monkeypatch):
 
 def test_trainable_head_is_never_chunked(monkeypatch):
     """In chunks its own weights would get no gradient."""
-    monkeypatch.setattr(step_module, "CHUNK_ELEMENTS", 7 * 384)
+    monkeypatch.setattr(step_module, "tokens_at_once", lambda vocab_size: 7)
     model = tiny_model()
     model.unfreeze()
     before = np.array(model.transformer.word_embeddings.weight)
