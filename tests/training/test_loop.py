@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from checkpoints import tiny_falcon, write_checkpoint
 from rich.filesize import decimal
 
-from interviewmate_mlx import __version__
+from interviewmate_mlx import __version__, backend
 from interviewmate_mlx.adapter.folder import Adapter
 from interviewmate_mlx.base import base as base_module
 from interviewmate_mlx.base.base import Base
@@ -20,7 +21,7 @@ from interviewmate_mlx.base.convert import convert
 from interviewmate_mlx.config import load_run
 from interviewmate_mlx.errors import BackendError, DataError, StorageError, TrainingError
 from interviewmate_mlx.model import gpu_kernels
-from interviewmate_mlx.training import checkpoint, loop, task
+from interviewmate_mlx.training import checkpoint, loop, memory, task
 from interviewmate_mlx.training.checkpoint import checkpoints
 from interviewmate_mlx.training.events import Finished, Started, Stepped, Validated
 from interviewmate_mlx.training.folder import read_run
@@ -128,6 +129,26 @@ def test_whole_run_on_the_path_of_a_gpu(run, tmp_path, monkeypatch):
     finish(run, out, stop=lambda: last_step(out) >= 4)
     finish(run, out, resume=True)
     assert adapter_and_metrics(out) == adapter_and_metrics(tmp_path / "whole")
+
+
+def test_run_where_attention_takes_so_many_queries(run, tmp_path, monkeypatch):
+    """As on CUDA: another kernel, the same losses but for its rounding, and a plan of its own."""
+    monkeypatch.setenv("INTERVIEWMATE_PATH", "gpu")
+    hub = write_checkpoint(tmp_path / "hub", tiny_falcon(2, 64, 2))
+    run = run.replace(model={"base": str(convert(hub, tmp_path / "base").path), "dtype": "auto"})
+    causal = finish(run, tmp_path / "causal")
+    monkeypatch.setattr(backend, "has_causal_kernel", lambda *_: False)
+    monkeypatch.setattr(backend, "masked_kernel_multiple", lambda *_: 128)
+    prepared = task.prepare(run)
+    attention_layer = prepared.model.layers[0].self_attention
+    assert attention_layer.attend is gpu_kernels.padded_attention
+    assert task.attention_of(prepared.model, mx.bfloat16) == (memory.SCORES_FUSED_MASKED, 64)
+    padded = finish(run, tmp_path / "padded")
+    losses = [
+        np.array([event.loss for event in events if isinstance(event, Validated)])
+        for events in (causal, padded)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.01)
 
 
 def test_resumed_with_less_memory_and_recomputing_the_bytes_stay(run, tmp_path, monkeypatch):
