@@ -32,6 +32,7 @@ from interviewmate_mlx.training.loss import chunked_cross_entropy
 
 HEAD_DIM, VOCAB = 64, 50_304
 TIMES, IN_A_ROW = 5, 10
+CHUNKS = 512, 2048, 8192  # tokens whose logits exist at once
 
 Function = Callable[[mx.array], Any]
 
@@ -64,7 +65,7 @@ def attentions(rows: int, length: int, heads: int) -> Iterator[tuple[str, Functi
     ways: dict[str, tuple[Any, Any]] = {
         "a mask": (scaled_dot_product_attention, alibi_mask(*of_mask)),
         "wider heads": (attention, alibi_terms(*of_mask, head_dim=HEAD_DIM)),
-        "a mask, more queries": (padded_attention, padded_mask(*of_mask, multiple=128)),
+        "a mask, padded queries": (padded_attention, padded_mask(*of_mask)),
     }
 
     def through(attend: Any, mask: Any, qkv: mx.array) -> mx.array:
@@ -83,6 +84,7 @@ def norms(rows: int, length: int, heads: int) -> Iterator[tuple[str, Function, m
     for name, kind in (("layer norm", nn.LayerNorm), ("RMS norm", nn.RMSNorm)):
         for is_frozen in (False, True):
             norm = kind(channels)
+            norm.weight = mx.linspace(0.5, 1.5, channels)
             norm.set_dtype(dtype)
             if is_frozen:
                 norm.freeze()
@@ -104,15 +106,17 @@ def heads(
             lambda states: states @ weight.T, hidden, targets, chunk, mx.fast.cross_entropy
         )
 
-    for chunk in (512, 2048, 8192):
+    for chunk in CHUNKS:
         yield f"head and loss, {chunk} tokens at once", partial(losses, chunk), hidden
 
 
 def with_gradient(function: Function) -> Function:
-    """What a function gives, and the gradient of its input for a cotangent of ones."""
+    """What a function gives, and the gradient of its input for a cotangent without a pattern."""
 
     def both(x: mx.array) -> Any:
-        return mx.vjp(function, [x], [mx.ones_like(function(x))])
+        cotangent = mx.sin(mx.arange(function(x).size)).reshape(function(x).shape).astype(x.dtype)
+        values, gradients = mx.vjp(function, [x], [cotangent])
+        return *values, *gradients
 
     return both
 

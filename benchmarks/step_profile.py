@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from interviewmate_mlx import backend  # its BLAS must be loaded before MLX
 
@@ -78,7 +78,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def profiled(work: object) -> list[tuple[str, float]]:
+def profiled(work: Callable[[], object]) -> list[tuple[str, float]]:
     """The name and the microseconds of each kernel of some work."""
     # Here, since torch may be missing, and on CUDA brings its own libraries.
     from torch.profiler import ProfilerActivity, profile
@@ -103,10 +103,10 @@ def table(kernels: Iterable[tuple[str, float]], steps: int, by_name: int = 0) ->
             counts[key] += 1
     lines = [f"{'ms a step':>10} {'kernels':>8}"]
     for what, most in (("kind", None), ("name", by_name)):
-        of_it = [(key, time) for key, time in times.most_common() if key[0] == what][:most]
+        of_it = [key for key, _ in times.most_common() if key[0] == what][:most]
         lines += [
-            f"{1e-3 * time / steps:>10.2f} {counts[key] / steps:>8.1f} {key[1][:120]}"
-            for key, time in of_it
+            f"{1e-3 * times[key] / steps:>10.2f} {counts[key] / steps:>8.1f} {key[1][:120]}"
+            for key in of_it
         ]
     return lines
 

@@ -276,18 +276,19 @@ def has_causal_kernel(head_dim: int, dtype: mx.Dtype) -> bool:
     """
     if _device() == "cpu":
         return machine().path == "gpu"  # computed by parts, to the same result
-    return not _keeps_scores(head_dim, dtype, 4095, "causal")
+    return _device() == "metal" and not _keeps_scores(head_dim, dtype, 4095, "causal")
 
 
-def masked_kernel_multiple(head_dim: int, dtype: mx.Dtype) -> int:
-    """The numbers of queries for which attention with a mask trains so, as it does with cuDNN.
+def has_masked_kernel(head_dim: int, dtype: mx.Dtype) -> bool:
+    """Whether MLX's attention with a mask trains without keeping its scores, as with cuDNN.
 
-    Returns:
-        They must be a multiple of this; 0 if there are none.
+    That is for numbers of queries that fill the kernel's tiles.
+
+    Args:
+        head_dim: of queries, keys and values.
+        dtype: of theirs.
     """
-    multiple = 128
-    is_lean = _device() != "cpu" and not _keeps_scores(head_dim, dtype, 32 * multiple, "scores")
-    return multiple if is_lean else 0
+    return _device() == "cuda" and not _keeps_scores(head_dim, dtype, 4096, "scores")
 
 
 @cache

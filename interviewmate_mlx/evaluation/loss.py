@@ -12,7 +12,7 @@ import numpy as np
 from interviewmate_mlx.data.batches import Microbatch, collate, split_step
 from interviewmate_mlx.data.prompts import Example
 from interviewmate_mlx.model.zoo import Network
-from interviewmate_mlx.training.loss import tokens_at_once
+from interviewmate_mlx.training.loss import CHUNK_ELEMENTS
 
 # Padded tokens that go through the network at once.
 _TOKENS_AT_ONCE = 2048
@@ -113,7 +113,7 @@ def _token_losses(
     predicting = hidden.reshape(-1, hidden.shape[-1])[positions]
     nats: list[mx.array] = []
     is_correct: list[mx.array] = []
-    chunk = tokens_at_once(model.args.vocab_size)
+    chunk = CHUNK_ELEMENTS // model.args.vocab_size
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
         # The next chunk waits for this one, so that their logits never exist together.

@@ -8,8 +8,8 @@ length two, so two more dimensions of each head carry it:
 
     query  [q, 1, -a_i]     key  [k, a_j, 1]     value  [v, 0, 0]     a = slope * position
 
-Their product is q . k + a_j - a_i, summed in float32. On CUDA cuDNN's attention takes a mask
-too, where the number of queries is a multiple of its tiles: there are some more of them.
+Their product is q . k + a_j - a_i, summed in float32. On CUDA cuDNN's attention takes a mask of
+scores, too, if the queries fill its tiles: they are padded to the next multiple.
 """
 
 from functools import cache, partial
@@ -25,6 +25,8 @@ from interviewmate_mlx.model.zoo import Network
 
 # The head sizes that spare dimensions work for, and the next one that MLX's kernels know.
 _WIDENED = {64: 72}
+# Queries that cuDNN's kernels take at a time.
+QUERY_TILE = 128
 
 
 class AlibiTerms(NamedTuple):
@@ -104,16 +106,13 @@ def padded_mask(
     key_positions: mx.array,
     scale: float,
     dtype: mx.Dtype,
-    *,
-    multiple: int,
 ) -> mx.array:
-    """`falcon.alibi_mask` for `padded_attention`.
+    """`falcon.alibi_mask` for `padded_attention`: for rows that begin at position 0.
 
-    Args:
-        slopes, query_positions, key_positions, scale, dtype: see there; (1, L) from 0 to L - 1.
-        multiple: that the number of queries is padded to.
+    Returns:
+        (1, H, L', K), where L' is the next multiple of `QUERY_TILE`.
     """
-    length = -(-query_positions.shape[1] // multiple) * multiple
+    length = -(-query_positions.shape[1] // QUERY_TILE) * QUERY_TILE
     return alibi_mask(slopes, mx.arange(length)[None], key_positions, scale, dtype)
 
 
@@ -126,10 +125,18 @@ def padded_attention(
     scale: float,
     mask: mx.array,
 ) -> mx.array:
-    """Attention with a mask of scores, (1 or B, H, at least L, K); see `attention`."""
+    """Attention with as many queries as its mask has.
+
+    Args:
+        queries, keys, values, cache, scale: see `attention`.
+        mask: of scores, (1 or B, H, L or more, K).
+
+    Returns:
+        (B, H, L, D).
+    """
     length = queries.shape[2]
     if more := mask.shape[2] - length:
-        # Along the axis that rows lie in. What the additional ones give is dropped.
+        # As the product before lays them out, (B, L, H, D), so that the output lies so, too.
         queries = mx.pad(queries.swapaxes(1, 2), [(0, 0), (0, more), (0, 0), (0, 0)]).swapaxes(1, 2)
     out: mx.array = scaled_dot_product_attention(
         queries, keys, values, cache=cache, scale=scale, mask=mask
@@ -141,12 +148,6 @@ def fused_width(model: Network) -> int:
     """How wide a model's heads become for `attention`; 0 if it is not for them."""
     attentions = _attentions(model)
     return _WIDENED.get(attentions[0].head_dim, 0) if attentions else 0
-
-
-def _padded_multiple(model: Network, dtype: mx.Dtype) -> int:
-    """What `padded_attention` pads a model's queries to on this machine; 0 if it is not for it."""
-    attentions = _attentions(model)
-    return backend.masked_kernel_multiple(attentions[0].head_dim, dtype) if attentions else 0
 
 
 def _attentions(model: Network) -> list[Any]:
@@ -163,8 +164,8 @@ def use_gpu_kernels(model: Network, dtype: mx.Dtype) -> None:
     """
     if (width := fused_width(model)) and backend.has_causal_kernel(width, dtype):
         use_fused_attention(model)
-    elif multiple := _padded_multiple(model, dtype):
-        use_padded_attention(model, multiple)
+    elif (found := _attentions(model)) and backend.has_masked_kernel(found[0].head_dim, dtype):
+        use_padded_attention(model)
     use_frozen_norms(model)
     if backend.machine().device != "cpu":  # there MLX would add up in the dtype of the logits
         use_fused_cross_entropy(model)
@@ -180,14 +181,13 @@ def use_fused_attention(model: Network) -> None:
     _replace_attention(model, attention, partial(alibi_terms, head_dim=head_dim))
 
 
-def use_padded_attention(model: Network, multiple: int) -> None:
+def use_padded_attention(model: Network) -> None:
     """Let a model's attention without a cache go through `padded_attention`, in place.
 
     Args:
         model: with attention that lets itself be replaced.
-        multiple: of the queries that the kernels take.
     """
-    _replace_attention(model, padded_attention, partial(padded_mask, multiple=multiple))
+    _replace_attention(model, padded_attention, padded_mask)
 
 
 def _replace_attention(model: Network, attend: Any, make_mask: Any) -> None:
@@ -207,45 +207,48 @@ def use_frozen_norms(model: Network) -> None:
     MLX's kernels would compute it, and add it up over all tokens.
     """
     for module in model.modules():
-        if module.trainable_parameters():
-            continue
-        if type(module) is nn.LayerNorm and "weight" in module:
-            module.__class__ = _FrozenLayerNorm
-        elif type(module) is nn.RMSNorm:
-            module.__class__ = _FrozenRMSNorm
+        if type(module) in _FROZEN and "weight" in module and not module.trainable_parameters():
+            module.__class__ = _FROZEN[type(module)]
 
 
 class _FrozenLayerNorm(nn.LayerNorm):
     def __call__(self, x: mx.array) -> mx.array:
+        if self.trainable_parameters():  # since
+            return super().__call__(x)
         bias = [self.bias] if "bias" in self else []
-        return _frozen_norm(mx.fast.layer_norm, self.eps)(x, self.weight, *bias)
+        return _frozen(_layer_norm, self.eps)(x, self.weight, *bias)
 
 
 class _FrozenRMSNorm(nn.RMSNorm):
     def __call__(self, x: mx.array) -> mx.array:
-        return _frozen_norm(mx.fast.rms_norm, self.eps)(x, self.weight)
+        if self.trainable_parameters():
+            return super().__call__(x)
+        return _frozen(_rms_norm, self.eps)(x, self.weight)
+
+
+_FROZEN: dict[type, type] = {nn.LayerNorm: _FrozenLayerNorm, nn.RMSNorm: _FrozenRMSNorm}
+
+
+def _layer_norm(
+    eps: float, x: mx.array, weight: mx.array | None = None, bias: mx.array | None = None
+) -> mx.array:
+    return mx.fast.layer_norm(x, weight, bias, eps)
+
+
+def _rms_norm(eps: float, x: mx.array, weight: mx.array | None = None) -> mx.array:
+    return mx.fast.rms_norm(x, weight, eps)
 
 
 @cache  # one for all layers
-def _frozen_norm(norm: Any, eps: float) -> Any:
-    """A norm of x (..., C), its weight and perhaps its bias, (C,), with the gradient of x alone.
-
-    Args:
-        norm: `layer_norm` or `rms_norm` of `mx.fast`.
-        eps: for it.
-    """
-    num_parameters = 2 if norm is mx.fast.layer_norm else 1
-
-    def normalise(x: mx.array, *parameters: mx.array) -> mx.array:
-        missing = [None] * (num_parameters - len(parameters))
-        normal: mx.array = norm(x, *parameters, *missing, eps)
-        return normal
-
+def _frozen(norm: Any, eps: float) -> Any:
+    """A norm of x (..., C) and its parameters, (C,) each, with the gradient of x alone."""
+    normalise = partial(norm, eps)
     frozen = mx.custom_function(normalise)
 
     @frozen.vjp
     def _(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         x, weight = primals[:2]
+        # That of the norm without a weight.
         slope = (cotangent * weight).astype(x.dtype)
         gradients: Any = mx.vjp(normalise, [x], [slope])[1]
         return *gradients, *map(mx.zeros_like, primals[1:])

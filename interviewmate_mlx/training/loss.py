@@ -11,7 +11,8 @@ from interviewmate_mlx.model.falcon import cross_entropy as falcon_cross_entropy
 
 # Logits that exist at once: 50,304 classes take 103 MB of them for 512 tokens, in float32.
 CHUNK_ELEMENTS = 512 * 50_304
-# So few rows occupy a quarter of a large NVIDIA GPU, whose kernels compute 128 or more at a time.
+# In training on CUDA so many times that: products of 512 rows ran at a third and at a half of an
+# H200's speed (`benchmarks/NOTES.md`).
 _CHUNKS_ON_CUDA = 4
 
 CrossEntropy = Callable[[mx.array, mx.array], mx.array]
@@ -46,7 +47,7 @@ def token_loss(losses: mx.array, mask: mx.array, of_rows: dict[str, mx.array]) -
 
 
 def tokens_at_once(vocab_size: int) -> int:
-    """How many tokens' logits exist at once."""
+    """How many tokens' logits exist at once in training."""
     count = _CHUNKS_ON_CUDA if backend.machine().device == "cuda" else 1
     return count * CHUNK_ELEMENTS // vocab_size
 
@@ -68,7 +69,7 @@ def chunked_cross_entropy(
         head: hidden states (N, C) -> logits (N, V).
         hidden: (N, C).
         targets: (N,) int32 token ids.
-        chunk: tokens, at the most: all have about as many.
+        chunk: tokens at the most. The chunks are of one size, but for the last.
         cross_entropy: (..., V) and (...) int32 -> (...) float32, summed in float32.
 
     Returns:

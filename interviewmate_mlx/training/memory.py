@@ -1,5 +1,6 @@
 """How much memory a step takes, and so how many tokens may share a microbatch."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from interviewmate_mlx.data.batches import WIDTH_STEP, Row, padded_tokens, padded_width
 from interviewmate_mlx.errors import BackendError
 from interviewmate_mlx.model.dora import DoRALinear
+from interviewmate_mlx.model.gpu_kernels import QUERY_TILE
 from interviewmate_mlx.model.lora import LORA_NAMES, Projection, lora_layers, shape_of
 from interviewmate_mlx.model.tree import named_arrays
 from interviewmate_mlx.model.zoo import Network
@@ -34,6 +36,7 @@ class Scores(NamedTuple):
 
     kept: int  # by each block, for its backward pass
     planned: int  # ahead, at the peak
+    tile: int = 1  # that queries are padded to a multiple of
 
 
 # By how attention is computed: again in the backward pass; with a mask that is added, on a CPU and
@@ -44,7 +47,7 @@ SCORES_MASKED = Scores(3, 11)
 SCORES_MASKED_ON_GPU = Scores(1, 11)
 SCORES_CAUSAL = Scores(1, 3)
 SCORES_FUSED = Scores(0, 0)
-SCORES_FUSED_MASKED = Scores(0, 1)
+SCORES_FUSED_MASKED = Scores(0, 1, QUERY_TILE)
 
 
 @dataclass(frozen=True)
@@ -199,8 +202,9 @@ def gpu_bytes_per_token(
     A block keeps for its backward pass, in its own dtype: its input, that of its second norm and
     attention's output; queries, keys and values, each as wide as attention took them; and what
     its MLP's activation takes. That is the output of attention, and what its linear layers give,
-    since two of them give what is added to the residual. A LoRA keeps its input, or what dropout
-    left of it. What is not trained keeps nothing.
+    since two of them give what is added to the residual. Queries that are padded are kept beside
+    those that are not, and their output is as long. A LoRA keeps its input, or what dropout left of
+    it. What is not trained keeps nothing.
 
     Whole steps in bfloat16 on a CPU stay within 20 % of it, but for what is allocated ahead.
 
@@ -215,8 +219,11 @@ def gpu_bytes_per_token(
     layers, heads = widths.layers, widths.heads
     of_lora = widths.lora_bytes + _OF_DORA * widths.stretched
     attended = heads * (widths.head_dim + 3 * (widened - widths.head_dim))
+    padded = math.ceil(width / scores.tile) * scores.tile / width
+    if padded > 1:
+        attended += int(heads * widths.head_dim * (2 * padded - 1))
     block = (attended + widths.kept / layers) * itemsize + of_lora / layers
-    of_scores = heads * width * itemsize
+    of_scores = heads * width * padded * itemsize
     block += scores.kept * of_scores
     inputs = widths.hidden * itemsize
     kept = block + layers * inputs if gradient_checkpointing else layers * block
@@ -291,7 +298,9 @@ def plan_memory(
             lambda w: max(update, weights + sides * w * bytes_per_token(w, 1)) <= memory_bytes,
         )
         raise _too_large(model, needed, update, memory_bytes, fitting, gradient_checkpointing)
-    budget = token_budget or (memory_bytes - weights) // per_token
+    # A token of narrower rows may take more, where attention pads them.
+    most = max(bytes_per_token(w, 1) for w in {padded_width(len(row) - 1) for row in rows})
+    budget = token_budget or (memory_bytes - weights) // most
     executor = executor.limited_to(budget // row_tokens)
     longest = sorted(rows, key=len)[-effective_batch:]
     groups = executor.split(longest, budget)

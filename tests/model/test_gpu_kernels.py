@@ -4,6 +4,7 @@ On a machine with a GPU the same tests meet its fused kernels.
 """
 
 import math
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +18,7 @@ from interviewmate_mlx import backend
 from interviewmate_mlx.model import falcon
 from interviewmate_mlx.model.falcon import alibi_mask, alibi_slopes
 from interviewmate_mlx.model.gpu_kernels import (
+    QUERY_TILE,
     alibi_terms,
     attention,
     fused_width,
@@ -30,8 +32,8 @@ from interviewmate_mlx.model.gpu_kernels import (
 from interviewmate_mlx.training.loss import token_loss
 
 HEAD_DIM, SCALE = 64, 1 / 8
-# Of rows, and of what the number of queries is padded to; 0 is causal attention of wider heads.
-LENGTHS = [(1, 0), (8, 0), (9, 128), (128, 128), (225, 0), (300, 128)]
+# Of rows, and whether queries are padded for a mask; else heads are widened.
+LENGTHS = [(1, False), (8, False), (9, True), (128, True), (225, False), (300, True)]
 
 
 def terms(heads: int, length: int, dtype: mx.Dtype):
@@ -39,13 +41,13 @@ def terms(heads: int, length: int, dtype: mx.Dtype):
     return alibi_terms(alibi_slopes(heads), positions, positions, SCALE, dtype, head_dim=HEAD_DIM)
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, multiple: int) -> mx.array:
+def attend(q: mx.array, k: mx.array, v: mx.array, padded: bool) -> mx.array:
     _, heads, length, _ = q.shape
-    if not multiple:
+    if not padded:
         return attention(q, k, v, scale=SCALE, mask=terms(heads, length, q.dtype))
     positions = mx.arange(length)[None]
-    mask = padded_mask(alibi_slopes(heads), positions, positions, SCALE, q.dtype, multiple=multiple)
-    assert mask.shape == (1, heads, -(-length // multiple) * multiple, length)
+    mask = padded_mask(alibi_slopes(heads), positions, positions, SCALE, q.dtype)
+    assert mask.shape == (1, heads, -(-length // QUERY_TILE) * QUERY_TILE, length)
     return padded_attention(q, k, v, scale=SCALE, mask=mask)
 
 
@@ -63,9 +65,9 @@ def rounded_bias(heads: int, length: int) -> torch.Tensor:
     return (slopes[:, None] * torch.arange(length).bfloat16()).double()
 
 
-@pytest.mark.parametrize(("length", "multiple"), LENGTHS)
+@pytest.mark.parametrize(("length", "padded"), LENGTHS)
 @pytest.mark.parametrize("heads", [2, 6])
-def test_attention_and_its_derivatives_are_the_naive_one_s(heads, length, multiple):
+def test_attention_and_its_derivatives_are_the_naive_one_s(heads, length, padded):
     rng = np.random.default_rng(length)
     arrays = [rng.normal(size=(2, heads, length, HEAD_DIM)).astype(np.float32) for _ in range(4)]
     doubles = [torch.tensor(a.astype(np.float64), requires_grad=True) for a in arrays[:3]]
@@ -74,7 +76,7 @@ def test_attention_and_its_derivatives_are_the_naive_one_s(heads, length, multip
     exact.backward(torch.tensor(arrays[3]).double())
 
     def ours(q, k, v):
-        return attend(q, k, v, multiple)
+        return attend(q, k, v, padded)
 
     inputs = list(map(mx.array, arrays))
     (out,), slopes = mx.compile(lambda *a: mx.vjp(ours, list(a[:3]), [a[3]]))(*inputs)
@@ -90,8 +92,8 @@ def test_attention_and_its_derivatives_are_the_naive_one_s(heads, length, multip
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-@pytest.mark.parametrize(("length", "multiple"), LENGTHS)
-def test_in_half_precision_it_errs_no_more_than_with_a_mask(dtype, length, multiple):
+@pytest.mark.parametrize(("length", "padded"), LENGTHS)
+def test_in_half_precision_it_errs_no_more_than_with_a_mask(dtype, length, padded):
     rng = np.random.default_rng(length)
     heads, positions = 6, mx.arange(length)[None]
     q, k, v = (
@@ -100,12 +102,42 @@ def test_in_half_precision_it_errs_no_more_than_with_a_mask(dtype, length, multi
     doubles = [torch.tensor(np.array(a.astype(mx.float32))).double() for a in (q, k, v)]
     exact = naive(*doubles, rounded_bias(heads, length)).numpy()
     mask = alibi_mask(alibi_slopes(heads), positions, positions, SCALE, dtype)
-    fused = attend(q, k, v, multiple)
+    fused = attend(q, k, v, padded)
     masked = attention(q, k, v, scale=SCALE, mask=mask)
     errors = [np.abs(np.array(out.astype(mx.float32)) - exact) for out in (fused, masked)]
     rounding = np.abs(exact).max() * float(mx.finfo(dtype).eps)
     assert errors[0].max() < 1.5 * errors[1].max() + rounding
     assert errors[0].mean() < 1.2 * errors[1].mean() + 0.1 * rounding
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize(("length", "padded"), [(40, False), (40, True), (128, True), (200, True)])
+def test_in_half_precision_derivatives_err_no_more_than_autodiff_s(dtype, length, padded):
+    """On a GPU those of the fused kernels, beside those of attention by parts."""
+    rng, heads, positions = np.random.default_rng(length), 6, mx.arange(length)[None]
+    shape = (2, heads, length, HEAD_DIM)
+    q, k, v, cotangent = (mx.array(rng.normal(size=shape)).astype(dtype) for _ in range(4))
+    doubles = [torch.tensor(wide(a), requires_grad=True) for a in (q, k, v)]
+    naive(*doubles, rounded_bias(heads, length)).backward(torch.tensor(wide(cotangent)))
+    mask = alibi_mask(alibi_slopes(heads), positions, positions, SCALE, dtype)
+
+    def by_parts(q, k, v):
+        return mx.softmax(SCALE * q @ k.swapaxes(-1, -2) + mask, axis=-1) @ v
+
+    errors = []
+    for function in (partial(attend, padded=padded), by_parts):
+        slopes = mx.vjp(function, [q, k, v], [cotangent])[1]
+        assert {slope.dtype for slope in slopes} == {dtype}
+        exact = [double.grad.numpy() for double in doubles]
+        errors.append([np.abs(wide(a) - b) for a, b in zip(slopes, exact, strict=True)])
+    for fused, parts, double in zip(*errors, doubles, strict=True):
+        rounding = double.grad.abs().max().item() * float(mx.finfo(dtype).eps)
+        assert fused.max() < 1.5 * parts.max() + rounding
+        assert fused.mean() < 1.3 * parts.mean() + 0.1 * rounding
+
+
+def wide(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
 def test_terms_are_exact_in_half_precision():
@@ -116,19 +148,19 @@ def test_terms_are_exact_in_half_precision():
             assert mx.array_equal(one.astype(mx.float32), other)
 
 
-def fused(model: falcon.Model, multiple: int = 0) -> falcon.Model:
-    if multiple:
-        use_padded_attention(model, multiple)
-    else:
-        use_fused_attention(model)
+def fused(model: falcon.Model, padded: bool = False) -> falcon.Model:
+    (use_padded_attention if padded else use_fused_attention)(model)
     return model
 
 
+PADDED = pytest.mark.parametrize("padded", [False, True], ids=["wider", "padded"])
+
+
 @pytest.mark.parametrize(("heads", "layers", "length"), [(1, 1, 1), (2, 2, 40), (3, 2, 225)])
-@pytest.mark.parametrize("multiple", [0, 128])
-def test_logits_equal_the_reference_s(heads, layers, length, multiple):
+@PADDED
+def test_logits_equal_the_reference_s(heads, layers, length, padded):
     reference = tiny_falcon(heads, HEAD_DIM, layers, seed=heads)
-    model = fused(our_model(reference), multiple)
+    model = fused(our_model(reference), padded)
     ids = np.random.default_rng(0).integers(0, 384, (2, length))
     with torch.no_grad():
         expected = reference(torch.tensor(ids)).logits.numpy()
@@ -138,12 +170,12 @@ def test_logits_equal_the_reference_s(heads, layers, length, multiple):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("heads", "length"), [(2, 40), (3, 225)])
-@pytest.mark.parametrize("multiple", [0, 128])
-def test_logits_in_half_precision_err_no_more_than_transformers_do(dtype, heads, length, multiple):
+@PADDED
+def test_logits_in_half_precision_err_no_more_than_transformers_do(dtype, heads, length, padded):
     """Both beside the same rounded weights in float32."""
     half = getattr(torch, dtype)
     reference = tiny_falcon(heads, HEAD_DIM, layers=2, seed=heads).to(half).float()
-    model = fused(our_model(reference), multiple)
+    model = fused(our_model(reference), padded)
     model.set_dtype(getattr(mx, dtype))
     ids = np.random.default_rng(0).integers(0, 384, (2, length))
     with torch.no_grad():
@@ -153,21 +185,21 @@ def test_logits_in_half_precision_err_no_more_than_transformers_do(dtype, heads,
     error, allowed = np.abs(ours - exact), np.abs(theirs - exact)
     # On a CPU MLX rounds the scores as well, torch does not: two roundings more of some twelve,
     # and with a mask two again, of the mask and of the sum.
-    assert error.mean() < (1.4 if multiple else 1.2) * allowed.mean()
+    assert error.mean() < (1.4 if padded else 1.2) * allowed.mean()
     assert error.max() < 1.6 * allowed.max()
 
 
-@pytest.mark.parametrize("multiple", [0, 32])
-def test_padding_on_the_right_changes_nothing(multiple):
-    model = fused(our_model(tiny_falcon(2, HEAD_DIM, 2)), multiple)
+@PADDED
+def test_padding_on_the_right_changes_nothing(padded):
+    model = fused(our_model(tiny_falcon(2, HEAD_DIM, 2)), padded)
     ids = np.random.default_rng(0).integers(0, 384, (1, 37))
     padded = np.pad(ids, [(0, 0), (0, 11)])
     one, other = (np.array(model(mx.array(rows))) for rows in (ids, padded))
     np.testing.assert_allclose(one, other[:, :37], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("multiple", [0, 128])
-def test_with_a_cache_the_mask_is_used(monkeypatch, multiple):
+@PADDED
+def test_with_a_cache_the_mask_is_used(monkeypatch, padded):
     model = our_model(tiny_falcon(2, HEAD_DIM, 2))
     ids = mx.array(np.random.default_rng(0).integers(0, 384, (2, 12)))
 
@@ -178,7 +210,7 @@ def test_with_a_cache_the_mask_is_used(monkeypatch, multiple):
         return np.array(mx.concatenate([*logits, *mx.split(model(ids, padded), 2)], axis=1))
 
     expected = through_caches()
-    fused(model, multiple)
+    fused(model, padded)
     monkeypatch.setattr(model.transformer, "make_mask", None)
     np.testing.assert_array_equal(through_caches(), expected)
 
@@ -262,6 +294,19 @@ def test_frozen_norm_has_the_norm_s_value_and_gradient(kind, dtype):
     assert set(norm.parameters()) == set(names)
 
 
+@pytest.mark.parametrize("kind", NORMS)
+def test_norm_that_is_unfrozen_again_learns(kind):
+    norm, (x, cotangent) = NORMS[kind][0](), mx.random.normal((2, 5, 48))
+    norm.freeze()
+    use_frozen_norms(norm)
+    norm.unfreeze()
+    slopes = nn.value_and_grad(norm, lambda x: (norm(x) * cotangent).sum())(x)[1]
+    normal = mx.fast.rms_norm(x, None, norm.eps)
+    if kind != "rms":
+        normal = mx.fast.layer_norm(x, None, None, norm.eps)
+    np.testing.assert_allclose(slopes["weight"], (normal * cotangent).sum(axis=0), atol=1e-5)
+
+
 def test_norms_that_are_trained_stay_as_they_are():
     norm = nn.LayerNorm(8)
     use_frozen_norms(norm)
@@ -276,7 +321,7 @@ def test_norms_that_are_trained_stay_as_they_are():
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_on_a_gpu_the_scores_are_not_kept(dtype):
     causal = backend.has_causal_kernel(72, dtype)
-    assert causal or backend.masked_kernel_multiple(64, dtype) == 128
+    assert causal or backend.has_masked_kernel(64, dtype)
 
 
 def test_path_of_a_gpu_on_a_cpu(monkeypatch):
@@ -288,4 +333,4 @@ def test_path_of_a_gpu_on_a_cpu(monkeypatch):
     here = backend.machine()
     assert (here.path, here.dtype, here.cpu_streams) == ("gpu", "bfloat16", 0)
     assert backend.has_causal_kernel(72, mx.bfloat16)
-    assert backend.masked_kernel_multiple(64, mx.bfloat16) == 0
+    assert not backend.has_masked_kernel(64, mx.bfloat16)

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import make_doctor
 import mlx.core as mx
@@ -15,6 +16,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from safetensors.numpy import load_file
 
+from interviewmate_mlx import backend
 from interviewmate_mlx.model import cpu_kernels, falcon, gpu_kernels, lora
 from interviewmate_mlx.model.dropout import Dropout
 from interviewmate_mlx.results import doctor, doctor_checks
@@ -46,6 +48,37 @@ def failed(dtype: str, without: set[str], monkeypatch: pytest.MonkeyPatch) -> se
     done = {name: check for name, check in CHECKS.items() if name not in without}
     monkeypatch.setattr(doctor, "CHECKS", done)
     return {line.name for line in doctor.examine([dtype]).failed}
+
+
+def times_traced() -> int:
+    """How often MLX calls a function that is compiled and used twice: once, or compiles nothing."""
+    calls = []
+
+    def function(x):
+        calls.append(x)
+        return x + 1
+
+    compiled = mx.compile(function)
+    mx.eval(compiled(mx.array(1.0)), compiled(mx.array(2.0)))
+    return len(calls)
+
+
+def test_float32_updates_are_compiled_where_it_is_the_device_s_own_dtype(monkeypatch):
+    class TracedError(Exception):
+        pass
+
+    def step(*_):
+        raise TracedError(times_traced())
+
+    monkeypatch.setattr(doctor_checks, "Step", step)
+    for own in DTYPES:
+        here = replace(backend.machine(), dtype=own)
+        monkeypatch.setattr(backend, "machine", lambda here=here: here)
+        for dtype in ("float32", "float16", "bfloat16"):
+            with pytest.raises(TracedError) as caught:
+                doctor_checks.check_training(dtype)
+            assert caught.value.args == (2 if dtype == "float32" != own else 1,)
+            assert times_traced() == 1
 
 
 @pytest.mark.parametrize("path", ["cpu", "gpu"])

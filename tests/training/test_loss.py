@@ -1,12 +1,15 @@
 """The loss by chunks against the loss at once."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
+from interviewmate_mlx import backend
 from interviewmate_mlx.model import cpu_kernels
-from interviewmate_mlx.training.loss import chunked_cross_entropy, token_loss
+from interviewmate_mlx.training.loss import chunked_cross_entropy, token_loss, tokens_at_once
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 20, 64])
@@ -32,6 +35,27 @@ def test_chunks_give_the_loss_and_the_gradient_of_the_whole(chunk, function):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     np.testing.assert_allclose(np.array(gradient), np.array(reference), atol=1e-6)
     np.testing.assert_allclose(np.array(along)[:17], 3 * np.array(reference)[:17], atol=3e-6)
+
+
+@pytest.mark.parametrize(("chunk", "sizes"), [(7, [7, 7, 6]), (15, [10, 10]), (64, [20])])
+def test_chunks_are_of_one_size_but_for_the_last(chunk, sizes):
+    found = []
+
+    def head(states):
+        found.append(len(states))
+        return states @ mx.ones((50, 8)).T
+
+    chunked_cross_entropy(head, mx.ones((20, 8)), mx.zeros(20, mx.int32), chunk)
+    assert found == sizes
+
+
+def test_on_cuda_a_chunk_has_four_times_the_tokens(monkeypatch):
+    here = replace(backend.machine(), device="metal")
+    monkeypatch.setattr(backend, "machine", lambda: here)
+    assert tokens_at_once(50_304) == 512
+    here = replace(here, device="cuda")
+    assert tokens_at_once(50_304) == 2048
+    assert tokens_at_once(32_000) == 3219
 
 
 def test_each_token_s_gradient_in_chunks_follows_what_its_own_loss_counts():

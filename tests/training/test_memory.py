@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -29,8 +30,10 @@ from interviewmate_mlx.training.checkpoint import State
 from interviewmate_mlx.training.events import Started, Stepped
 from interviewmate_mlx.training.memory import (
     SCORES_FUSED,
+    SCORES_FUSED_MASKED,
     gpu_bytes_per_token,
     plan_memory,
+    weight_bytes,
     widths_of,
 )
 from interviewmate_mlx.training.step import OneStream
@@ -115,14 +118,20 @@ def test_a_resumed_rank_plans_with_its_own_memory(questions):
     assert alone.token_budget == large.token_budget  # so that its bytes stay the same
 
 
-def test_run_a_with_rows_of_512_tokens_fits_on_a_mac_of_8_gb():
-    """Its GPU may have 5.7 GB, of which training plans with three quarters."""
+def run_a_s_model() -> Model:
+    """In its full size; its arrays are never computed."""
     config = {"model_type": "falcon", "alibi": True, "bias": True, "multi_query": False}
     config |= {"parallel_attn": False, "new_decoder_architecture": False, "vocab_size": 50304}
     config |= {"hidden_size": 2048, "num_attention_heads": 32, "num_hidden_layers": 24}
-    model = Model(ModelArgs.from_dict(config))  # its arrays are never computed
+    model = Model(ModelArgs.from_dict(config))
     model.set_dtype(mx.bfloat16)
     add_lora(model, ["query_key_value"], 8, 16, 0.05)
+    return model
+
+
+def test_run_a_with_rows_of_512_tokens_fits_on_a_mac_of_8_gb():
+    """Its GPU may have 5.7 GB, of which training plans with three quarters."""
+    model = run_a_s_model()
     widths = widths_of(model)
     ids = np.zeros(513, np.int32)
     rows = [Example(Record("row"), ids, np.arange(513) > 40)] * 4
@@ -133,6 +142,35 @@ def test_run_a_with_rows_of_512_tokens_fits_on_a_mac_of_8_gb():
     plan = plan_memory(model, rows, 4, bytes_per_token, False, int(0.75 * 5.7e9), OneStream())
     assert plan.max_rows == 1
     assert 3.6e9 < plan.peak_bytes < 3.9e9
+
+
+@pytest.mark.parametrize(("width", "more"), [(512, 0), (384, 0), (240, 17 / 15), (144, 23 / 9)])
+def test_padded_queries_and_their_output_are_planned_for(width, more):
+    """Without padding all three are views; with it there are 256 queries, and as many outputs."""
+    widths = widths_of(run_a_s_model())
+    plain, padded = (
+        gpu_bytes_per_token(widths, width, 2, widths.head_dim, scores)
+        for scores in (SCORES_FUSED, SCORES_FUSED_MASKED)
+    )
+    queries = math.ceil(width / 128) * 128
+    of_mask = widths.heads * queries * 2
+    of_queries = int(more * widths.hidden) * 2 * widths.layers
+    assert padded - plain == pytest.approx(of_mask + of_queries, abs=2)
+
+
+def test_no_width_s_tokens_exceed_the_plan():
+    """Narrow rows take more a token where attention pads them: the budget is for the worst."""
+    model, ids = run_a_s_model(), np.zeros(513, np.int32)
+    widths = widths_of(model)
+    rows = [Example(Record("row"), ids[:n], np.arange(n) > 0) for n in (513, 400, 145)]
+
+    def bytes_per_token(width: int, num_streams: int) -> int:
+        return gpu_bytes_per_token(widths, width, 2, widths.head_dim, SCORES_FUSED_MASKED)
+
+    plan = plan_memory(model, rows, 4, bytes_per_token, False, int(20e9), OneStream())
+    most = max(map(partial(bytes_per_token, num_streams=1), (512, 400, 144)))
+    assert most == bytes_per_token(144, 1)
+    assert plan.token_budget * most + weight_bytes(model) <= 20e9
 
 
 def test_memory_that_was_kept_goes_back_in_the_end():
