@@ -9,7 +9,6 @@ sees the kernels of the whole process. Kernels run side by side, so their sum ex
 import argparse
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -86,7 +85,6 @@ def profiled(work: Callable[[], object]) -> list[tuple[str, float]]:
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         work()
         mx.synchronize()
-        time.sleep(0.1)
     return [
         (event.name, event.device_time)
         for event in profiler.events()

@@ -280,9 +280,9 @@ def has_causal_kernel(head_dim: int, dtype: mx.Dtype) -> bool:
 
 
 def has_masked_kernel(head_dim: int, dtype: mx.Dtype) -> bool:
-    """Whether MLX's attention with a mask trains without keeping its scores, as with cuDNN.
+    """Whether MLX's attention with a mask trains without keeping its scores, as it does on CUDA.
 
-    That is for numbers of queries that fill the kernel's tiles.
+    The number of queries must be a multiple of what the kernel takes at a time.
 
     Args:
         head_dim: of queries, keys and values.

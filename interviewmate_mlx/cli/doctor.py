@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def command(dtypes: tuple[str, ...], as_json: bool) -> None:
     """Check that this machine computes rightly, and how fast; for bug reports.
 
-    Needs no network and leaves nothing behind. Takes less than a minute; up to two where kernels
+    Needs no network and leaves nothing behind. Takes less than a minute; two or three where kernels
     must be compiled first, as on CUDA. Ends with 1 if a check fails.
 
     \b

@@ -1,15 +1,14 @@
 """Attention, norms and cross-entropy through the fused kernels that MLX has for a GPU.
 
-Otherwise attention's scores, H * L numbers a token and layer, would be kept for the backward pass.
-
-Metal's attention with a backward pass takes no mask but the causal one, and ALiBi adds
-slope * (j - i) to the score of query i and key j. That is a product of two vectors of
-length two, so two more dimensions of each head carry it:
+Without such a kernel attention keeps its scores, H * L numbers a token and layer, for the
+backward pass. Metal's attention with a backward pass takes no mask but the causal one, and ALiBi
+adds slope * (j - i) to the score of query i and key j. That is a product of two vectors of length
+two, so two more dimensions of each head carry it:
 
     query  [q, 1, -a_i]     key  [k, a_j, 1]     value  [v, 0, 0]     a = slope * position
 
 Their product is q . k + a_j - a_i, summed in float32. On CUDA cuDNN's attention takes a mask of
-scores, too, if the queries fill its tiles: they are padded to the next multiple.
+scores as well, if the number of queries is a multiple of 128: they are padded to the next one.
 """
 
 from functools import cache, partial
@@ -213,7 +212,7 @@ def use_frozen_norms(model: Network) -> None:
 
 class _FrozenLayerNorm(nn.LayerNorm):
     def __call__(self, x: mx.array) -> mx.array:
-        if self.trainable_parameters():  # since
+        if self.trainable_parameters():  # it was unfrozen since
             return super().__call__(x)
         bias = [self.bias] if "bias" in self else []
         return _frozen(_layer_norm, self.eps)(x, self.weight, *bias)

@@ -503,7 +503,7 @@ def check_training(dtype: str) -> Finding:
     model.load_weights([(n, mx.array(a)) for n, a in start.items()], strict=False)
     executor = choose_executor()
     optimizer = adamw(chosen["weight_decay"])
-    is_second = dtype == "float32" != backend.machine().dtype
+    is_second = dtype == "float32" and backend.machine().dtype != "float32"
     with executor.opened(), _uncompiled() if is_second else nullcontext():
         step = Step(as_trained(model, dtype).train(), optimizer, chosen["max_grad_norm"], executor)
         rate_of = {key: chosen[key] for key in ("peak", "schedule", "warmup_ratio")}

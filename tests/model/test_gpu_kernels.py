@@ -193,8 +193,8 @@ def test_logits_in_half_precision_err_no_more_than_transformers_do(dtype, heads,
 def test_padding_on_the_right_changes_nothing(padded):
     model = fused(our_model(tiny_falcon(2, HEAD_DIM, 2)), padded)
     ids = np.random.default_rng(0).integers(0, 384, (1, 37))
-    padded = np.pad(ids, [(0, 0), (0, 11)])
-    one, other = (np.array(model(mx.array(rows))) for rows in (ids, padded))
+    longer = np.pad(ids, [(0, 0), (0, 11)])
+    one, other = (np.array(model(mx.array(rows))) for rows in (ids, longer))
     np.testing.assert_allclose(one, other[:, :37], atol=1e-5, rtol=0)
 
 
@@ -206,8 +206,8 @@ def test_with_a_cache_the_mask_is_used(monkeypatch, padded):
     def through_caches() -> np.ndarray:
         plain = [KVCache() for _ in model.layers]
         logits = [model(ids[:1, :7], plain), model(ids[:1, 7:], plain)]
-        padded = [BatchKVCache([0, 3]) for _ in model.layers]
-        return np.array(mx.concatenate([*logits, *mx.split(model(ids, padded), 2)], axis=1))
+        batched = [BatchKVCache([0, 3]) for _ in model.layers]
+        return np.array(mx.concatenate([*logits, *mx.split(model(ids, batched), 2)], axis=1))
 
     expected = through_caches()
     fused(model, padded)
